@@ -1,0 +1,44 @@
+# `make run` and `make test` need nothing but Python 3.11 and pip; each makes .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_FOLDER ?= runs/quick-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types imports unit clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "senet needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run  ## train a plain network and the same with SE on the embedded data, compare them
+	$(BIN)/senet compare --out $(RUN_FOLDER)
+
+test: lint types imports unit  ## all that CI runs
+
+lint: $(VENV)/.dev  ## ruff check and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev  ## import-linter: a file imports only from lower floors
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev  ## pytest
+	$(BIN)/pytest
+
+clean:  ## remove the virtual environment and caches (not runs/)
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

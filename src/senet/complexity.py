@@ -1,0 +1,58 @@
+"""Parameters and multiply-adds of a network, counted by PyTorch on the meta device."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from senet.models import Network, build_model
+
+
+def meta_model(name: str, *, num_classes: int | None = None, **options: Any) -> Network:
+    """A network without storage: its shapes can be counted, but it cannot be run on images.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: classes of the head; by default the 1000 of ImageNet, 10 for CIFAR networks.
+        **options: as for `create_model`.
+
+    Raises:
+        UserError: as for `create_model`.
+    """
+    if num_classes is None:
+        num_classes = 10 if name.endswith("_cifar") else 1000
+    with torch.device("meta"):
+        return build_model(name, num_classes=num_classes, **options)
+
+
+def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Number of parameters (shared ones once; buffers such as BN statistics do not count)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...] | None = None) -> int:
+    """Multiply-adds of one image in a forward pass: convolutions and matrix products only.
+
+    The paper's "FLOPs" are multiply-adds; PyTorch counts an addition and a multiplication as two.
+    Elementwise work (BN, ReLU, the scaling by the gates) and pooling are not counted, as in the
+    paper.
+
+    Args:
+        model: any module that takes one image batch; left untouched (a copy is counted).
+        input_size: (C,H,W) of the image; the model's own `input_size` by default.
+
+    Raises:
+        ValueError: no input_size, and the model has none.
+    """
+    if input_size is None:
+        input_size = getattr(model, "input_size", None)
+        if input_size is None:
+            raise ValueError(f"input_size (C,H,W) is needed: {type(model).__name__} has none")
+    shadow = copy.deepcopy(model).to("meta").eval()
+    dtype = next((p.dtype for p in shadow.parameters()), torch.float32)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        shadow(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2

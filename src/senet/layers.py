@@ -1,0 +1,256 @@
+"""The SE block as a module, and the tails of residual blocks that contain it.
+
+Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+Squeeze = Literal["avg", "max", "none"]
+GateName = Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"]
+
+SQUEEZES: tuple[str, ...] = get_args(Squeeze)
+
+
+class IdentitySigmoid(nn.Module):
+    """2·sigmoid(t), which is exactly 1 at t = 0.
+
+    A plain sigmoid never reaches 1, so a block that is inserted into a trained network would
+    change it. This gate with a zero last layer leaves every map as it is, with a live gradient.
+    """
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Gate values in (0, 2), same shape and dtype as `t`."""
+        return 2 * torch.sigmoid(t)
+
+
+GATES: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "identity_sigmoid": IdentitySigmoid,
+}
+
+
+def hidden_width(channels: int, reduction: float) -> int:
+    """Width of the layer between the two fully connected ones: floor(C / r), at least 1.
+
+    The released models round down and never to a multiple of 8 (paper.md section 1).
+    """
+    return max(1, int(channels / reduction))
+
+
+class GlobalSqueeze(nn.Module):
+    """Squeeze (eq. 2): one number per channel and image, in float32 at least.
+
+    float16 and bfloat16 maps are reduced in float32: a sum over 112×112 float16 values overflows
+    long before their mean does.
+
+    Args:
+        method: "avg" for the mean over all positions (the paper's choice), "max" for the maximum
+            (table 11), "none" to keep the map (the paper's NoSqueeze, table 16).
+    """
+
+    def __init__(self, method: Squeeze) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(
+        self, x: Float[Tensor, "n c *s"], mask: Bool[Tensor, "n 1 *s"] | None = None
+    ) -> Float[Tensor, "n c *t"]:
+        """Reduce x (N,C,*) to (N,C,1,…), or return it as it is for "none".
+
+        `mask` is True where a position counts; an image without any such position squeezes to 0.
+        """
+        if self.method == "none":
+            return x
+        positions = tuple(range(2, x.ndim))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.method == "avg":
+            if mask is None:
+                return x.mean(positions, keepdim=True, dtype=wide)
+            kept = torch.where(mask, x, 0)  # not x·mask: padding may hold NaN
+            count = mask.sum(positions, keepdim=True).clamp(min=1)
+            return kept.sum(positions, keepdim=True, dtype=wide) / count
+        if mask is None:
+            return x.amax(positions, keepdim=True).to(wide)
+        highest = torch.where(mask, x, -torch.inf).amax(positions, keepdim=True).to(wide)
+        return torch.where(mask.sum(positions, keepdim=True) > 0, highest, 0)
+
+    def extra_repr(self) -> str:
+        """The method, as `print(model)` shows it."""
+        return self.method
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Context without autocast, so that the excitation runs in its parameters' dtype.
+
+    Leaves no trace in an exported graph where autocast is not on.
+    """
+    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
+    if available and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-excitation block (section 3): x scaled by one learned gate per channel.
+
+    z = squeeze(x) (eq. 2), s = gate(W2 δ(W1 z)) (eq. 3), y = s · x (eq. 4), where δ is
+    `activation` and the paper's σ is `gate`. Adds 2·C·h weights and, with `bias`, C + h biases.
+
+    Submodules `squeeze`, `fc1`, `activation`, `fc2` and `gate` may carry forward hooks; the
+    output of `gate` is s with shape (N,C) (for `squeeze="none"` (N,*,C)).
+
+    Args:
+        channels: C, the channels of the input.
+        reduction: r; the hidden width is floor(C / r) and never 0: C < r gives 1.
+        hidden: the hidden width itself; takes the place of `reduction`.
+        squeeze: "avg" (the paper's choice), "max" (table 11) or "none" (NoSqueeze, table 16).
+        activation: makes δ, the activation between the two layers; nn.ReLU by default.
+        gate: σ: "sigmoid" (the paper's choice), "tanh", "relu" (table 12), "hard_sigmoid",
+            "identity_sigmoid" (2·sigmoid with a zero last layer: starts as the identity), or a
+            module that maps (N,C) to gates of that shape.
+        bias: whether both layers have biases; the released models do.
+        dims: number of spatial dimensions of the input: 1, 2 or 3.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument out of range, or unknown `squeeze` or `gate`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: float = 16,
+        *,
+        hidden: int | None = None,
+        squeeze: Squeeze = "avg",
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        gate: GateName | nn.Module = "sigmoid",
+        bias: bool = True,
+        dims: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        if reduction <= 0:
+            raise ValueError(f"reduction must be positive, got {reduction}")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        if squeeze not in SQUEEZES:
+            raise ValueError(f"squeeze must be one of {', '.join(SQUEEZES)}, got {squeeze!r}")
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        if not isinstance(gate, nn.Module) and gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)} or a module, got {gate!r}")
+        self.channels = channels
+        self.hidden = hidden_width(channels, reduction) if hidden is None else hidden
+        self.dims = dims
+        self.gate_name = gate if isinstance(gate, str) else type(gate).__name__
+        self.squeeze = GlobalSqueeze(squeeze)
+        self.fc1 = nn.Linear(channels, self.hidden, bias, device=device, dtype=dtype)
+        self.activation = activation()
+        self.fc2 = nn.Linear(self.hidden, channels, bias, device=device, dtype=dtype)
+        self.gate = gate if isinstance(gate, nn.Module) else GATES[gate]()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: PyTorch's own initialisation of nn.Linear for both layers.
+
+        For the gate "identity_sigmoid" the last layer becomes zero, so that every gate is 1.
+        """
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+        if self.gate_name == "identity_sigmoid":
+            nn.init.zeros_(self.fc2.weight)
+            if self.fc2.bias is not None:
+                nn.init.zeros_(self.fc2.bias)
+
+    def excite(
+        self, x: Float[Tensor, "n c *s"], mask: Bool[Tensor, "n 1 *s"] | None = None
+    ) -> Float[Tensor, "n c *t"]:
+        """Gates s (N,C,1,…) of x (N,C,*); (N,C,*) for `squeeze="none"`. Arguments as in forward."""
+        if self.squeeze.method == "none":
+            hidden = self.activation(self.fc1(x.movedim(1, -1).to(self.fc1.weight.dtype)))
+            return self.gate(self.fc2(hidden)).movedim(-1, 1)
+        z = self.squeeze(x, mask)
+        with _full_precision(x.device.type):
+            # The mean of float16 values fits float16, so a model.half() loses nothing here.
+            hidden = self.activation(self.fc1(z.flatten(1).to(self.fc1.weight.dtype)))
+            return self.gate(self.fc2(hidden)).view(z.shape)
+
+    def forward(
+        self, x: Float[Tensor, "n c *s"], mask: Bool[Tensor, "n 1 *s"] | None = None
+    ) -> Float[Tensor, "n c *s"]:
+        """Scale x by its gates.
+
+        Args:
+            x: (N,C,*) with `dims` spatial dimensions of any size, any floating dtype.
+            mask: (N,1,*), True where a position counts in the squeeze (padded speech, for
+                instance); all positions are scaled. Anything but bool is compared with 0.
+
+        Returns:
+            (N,C,*), dtype and memory format of x.
+
+        Raises:
+            ValueError: another number of channels or dimensions, a mask of another shape, or a
+                mask together with `squeeze="none"`.
+        """
+        if x.ndim != self.dims + 2 or x.shape[1] != self.channels:
+            wanted = ", ".join(("N", str(self.channels), *("L", "HW", "DHW")[self.dims - 1]))
+            raise ValueError(f"x must have shape ({wanted}), got {tuple(x.shape)}")
+        if mask is not None:
+            if self.squeeze.method == "none":
+                raise ValueError('mask has no effect with squeeze="none"; pass mask=None')
+            if mask.shape != (x.shape[0], 1, *x.shape[2:]):
+                wanted_mask = (x.shape[0], 1, *x.shape[2:])
+                raise ValueError(f"mask must have shape {wanted_mask}, got {tuple(mask.shape)}")
+            mask = mask != 0
+        return x * self.excite(x, mask).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Channels and hidden width, as `print(model)` shows them."""
+        return f"channels={self.channels}, hidden={self.hidden}"
+
+
+def bn_relu(x: Float[Tensor, "n c *s"], bn: nn.Module) -> Float[Tensor, "n c *s"]:
+    """ReLU of batch-normalised x, shape and dtype of x."""
+    return F.relu(bn(x), inplace=True)
+
+
+def residual_tail(
+    x: Float[Tensor, "n c *s"],
+    shortcut: Float[Tensor, "n c *s"] | None,
+    bn: nn.Module,
+    se: SqueezeExcitation | None = None,
+    shortcut_bn: nn.Module | None = None,
+) -> Float[Tensor, "n c *s"]:
+    """The end of a residual block: relu(SE(BN(x)) + BN(shortcut)).
+
+    Args:
+        x: output of the branch's last convolution, (N,C,*).
+        shortcut: what is added, (N,C,*); None adds nothing.
+        bn: batch norm of the branch.
+        se: the SE block; None for a plain network.
+        shortcut_bn: batch norm of a projection shortcut; None leaves the shortcut as it is.
+
+    Returns:
+        (N,C,*), dtype of x.
+    """
+    out = bn(x)
+    if se is not None:
+        out = se(out)
+    if shortcut is not None:
+        out = out + (shortcut if shortcut_bn is None else shortcut_bn(shortcut))
+    return F.relu(out, inplace=True)

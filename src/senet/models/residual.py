@@ -1,0 +1,204 @@
+"""Residual blocks, and where SE stands in them (figure 5 and section 6.4 of the paper)."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from senet.layers import SqueezeExcitation, bn_relu, residual_tail
+from senet.models.network import SEOptions
+
+
+def conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """Convolution without bias, padded so that stride 1 keeps the size."""
+    return nn.Conv2d(
+        in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
+    )
+
+
+class PaddedShortcut(nn.Module):
+    """Shortcut without parameters: every second position, new channels zero.
+
+    He et al. (arXiv 1512.03385), section 4.2, option A, as used on CIFAR.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.new_channels = out_channels - in_channels
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """X (N,C,H,W) → (N, C + new, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        before = self.new_channels // 2
+        return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What a residual block is made of.
+
+    Attributes:
+        in_channels: channels of its input.
+        planes: its planes; it has planes · expansion output channels.
+        stride: 2 where the block halves the map.
+        width: channels of a bottleneck's 3×3 convolution.
+        first_width: channels of a bottleneck's first 1×1 convolution.
+        groups: groups of a bottleneck's 3×3 convolution.
+        stride_first: whether a bottleneck's stride stands in its first 1×1 (Caffe ResNets).
+        projection_kernel: kernel of a projection with stride.
+        padded_shortcut: change channels by zero padding and not by a projection.
+    """
+
+    in_channels: int
+    planes: int
+    stride: int
+    width: int
+    first_width: int
+    groups: int = 1
+    stride_first: bool = False
+    projection_kernel: int = 1
+    padded_shortcut: bool = False
+
+
+class ResidualBlock(nn.Module):
+    """The frame of a residual block: its shortcut and its SE block; subclasses add the branch.
+
+    Args:
+        shape: channels and strides.
+        se_channels: channels behind the 3×3 convolution that SE_3×3 follows.
+        se: SE options, or None for a plain block.
+    """
+
+    expansion: int
+    projection_bn: bool = True
+
+    def __init__(self, shape: BlockShape, se_channels: int, se: SEOptions | None) -> None:
+        super().__init__()
+        out_channels = shape.planes * self.expansion
+        self.integration = None if se is None else se.integration
+        self.se: SqueezeExcitation | None = None
+        if se is not None:
+            channels = {"pre": shape.in_channels, "3x3": se_channels}
+            self.se = se.block(channels.get(se.integration, out_channels))
+        self.downsample: nn.Module | None = None
+        if shape.stride == 1 and shape.in_channels == out_channels:
+            return
+        if shape.padded_shortcut:
+            self.downsample = PaddedShortcut(shape.in_channels, out_channels, shape.stride)
+            return
+        kernel = shape.projection_kernel if shape.stride > 1 else 1
+        projection = conv(shape.in_channels, out_channels, kernel, shape.stride)
+        self.downsample = (
+            nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+            if self.projection_bn
+            else projection
+        )
+
+    def se_at(self, place: str) -> SqueezeExcitation | None:
+        """The SE block if it stands at `place`."""
+        return self.se if self.integration == place else None
+
+    def before_branch(self, x: Tensor) -> Tensor:
+        """The branch's input: x, or SE(x) for SE-PRE."""
+        se = self.se_at("pre")
+        return x if se is None else se(x)
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        """What is added to the branch, and a batch norm it still has to go through.
+
+        The projection's batch norm is left to the block's tail, which adds it in the same pass,
+        unless SE stands behind it (SE-Identity).
+        """
+        bn = None
+        if isinstance(self.downsample, nn.Sequential):
+            x, bn = self.downsample[0](x), self.downsample[1]
+        elif self.downsample is not None:
+            x = self.downsample(x)
+        se = self.se_at("identity")
+        if se is None:
+            return x, bn
+        return se(x if bn is None else bn(x)), None
+
+    def finish(self, branch: Tensor, bn: nn.Module, x: Tensor) -> Tensor:
+        """Normalise the branch, add the shortcut of the block's input x, ReLU; SE in its place."""
+        shortcut, shortcut_bn = self.shortcut(x)
+        out = residual_tail(branch, shortcut, bn, self.se_at("standard"), shortcut_bn)
+        se = self.se_at("post")
+        return out if se is None else se(out)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3×3 convolutions (ResNet-18/34 and CIFAR). SE_3×3 follows the first one."""
+
+    expansion = 1
+
+    def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
+        super().__init__(shape, shape.planes, se)
+        self.conv1 = conv(shape.in_channels, shape.planes, 3, shape.stride)
+        self.bn1 = nn.BatchNorm2d(shape.planes)
+        self.conv2 = conv(shape.planes, shape.planes, 3)
+        self.bn2 = nn.BatchNorm2d(shape.planes)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
+        out = self.conv1(self.before_branch(x))
+        out = residual_tail(out, None, self.bn1, self.se_at("3x3"))
+        return self.finish(self.conv2(out), self.bn2, x)
+
+
+class Bottleneck(ResidualBlock):
+    """1×1, 3×3 (grouped in ResNeXt) and 1×1 convolution."""
+
+    expansion = 4
+
+    def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
+        super().__init__(shape, shape.width, se)
+        first, second = (shape.stride, 1) if shape.stride_first else (1, shape.stride)
+        self.conv1 = conv(shape.in_channels, shape.first_width, 1, first)
+        self.bn1 = nn.BatchNorm2d(shape.first_width)
+        self.conv2 = conv(shape.first_width, shape.width, 3, second, shape.groups)
+        self.bn2 = nn.BatchNorm2d(shape.width)
+        self.conv3 = conv(shape.width, shape.planes * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(shape.planes * self.expansion)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
+        out = bn_relu(self.conv1(self.before_branch(x)), self.bn1)
+        out = residual_tail(self.conv2(out), None, self.bn2, self.se_at("3x3"))
+        return self.finish(self.conv3(out), self.bn3, x)
+
+
+class PreActivationBottleneck(ResidualBlock):
+    """BN and ReLU before each convolution (He et al., arXiv 1603.05027), for ResNet-164.
+
+    The branch ends in a convolution: standard SE follows it, and nothing follows the addition.
+    A projection takes the activated input, the identity the input itself.
+    """
+
+    expansion = 4
+    projection_bn = False
+
+    def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
+        super().__init__(shape, shape.width, se)
+        self.bn1 = nn.BatchNorm2d(shape.in_channels)
+        self.conv1 = conv(shape.in_channels, shape.first_width, 1)
+        self.bn2 = nn.BatchNorm2d(shape.first_width)
+        self.conv2 = conv(shape.first_width, shape.width, 3, shape.stride, shape.groups)
+        self.bn3 = nn.BatchNorm2d(shape.width)
+        self.conv3 = conv(shape.width, shape.planes * self.expansion, 1)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
+        activated = bn_relu(x, self.bn1)
+        shortcut, _ = self.shortcut(x if self.downsample is None else activated)
+        out = self.conv1(self.before_branch(activated))
+        out = self.conv2(bn_relu(out, self.bn2))
+        out = self.conv3(residual_tail(out, None, self.bn3, self.se_at("3x3")))
+        se = self.se_at("standard")
+        out = shortcut + (out if se is None else se(out))
+        se = self.se_at("post")
+        return out if se is None else se(out)

@@ -1,0 +1,1 @@
+"""Train networks: recipes, the loop, checkpoints."""
