@@ -207,6 +207,11 @@ class SqueezeExcitation(nn.Module):
             ValueError: another number of channels or dimensions, a mask of another shape, or a
                 mask together with `squeeze="none"`.
         """
+        if not torch.jit.is_tracing():  # a trace would take the comparisons for constants
+            self._check(x, mask)
+        return x * self.excite(x, None if mask is None else mask != 0).to(x.dtype)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels:
             wanted = ", ".join(("N", str(self.channels), *("L", "HW", "DHW")[self.dims - 1]))
             raise ValueError(f"x must have shape ({wanted}), got {tuple(x.shape)}")
@@ -216,8 +221,6 @@ class SqueezeExcitation(nn.Module):
             if mask.shape != (x.shape[0], 1, *x.shape[2:]):
                 wanted_mask = (x.shape[0], 1, *x.shape[2:])
                 raise ValueError(f"mask must have shape {wanted_mask}, got {tuple(mask.shape)}")
-            mask = mask != 0
-        return x * self.excite(x, mask).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Channels and hidden width, as `print(model)` shows them."""
