@@ -1,0 +1,301 @@
+"""Reading image files of any kind, and the two ways in which a data set holds its images."""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from senet.errors import UserError
+
+MODES = {1: "L", 3: "RGB"}
+GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+# What PIL's decoders raise on broken files, beside OSError (which UnidentifiedImageError is).
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class BadImageError(UserError):
+    """An image file that cannot be read; the message is one line with its path and the reason.
+
+    Attributes:
+        path: the file.
+        why: the reason.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], why: str) -> None:
+        self.path = os.fspath(path)
+        self.why = " ".join(why.split())
+        super().__init__(f"cannot read the image {self.path!r}: {self.why}")
+
+    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
+        return BadImageError, (self.path, self.why)
+
+
+@contextmanager
+def _strict_decoding() -> Iterator[None]:
+    """Make PIL's size limit an error, and silence its remarks on odd metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a format that Pillow reads"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "a folder, not a file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return (
+            f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,} (a decompression "
+            "bomb?); make it smaller"
+        )
+    return str(error) or type(error).__name__
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImageError(path, _reason(error)) from error
+    if not data:
+        raise BadImageError(path, "the file is empty")
+    return data
+
+
+def _decode(path: str | os.PathLike[str], channels: int) -> Image.Image:
+    """`load_image` without the guard around PIL's warnings."""
+    data = _read_bytes(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_mode(ImageOps.exif_transpose(image), channels)
+    except _DECODER_ERRORS as error:
+        raise BadImageError(path, _reason(error)) from error
+
+
+def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
+    """Read an image file of any kind as 8-bit grey or RGB.
+
+    The EXIF orientation is applied; see `to_mode` for the conversion.
+
+    Args:
+        path: image file.
+        channels: 1 for grey (mode L), 3 for RGB.
+
+    Returns:
+        The decoded image, independent of the file.
+
+    Raises:
+        BadImageError: the file is missing, empty, no image, truncated, larger than Pillow's limit
+            (`PIL.Image.MAX_IMAGE_PIXELS`), or has floating-point pixels.
+        ValueError: `channels` is neither 1 nor 3.
+    """
+    if channels not in MODES:
+        raise ValueError(f"channels must be 1 or 3, not {channels!r}")
+    with _strict_decoding():
+        return _decode(path, channels)
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert an image of any mode to 8-bit grey or RGB.
+
+    Transparency (RGBA, LA, a palette's transparent colour) is laid on white, as on a page. 16-bit
+    grey is scaled to 8 bit (65535 becomes 255), not clipped as `Image.convert` would do.
+
+    Args:
+        image: PIL image.
+        channels: 1 (mode L) or 3 (RGB).
+
+    Raises:
+        ValueError: floating-point or 32-bit pixels, whose range is unknown.
+    """
+    if image.mode == MODES[channels] and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
+            raise ValueError("32-bit pixels have no known range; convert it to 8 or 16 bits")
+        image = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.has_transparency_data:
+        colours = image.convert("RGBA")
+        page = Image.new("RGBA", colours.size, "white")
+        image = Image.alpha_composite(page, colours).convert("RGB")
+    return image.convert(MODES[channels])
+
+
+def is_grey(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file is stored as grey (by its header; palettes count as coloured).
+
+    Raises:
+        BadImageError: the file is missing, empty or no image.
+    """
+    try:
+        with _strict_decoding(), Image.open(path) as image:
+            return image.mode in GREY_MODES
+    except _DECODER_ERRORS as error:
+        raise BadImageError(path, _reason(error)) from error
+
+
+class ImageSource(Protocol):
+    """A map-style data set of (8-bit PIL image, class index), labels known without decoding."""
+
+    targets: Tensor
+    """Class of each image: (N,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """The data set of these images, in this order."""
+        ...
+
+
+class MemoryImages(Dataset[tuple[Image.Image, int]]):
+    """Decoded images of one size, held in memory.
+
+    Args:
+        images: (N,C,H,W) uint8 with C = 1 or 3.
+        targets: (N,) class indices.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1] not in MODES:
+            raise ValueError(
+                f"images must be (N,C,H,W) uint8 with C = 1 or 3, not {tuple(images.shape)} "
+                f"{images.dtype}"
+            )
+        if targets.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images need as many targets, not {targets.shape}")
+        self.images = images.contiguous()
+        self.targets = targets.to(torch.int64)
+
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """The same memory as `images`, for NumPy."""
+        return self.images.numpy()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return F.to_pil_image(self.images[index]), int(self.targets[index])
+
+    def subset(self, indices: Sequence[int]) -> "MemoryImages":
+        """The data set of these images, in this order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return MemoryImages(self.images[chosen], self.targets[chosen])
+
+
+class FileImages(Dataset[tuple[Image.Image, int]]):
+    """Images decoded from their files at each access.
+
+    Args:
+        paths: image files.
+        targets: (N,) class indices.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        BadImageError: on access, names the file that cannot be read.
+        ValueError: the numbers of paths and targets differ.
+    """
+
+    def __init__(self, paths: Sequence[str], targets: Tensor, channels: int) -> None:
+        if targets.shape != (len(paths),):
+            raise ValueError(f"{len(paths)} paths need as many targets, not {targets.shape}")
+        # One array instead of a list: forked workers do not copy it by counting references.
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.targets = targets.to(torch.int64)
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return load_image(self.path(index), self.channels), int(self.targets[index])
+
+    def path(self, index: int) -> str:
+        """The file of an image."""
+        return os.fsdecode(bytes(self._paths[index]))
+
+    def subset(self, indices: Sequence[int]) -> "FileImages":
+        """The data set of these images, in this order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        paths = [self.path(index) for index in indices]
+        return FileImages(paths, self.targets[chosen], self.channels)
+
+
+def read_all(
+    paths: Sequence[str], channels: int, *, memory_limit: int
+) -> tuple[Tensor | None, dict[int, BadImageError]]:
+    """Decode every file once: find the bad ones, and keep the good ones if they are small.
+
+    Args:
+        paths: image files.
+        channels: 1 (grey) or 3 (RGB).
+        memory_limit: bytes of decoded pixels that may be kept.
+
+    Returns:
+        The readable images, (N - bad,C,H,W) uint8, in the order of `paths`, or None where they
+        differ in size or exceed the limit; and the error of each bad file by its index.
+    """
+    bad: dict[int, BadImageError] = {}
+    kept: npt.NDArray[np.uint8] | None = None
+    keep, n = True, 0
+    with _strict_decoding():
+        for index, path in enumerate(paths):
+            try:
+                image = _decode(path, channels)
+            except BadImageError as error:
+                bad[index] = error
+                continue
+            if not keep:
+                continue
+            pixels = np.asarray(image)
+            if kept is None:
+                keep = len(paths) * pixels.size <= memory_limit
+                kept = np.empty((len(paths), *pixels.shape), np.uint8) if keep else None
+            if kept is not None:
+                keep = pixels.shape == kept.shape[1:]
+                if keep:
+                    kept[n] = pixels
+                    n += 1
+    if kept is None or not keep:
+        return None, bad
+    # (N,H,W) or (N,H,W,3)
+    images = torch.from_numpy(kept[:n].reshape(*kept[:n].shape[:3], channels))
+    return images.permute(0, 3, 1, 2).contiguous(), bad

@@ -1,0 +1,400 @@
+"""Loaders whose batches depend on (seed, epoch, step) only.
+
+Neither the number of workers nor the place where a run was resumed changes a batch: the sampler
+hands out keys (epoch, step, index), and everything random about an image is drawn from a
+generator seeded by its key.
+"""
+
+import hashlib
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from senet.data.images import BadImageError, ImageSource, MemoryImages
+from senet.data.sources import ImageData
+from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
+from senet.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+"""Images (N,C,H,W) float32; labels (N,) int64, or (N,classes) float32 after mixup or cutmix."""
+
+
+class Key(NamedTuple):
+    """What a training image is drawn by: its epoch, its step within it, its place in the data."""
+
+    epoch: int
+    step: int
+    image: int
+
+
+def _mix(*numbers: int) -> int:
+    """A seed that depends on all the numbers, each a 64-bit integer (BLAKE2b)."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's global CPU generator within the block and restore it afterwards.
+
+    Not `torch.manual_seed`, which seeds every device and takes 100 times as long.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _without_bad(batches: Iterator[Batch | BadImageError]) -> Iterator[Batch]:
+    """Raise the error that the data sets below hand over in place of a batch.
+
+    If a worker raised it, DataLoader would turn it into the text of a traceback, and hold its
+    workers in a reference cycle whose collection waits 5 s for each.
+    """
+    for batch in batches:
+        if isinstance(batch, BadImageError):
+            raise BadImageError(batch.path, batch.why)  # `batch` itself would make such a cycle
+        yield batch
+
+
+class _TrainBatches(Dataset[Batch | BadImageError]):
+    """Augmented batches by the keys of their images."""
+
+    def __init__(self, data: ImageData, augmentation: Augmentation, seed: int, rank: int) -> None:
+        self.source = data.train
+        self.preprocessing = data.preprocessing
+        self.seed = seed
+        self.rank = rank
+        self.transform = augmentation.transform(data.preprocessing)
+        self.mix = augmentation.batch_transform(len(data.classes))
+        self.shifts: PaddedCropFlip | None = None
+        if augmentation.only_shifts and _fits(self.source, self.preprocessing):
+            self.shifts = PaddedCropFlip(augmentation.padding, augmentation.flip)
+
+    def __getitems__(self, keys: list[Key]) -> Batch | BadImageError:
+        try:
+            images, labels = self._images(keys)
+        except BadImageError as error:
+            return error
+        if self.mix is None:
+            return images, labels
+        with _seeded(_mix(self.seed, keys[0].epoch, keys[0].step, self.rank, -1)):
+            images, labels = self.mix(images, labels)
+        return images, labels
+
+    def _images(self, keys: list[Key]) -> Batch:
+        seeds = [_mix(self.seed, key.epoch, key.image) for key in keys]
+        if self.shifts is not None:
+            assert isinstance(self.source, MemoryImages)
+            indices = [key.image for key in keys]
+            generator = torch.Generator()
+            draws = [self.shifts.draw(generator.manual_seed(seed)) for seed in seeds]
+            shifted = self.shifts.batch(self.source.pixels[indices], draws)
+            return self.preprocessing.finish_batch(shifted), self.source.targets[indices]
+        images, labels = [], []
+        for key, seed in zip(keys, seeds, strict=True):
+            image, label = self.source[key.image]
+            with _seeded(seed):
+                images.append(self.transform(image))
+            labels.append(label)
+        return torch.stack(images), torch.tensor(labels)
+
+
+class _ValBatches(Dataset[Batch | BadImageError]):
+    """Evaluation batches by the indices of their images."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.source = data.val
+        self.preprocessing = data.preprocessing
+        self.transform = data.preprocessing.transform()
+
+    def __getitems__(self, indices: list[int]) -> Batch | BadImageError:
+        if _fits(self.source, self.preprocessing):
+            assert isinstance(self.source, MemoryImages)
+            images = self.preprocessing.finish_batch(self.source.pixels[indices])
+            return images, self.source.targets[indices]
+        try:
+            pairs = [self.source[index] for index in indices]
+        except BadImageError as error:
+            return error
+        images = torch.stack([self.transform(image) for image, _ in pairs])
+        return images, torch.tensor([label for _, label in pairs])
+
+
+def _fits(source: ImageSource, preprocessing: Preprocessing) -> bool:
+    """Whether the images are in memory as the network takes them, but for the normalization."""
+    size = preprocessing.image_size
+    return (
+        type(source) is MemoryImages  # a subclass may change its images on access
+        and source.images.shape[1:] == (preprocessing.channels, size, size)
+        and preprocessing.resize in (None, size)
+    )
+
+
+def _as_is(batch: Batch | BadImageError) -> Batch | BadImageError:
+    """Collate nothing: the data sets here give whole batches."""
+    return batch
+
+
+class EpochBatchSampler(Sampler[list[Key]]):
+    """Shuffled batches of an epoch, a function of (seed, epoch), shared among ranks.
+
+    Step k of all ranks together takes images k·batch_size·world_size onward of the epoch's
+    permutation, and each rank every world_size-th of them. With `drop_last=False`, the last step
+    is filled up from the permutation's start to a multiple of world_size, so that every rank gets
+    the same number of images.
+
+    Attributes:
+        epoch: whose batches the next iteration gives.
+        start: step at which the next iteration begins.
+    """
+
+    def __init__(
+        self, n: int, batch_size: int, seed: int, rank: int, world_size: int, drop_last: bool
+    ) -> None:
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; another one than the current starts at its first step."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        together = self.batch_size * self.world_size
+        return self.n // together if self.drop_last else -(-self.n // together)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        # Read now, not at the first batch: the loader resets `start` once it has its iterator.
+        return self._batches(self.epoch, self.start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
+        together = self.batch_size * self.world_size
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        permutation = torch.randperm(self.n, generator=generator).tolist()
+        missing = -self.n % self.world_size
+        while missing > 0:  # more than once where there are more ranks than images
+            permutation += permutation[:missing]
+            missing = -len(permutation) % self.world_size
+        for step in range(start, len(self)):
+            indices = permutation[step * together : (step + 1) * together]
+            yield [Key(epoch, step, index) for index in indices[self.rank :: self.world_size]]
+
+
+class TrainLoader(StatefulDataLoader):
+    """Training batches with an exact position; see `train_loader`.
+
+    Its state is the epoch and the number of batches handed out, not StatefulDataLoader's own
+    record of each worker, so that a run may be resumed with another number of workers.
+
+    Example:
+        for epoch in range(loader.epoch, epochs):
+            loader.set_epoch(epoch)
+            for images, labels in loader:
+                ...  # loader.state_dict() here counts this batch as done
+    """
+
+    batch_sampler: EpochBatchSampler
+
+    def __init__(self, sampler: EpochBatchSampler, **options: Any) -> None:
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch 2.14 deprecates.
+            warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)
+            super().__init__(batch_sampler=sampler, **options)
+        self._done = 0
+
+    def check_worker_number_rationality(self) -> None:
+        """Replaced by the one-line warning of `train_loader`."""
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self.batch_sampler.epoch
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of the current epoch that have been handed out."""
+        return self._done
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; the position is kept if it is the current one (after a resume)."""
+        if epoch != self.epoch:
+            self._done = 0
+        self.batch_sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._done = self.batch_sampler.start
+        batches = super().__iter__()
+        # A position from a checkpoint counts for one iteration; the next is a whole epoch.
+        self.batch_sampler.start = 0
+        for batch in _without_bad(batches):
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches done in it, and what the order of the batches depends on."""
+        sampler = self.batch_sampler
+        return {
+            "epoch": sampler.epoch,
+            "batches_done": self._done,
+            "images": sampler.n,
+            "batch_size": sampler.batch_size,
+            "world_size": sampler.world_size,
+            "seed": sampler.seed,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Continue after the batch at which `state_dict` was called.
+
+        Raises:
+            UserError: the state belongs to a loader with other batches.
+        """
+        expected = self.state_dict()
+        for name in ("images", "batch_size", "world_size", "seed"):
+            if state_dict[name] != expected[name]:
+                raise UserError(
+                    f"the checkpoint was made with {name} {state_dict[name]}, now it is "
+                    f"{expected[name]}: resume with the same data, batch size, processes and seed"
+                )
+        self.batch_sampler.epoch = state_dict["epoch"]
+        self.batch_sampler.start = self._done = state_dict["batches_done"]
+
+
+class _ValLoader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # not DataLoader's own class
+        return _without_bad(super().__iter__())
+
+    def check_worker_number_rationality(self) -> None:
+        """Replaced by the one-line warning of `val_loader`."""
+
+
+def _check(
+    batch_size: int, num_workers: int, rank: int, world_size: int, pin_memory: bool
+) -> dict[str, Any]:
+    """Validate what both loaders take; return the options that both give to DataLoader."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    if num_workers < 0:
+        raise UserError(f"num_workers must be 0 or more, not {num_workers}")
+    if world_size < 1:
+        raise UserError(f"world_size must be at least 1, not {world_size}")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank must be 0 to {world_size - 1} (world_size - 1), not {rank}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores is not None and num_workers > cores:
+        warnings.warn(
+            f"{num_workers} loader workers on {cores} cores slow each other down; "
+            f"use num_workers <= {cores}",
+            stacklevel=3,
+        )
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "collate_fn": _as_is,
+        "pin_memory": pin_memory,
+        "generator": torch.Generator(),  # starting an iteration would advance the global one
+    }
+
+
+def train_loader(
+    data: ImageData,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = True,
+    pin_memory: bool = False,
+) -> TrainLoader:
+    """Loader of shuffled, augmented training batches.
+
+    A batch is a function of (seed, epoch, step): the same for any `num_workers`, and after
+    `load_state_dict` in the middle of an epoch. Neither loading nor iterating changes the
+    global random generators. Do not pass it through `accelerate.prepare`, which would replace
+    its sampler; `rank` and `world_size` do the sharding.
+
+    Args:
+        data: from `load_data`.
+        augmentation: random changes to the images.
+        batch_size: images in a batch of this rank (a step takes world_size times as many).
+        seed: of the order and of the augmentation.
+        num_workers: processes that load; 0 loads in this one, more than the cores warns.
+        rank: index of this process among those that train together.
+        world_size: number of those processes; each gets the same number of images.
+        drop_last: leave out the last incomplete step of an epoch.
+        pin_memory: copy batches to page-locked memory, for a GPU.
+
+    Returns:
+        An iterable of (images (N,C,H,W) float32, labels (N,) int64, or (N,classes) float32 with
+        mixup or cutmix).
+
+    Raises:
+        UserError: a value outside its range, or not one whole batch in the data.
+    """
+    options = _check(batch_size, num_workers, rank, world_size, pin_memory)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be between 0 and 2^63 - 1, not {seed}")
+    n = len(data.train)
+    sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last)
+    if len(sampler) == 0:
+        raise UserError(
+            f"batch_size {batch_size} × {world_size} processes exceeds the {n} training images: "
+            f"choose a batch_size of at most {n // world_size}"
+        )
+    return TrainLoader(sampler, dataset=_TrainBatches(data, augmentation, seed, rank), **options)
+
+
+def val_loader(
+    data: ImageData,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Loader of the evaluation images, each exactly once over all ranks.
+
+    Rank r takes images r, r + world_size, …; ranks may differ by one image (and one batch), so
+    add up their counts after the loop instead of gathering batch by batch.
+
+    Args:
+        data: from `load_data`.
+        batch_size: images in a batch; the last one may be smaller.
+        num_workers: processes that load; 0 loads in this one, more than the cores warns.
+        rank: index of this process.
+        world_size: number of processes.
+        pin_memory: copy batches to page-locked memory, for a GPU.
+
+    Returns:
+        An iterable of (images (N,C,H,W) float32, labels (N,) int64).
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    options = _check(batch_size, num_workers, rank, world_size, pin_memory)
+    return _ValLoader(
+        _ValBatches(data),
+        batch_size=batch_size,
+        sampler=range(rank, len(data.val), world_size),
+        **options,
+    )

@@ -1,0 +1,334 @@
+"""How an image becomes the network's input: preprocessing (always) and augmentation (training)."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from senet.data.images import MODES, to_mode
+
+Pixels = npt.NDArray[np.uint8]
+Transform = Callable[[Image.Image], Tensor]
+Interpolation = Literal["bilinear", "bicubic"]
+Crop = Literal["none", "padded", "random_resized"]
+
+_DEFAULT_SCALE = (0.08, 1.0)
+_DEFAULT_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input; kept in every checkpoint.
+
+    Attributes:
+        image_size: height and width of the input in pixels.
+        resize: the shorter side is resized to this many pixels before the centre crop; None
+            resizes nothing, and a smaller image is padded with black.
+        mean: subtracted from each channel, in units of the full scale (0-1).
+        std: divides each channel, likewise.
+        channels: 1 (grey) or 3 (RGB).
+        interpolation: of the resize, with antialiasing.
+
+    Raises:
+        ValueError: a value outside its range, or as many means or deviations as channels missing.
+    """
+
+    image_size: int
+    resize: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int = 3
+    interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.channels not in MODES:
+            raise ValueError(f"channels must be 1 or 3, not {self.channels!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, not {self.image_size!r}")
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(
+                f"resize must be None or at least image_size {self.image_size}, not {self.resize!r}"
+            )
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(
+                f"mean and std need {self.channels} values (one a channel), not {self.mean} and "
+                f"{self.std}"
+            )
+        if not all(math.isfinite(value) for value in self.mean) or not all(
+            math.isfinite(value) and value > 0 for value in self.std
+        ):
+            raise ValueError(f"mean must be finite and std positive, not {self.mean}, {self.std}")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f"interpolation must be bilinear or bicubic, not {self.interpolation!r}"
+            )
+
+    @property
+    def _mode(self) -> InterpolationMode:
+        return InterpolationMode(self.interpolation)
+
+    def _fit(self, shorter_side: int | None) -> list[Callable[[Any], Any]]:
+        """Right mode, resized, cropped to image_size."""
+        steps: list[Callable[[Any], Any]] = [functools.partial(to_mode, channels=self.channels)]
+        if shorter_side is not None:
+            steps.append(v2.Resize(shorter_side, interpolation=self._mode, antialias=True))
+        return [*steps, v2.CenterCrop(self.image_size)]
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Scale uint8 (…,C,H,W) to 0-1 and normalize: float32 of the same shape."""
+        scaled = F.to_dtype(images, torch.float32, scale=True)
+        return F.normalize(scaled, list(self.mean), list(self.std), inplace=True)
+
+    def finish_batch(self, images: Pixels) -> Tensor:
+        """`finish` of many images, (N,C,H,W) uint8, bit for bit.
+
+        There are only 256 values a channel, so it is a table. NumPy, because PyTorch would start
+        its threads for each of the steps, which takes longer than the work where cores are busy.
+        """
+        levels = torch.arange(256, dtype=torch.uint8).expand(self.channels, 1, 256)
+        table = self.finish(levels).numpy().reshape(self.channels, 256)
+        finished = np.empty(images.shape, np.float32)
+        for channel in range(self.channels):
+            finished[:, channel] = table[channel][images[:, channel]]
+        return torch.from_numpy(finished)
+
+    def transform(self) -> Transform:
+        """The evaluation transform: PIL image of any mode and size → (C,H,W) float32.
+
+        Resizes the shorter side, crops the centre, scales to 0-1 and normalizes
+        (paper, section 5: resize to 256, centre crop 224).
+        """
+        return v2.Compose([*self._fit(self.resize), F.pil_to_tensor, self.finish])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or TOML, without the fields that are None (TOML has no None)."""
+        values = dataclasses.asdict(self)
+        values["mean"], values["std"] = list(self.mean), list(self.std)
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is unknown or missing, or its value is invalid.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        missing = fields - values.keys() - {"resize"}
+        if unknown := values.keys() - fields:
+            raise ValueError(f"unknown preprocessing fields {sorted(unknown)}")
+        if missing:
+            raise ValueError(f"preprocessing lacks {sorted(missing)}")
+        return cls(**{"resize": None, **values})
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training changes at random in each image; by default nothing.
+
+    In this order: crop, horizontal flip, rotation, RandAugment, pixel jitter, (normalization),
+    random erasing; then mixup or cutmix over the batch. All but the padded crop and the pixel
+    jitter are torchvision.transforms.v2's.
+
+    Attributes:
+        crop: "padded" pads by `padding` black pixels and crops back to the input's size (CIFAR);
+            "random_resized" crops a random area and aspect ratio and resizes it (ImageNet);
+            "none" is the evaluation's centre crop.
+        padding: pixels on each side, for "padded".
+        scale: least and greatest area of "random_resized", as a fraction of the image.
+        ratio: least and greatest width/height of "random_resized".
+        flip: mirror horizontally with probability 1/2.
+        rotation: greatest angle in degrees, either way.
+        jitter: greatest shift of each colour channel in levels of 0-255, either way (the released
+            models' "pixel jitter ±20").
+        randaugment: (operations, magnitude 0-30) of RandAugment (arXiv 1909.13719), or None.
+        mixup: alpha of mixup (arXiv 1710.09412); 0 is off.
+        cutmix: alpha of CutMix (arXiv 1905.04899); 0 is off. With mixup too, each batch takes
+            either with probability 1/2.
+        random_erasing: probability of Random Erasing (arXiv 1708.04896).
+
+    Raises:
+        ValueError: a value outside its range, or one that the chosen crop does not use.
+    """
+
+    crop: Crop = "none"
+    padding: int = 0
+    scale: tuple[float, float] = _DEFAULT_SCALE
+    ratio: tuple[float, float] = _DEFAULT_RATIO
+    flip: bool = False
+    rotation: float = 0.0
+    jitter: float = 0.0
+    randaugment: tuple[int, int] | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    random_erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio", "randaugment"):  # lists come from TOML and JSON
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+                if len(value) != 2:
+                    raise ValueError(f"augmentation {name} must be two numbers, not {value!r}")
+        if self.crop not in get_args(Crop):
+            raise ValueError(f"crop must be one of {get_args(Crop)}, not {self.crop!r}")
+        if (self.crop == "padded") != (self.padding > 0) or self.padding < 0:
+            raise ValueError(
+                f"padding must be at least 1 with crop='padded' and 0 otherwise, not "
+                f"{self.padding!r} with crop={self.crop!r}"
+            )
+        if self.crop != "random_resized" and (
+            self.scale != _DEFAULT_SCALE or self.ratio != _DEFAULT_RATIO
+        ):
+            raise ValueError(f"scale and ratio belong to crop='random_resized', not {self.crop!r}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be 0 < least <= greatest <= 1, not {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be 0 < least <= greatest, not {self.ratio}")
+        if self.randaugment is not None and not (
+            self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 30
+        ):
+            raise ValueError(
+                f"randaugment must be (operations >= 1, magnitude 0-30), not {self.randaugment}"
+            )
+        greatest = {
+            "rotation": 180.0,
+            "jitter": 255.0,
+            "mixup": math.inf,
+            "cutmix": math.inf,
+            "random_erasing": 1.0,
+        }
+        for name, limit in greatest.items():
+            value = getattr(self, name)
+            if not 0 <= value <= limit or math.isinf(value):
+                raise ValueError(f"{name} must be between 0 and {limit}, not {value!r}")
+
+    @property
+    def only_shifts(self) -> bool:
+        """Whether all it does to an image is `PaddedCropFlip`: then a batch is done as a whole."""
+        return (
+            self.crop != "random_resized"
+            and self.randaugment is None
+            and not (self.rotation or self.jitter or self.random_erasing)
+        )
+
+    def transform(self, preprocessing: Preprocessing) -> Transform:
+        """The training transform of one image: PIL image → (C,H,W) float32.
+
+        Draws from PyTorch's global generator of the CPU only. Mixup and cutmix are not in it (see
+        `batch_transform`).
+        """
+        size, mode = preprocessing.image_size, preprocessing._mode
+        steps: list[Callable[[Any], Any]]
+        if self.crop == "random_resized":
+            steps = [
+                functools.partial(to_mode, channels=preprocessing.channels),
+                v2.RandomResizedCrop(size, self.scale, self.ratio, mode, antialias=True),
+            ]
+            if self.flip:
+                steps.append(v2.RandomHorizontalFlip())
+        else:
+            # The padded crop moves within the whole image, so its shorter side fills the input.
+            shorter = preprocessing.resize if self.crop == "none" else size
+            steps = preprocessing._fit(shorter if preprocessing.resize is not None else None)
+            if self.padding or self.flip:
+                steps.append(PaddedCropFlip(self.padding, self.flip))
+        if self.rotation:
+            steps.append(v2.RandomRotation(self.rotation, InterpolationMode.BILINEAR))
+        if self.randaugment is not None:
+            operations, magnitude = self.randaugment
+            steps.append(v2.RandAugment(operations, magnitude, interpolation=mode))
+        steps.append(F.pil_to_tensor)
+        if self.jitter:
+            steps.append(PixelJitter(self.jitter))
+        steps.append(preprocessing.finish)
+        if self.random_erasing:
+            steps.append(v2.RandomErasing(self.random_erasing))
+        return v2.Compose(steps)
+
+    def batch_transform(self, num_classes: int) -> Callable[[Tensor, Tensor], Any] | None:
+        """Mixup or cutmix of a batch, or None where both are off.
+
+        The callable takes images (N,C,H,W) and labels (N,) int64 and returns the images and soft
+        labels (N,num_classes) float32; it draws from PyTorch's global generator of the CPU.
+        """
+        mixes: list[Callable[..., Any]] = []
+        if self.mixup:
+            mixes.append(v2.MixUp(alpha=self.mixup, num_classes=num_classes))
+        if self.cutmix:
+            mixes.append(v2.CutMix(alpha=self.cutmix, num_classes=num_classes))
+        if len(mixes) == 2:
+            return v2.RandomChoice(mixes)
+        return mixes[0] if mixes else None
+
+
+@dataclass(frozen=True)
+class PaddedCropFlip:
+    """Shift an image by up to `padding` pixels (black comes in) and mirror it half of the time.
+
+    The draw is separate from the deed, so that a batch can be done as a whole with the same
+    numbers that one PIL image would get.
+
+    Attributes:
+        padding: pixels on each side.
+        flip: whether to mirror at all.
+    """
+
+    padding: int
+    flip: bool
+
+    def draw(self, generator: torch.Generator | None = None) -> tuple[int, int, bool]:
+        """Top and left of the crop (0 to 2·padding) and whether to mirror."""
+        top, left, mirror = torch.rand(3, generator=generator).tolist()
+        places = 2 * self.padding + 1
+        return int(top * places), int(left * places), self.flip and mirror < 0.5
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Shift and mirror one image."""
+        height, width = F.get_size(image)
+        top, left, mirror = self.draw()
+        if self.padding:
+            image = F.crop(F.pad(image, [self.padding]), top, left, height, width)
+        return F.horizontal_flip(image) if mirror else image
+
+    def batch(self, images: Pixels, draws: list[tuple[int, int, bool]]) -> Pixels:
+        """Shift and mirror (N,C,H,W) uint8, image i by draws[i].
+
+        In NumPy: on images this small, an operation of PyTorch is mostly overhead.
+        """
+        height, width = images.shape[-2:]
+        margin = (self.padding, self.padding)
+        padded = np.pad(images, ((0, 0), (0, 0), margin, margin))
+        shifted = np.empty_like(images)
+        for i, (top, left, mirror) in enumerate(draws):
+            crop = padded[i, :, top : top + height, left : left + width]
+            shifted[i] = crop[..., ::-1] if mirror else crop
+        return shifted
+
+
+@dataclass(frozen=True)
+class PixelJitter:
+    """Shift each channel of a uint8 (C,H,W) by a random number of levels, kept within 0-255.
+
+    Attributes:
+        levels: greatest shift either way (uniform).
+    """
+
+    levels: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Shift one image."""
+        shift = (torch.rand(image.shape[0], 1, 1) * 2 - 1) * self.levels
+        return (image + shift).round().clamp(0, 255).to(torch.uint8)
