@@ -1,0 +1,121 @@
+"""`senet` and `python -m senet`: run a command, turn errors into one line and an exit code.
+
+Exit codes: 0 success; 1 a failure outside the program (full disk, NaN loss, unreadable images);
+2 bad input; 130 stopped by Ctrl-C. What nobody foresaw keeps its traceback.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TextIO
+
+from cyclopts import CycloptsError
+
+from senet.cli import COMMANDS, app
+from senet.errors import SenetError, UserError
+
+NAMES = {command.__name__ for command in COMMANDS}
+BAD_INPUT = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+def _raised_here(traceback: TracebackType | None) -> bool:
+    """Whether the exception was raised by a line of this package, and not by a library."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and str(
+        traceback.tb_frame.f_globals.get("__name__", "")
+    ).startswith("senet.")
+
+
+def exit_code(error: Exception) -> int | None:
+    """Exit code of an error a user can act on; None for one that needs its traceback.
+
+    ValueError and TypeError count as bad input where this package raised them: a library's come
+    from a mistake of ours.
+    """
+    if isinstance(error, CycloptsError | UserError):
+        return BAD_INPUT
+    if isinstance(error, SenetError):
+        return FAILURE
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError
+    ):
+        return BAD_INPUT
+    if isinstance(error, OSError):
+        return FAILURE
+    if isinstance(error, ValueError | TypeError) and _raised_here(error.__traceback__):
+        return BAD_INPUT
+    return None
+
+
+def message(error: Exception) -> str:
+    """The error on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+        return f"{error.strerror}{named}"
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _warnings_in_one_line(command: str) -> Iterator[None]:
+    """Show warnings as `senet COMMAND: warning: …`, once, without file and source line."""
+    former = warnings.showwarning
+    shown: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            print(f"{command}: warning: {text}", file=file or sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = former
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: command and flags; those of the process by default.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    command = f"senet {tokens[0]}" if tokens and tokens[0] in NAMES else "senet"
+    try:
+        with _warnings_in_one_line(command):
+            result = app(
+                tokens, exit_on_error=False, print_error=False, result_action="return_value"
+            )
+            sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        print(f"{command}: {str(interrupt) or 'stopped'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        print(f"{command}: {message(error)}", file=sys.stderr)
+        return code
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

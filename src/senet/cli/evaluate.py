@@ -1,0 +1,51 @@
+"""`senet evaluate`: the accuracy of a checkpoint."""
+
+from pathlib import Path
+
+from .options import NO_DATA, Config, DataFlags, Device, Switch, Whole, given, prepare_process
+from .progress import watch
+
+
+def evaluate(
+    checkpoint: Path,
+    /,
+    *,
+    data: str | None = None,
+    data_flags: DataFlags = NO_DATA,
+    batch_size: Whole = 256,
+    workers: Whole = 0,
+    device: Device = "auto",
+    json: Switch = False,
+    figures: Path | None = None,
+    no_tune_allocator: Switch = False,
+    config: Config = None,
+) -> None:
+    """Measure top-1 and top-5 accuracy and loss of a checkpoint on validation images.
+
+    Images are prepared as the checkpoint says; --image-size changes only their size.
+
+    Args:
+        checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
+        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder
+            (default: what the checkpoint was trained on).
+        batch_size: images at a time.
+        workers: processes that read images (0: this one).
+        device: where the network runs.
+        json: print JSON instead of a table.
+        figures: folder for the confusion matrix as PNG and SVG.
+        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
+    """
+    prepare_process(tune_allocator=not no_tune_allocator)
+    from senet.evaluate import evaluate_path, print_evaluation
+
+    with watch() as progress:
+        result = evaluate_path(
+            checkpoint,
+            data,
+            given(data_flags),
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            progress=progress,
+        )
+    print_evaluation(result, as_json=json, figures=figures)

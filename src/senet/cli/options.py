@@ -1,0 +1,214 @@
+"""Flags that several commands share, their types, and defaults from a TOML file."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from cyclopts.argument import update_argument_collection
+
+from senet.errors import UserError
+
+MODEL_GROUP = Group("Network", sort_key=1)
+DATA_GROUP = Group("Data", sort_key=2)
+RECIPE_GROUP = Group("Recipe", sort_key=3)
+RUN_GROUP = Group("Run", sort_key=4)
+
+
+def whole(_type: Any, tokens: Sequence[Token]) -> int:
+    """A whole number; unlike cyclopts' own conversion, 1.5 is refused and not rounded."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"must be a whole number, got {tokens[0].value!r}") from None
+
+
+def whole_numbers(_type: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """Whole numbers separated by commas (`3,32,32`), or a TOML array of them."""
+    values = [part.strip() for token in tokens for part in token.value.split(",")]
+    try:
+        return tuple(int(value) for value in values)
+    except ValueError:
+        raise ValueError(f"must be whole numbers like 2,3, got {','.join(values)!r}") from None
+
+
+def switch(_type: Any, tokens: Sequence[Token]) -> bool:
+    """A flag without a value on the command line, true or false in a file."""
+    value = tokens[0].value or str(tokens[0].implicit_value)
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"must be true or false, got {value!r}")
+    return value.lower() == "true"
+
+
+Whole = Annotated[int, Parameter(converter=whole)]
+OptionalWhole = Annotated[int | None, Parameter(converter=whole)]
+WholeNumbers = Annotated[
+    tuple[int, ...] | None, Parameter(converter=whole_numbers, n_tokens=1, negative="")
+]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Switch = Annotated[bool, Parameter(negative="", show_default=False)]
+Config = Annotated[
+    Path | None,
+    Parameter(
+        help="TOML file with defaults for these flags, such as `batch-size = 64`; flags win."
+    ),
+]
+
+
+@Parameter(name="*", group=MODEL_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class SEFlags:
+    """How the SE blocks of a network look; only networks with SE take these."""
+
+    reduction: float | None = None
+    """Reduction ratio r: the hidden width is C/r rounded down (default: 16)."""
+    squeeze: Literal["avg", "max", "none"] | None = None
+    """Pooling of the squeeze (default: avg)."""
+    gate: Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"] | None = None
+    """Gate function; identity_sigmoid starts every gate at 1 (default: sigmoid)."""
+    integration: Literal["standard", "pre", "post", "identity", "3x3"] | None = None
+    """Where the block stands around the residual branch (default: standard)."""
+    stages: WholeNumbers = None
+    """Stages that get SE blocks, numbered as in the paper, such as 2,3,4 (default: all)."""
+
+
+@Parameter(name="*", group=MODEL_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class NetworkFlags:
+    """What some networks can be told, beside their SE blocks."""
+
+    variant: Literal["torch", "caffe"] | None = None
+    """Residual networks: stride and pooling as in torchvision or as in the released Caffe
+    networks (default: torch)."""
+    dropout: float | None = None
+    """SENet-154: share of the features dropped before the classifier (default: 0.2)."""
+
+
+@Parameter(name="*", group=DATA_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Which images, and how they are read."""
+
+    data_root: Path | None = None
+    """Folder that holds the data sets fetched through torchvision (default: data)."""
+    download: bool | None = None
+    """Fetch a missing data set into --data-root."""
+    val_fraction: float | None = None
+    """Share of the images held out for validation, for a folder without train/ and val/."""
+    image_size: OptionalWhole = None
+    """Side of the network's input in pixels (default: that of the data set)."""
+    skip_bad_images: bool | None = None
+    """Leave out images that cannot be read and count them, instead of stopping."""
+
+
+@Parameter(name="*", group=RECIPE_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """What changes in the recipe; a file given by --config may hold a whole [recipe]."""
+
+    epochs: OptionalWhole = None
+    """Passes over the training images; warm-up and steps keep their share."""
+    batch_size: OptionalWhole = None
+    """Images a step, over all processes together."""
+    lr: float | None = None
+    """Highest learning rate."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Lower precision of the forward pass; fp16 needs a GPU."""
+
+
+@Parameter(name="*", group=RUN_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags:
+    """Where and how a run is carried out; none of these changes its result on a CPU."""
+
+    workers: Annotated[OptionalWhole, Parameter(name=("--workers", "--num-workers"))] = None
+    """Processes that load images (default: 0, the training process itself)."""
+    checkpoint_steps: OptionalWhole = None
+    """Steps between checkpoints within an epoch (default: 0, after each epoch only)."""
+    device: Device | None = None
+    """Where the network runs (default: auto)."""
+
+    def run_fields(self) -> dict[str, Any]:
+        """The flags that were given, under the names of `RunConfig`'s fields."""
+        names = {"workers": "num_workers"}
+        return {names.get(name, name): value for name, value in given(self).items()}
+
+
+NO_SE = SEFlags()
+NO_NETWORK = NetworkFlags()
+NO_DATA = DataFlags()
+NO_RECIPE = RecipeFlags()
+NO_MACHINE = MachineFlags()
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The flags of a group that were given, by name."""
+    return {name: value for name, value in vars(flags).items() if value is not None}
+
+
+def named(**flags: Any) -> dict[str, Any]:
+    """The flags that were given, by name, for flags that stand alone."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Let a file given by --config stand in for the flags that were not given.
+
+    Raises:
+        UserError: the file is missing or is no TOML.
+        cyclopts.CycloptsError: unknown key, or a value of another type.
+    """
+    for argument in arguments:
+        if argument.name == "--config" and argument.tokens:
+            path = Path(argument.tokens[0].value)
+            settings = read_toml(path)
+            if commands == ("train",):
+                settings = flags_of_run(settings)
+            update_argument_collection(
+                settings,
+                str(path),
+                arguments,
+                app.app_stack.stack[-1],
+                root_keys=(),
+                allow_unknown=False,
+            )
+            return
+
+
+def flags_of_run(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config.toml of a training run as flags: its tables flattened.
+
+    The table [recipe] is left out: it holds more than there are flags for, and `senet train`
+    reads it itself.
+    """
+    flat = dict(settings)
+    if isinstance(flat.get("recipe"), dict):
+        del flat["recipe"]
+    options = flat.pop("model_options", {})
+    if not isinstance(options, dict):
+        raise UserError(f"[model_options] must be a table, got {options!r}")
+    return flat | options
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        UserError: the file is missing, unreadable or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a TOML file ({error})") from error
+
+
+def prepare_process(*, tune_allocator: bool) -> None:
+    """Settings for the whole process that must come before PyTorch allocates anything."""
+    if tune_allocator:
+        from senet.allocator import tune_allocator as tune
+
+        tune()

@@ -1,0 +1,38 @@
+"""`senet predict`: the classes of images."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .options import Config, Device, Switch, Whole, prepare_process
+
+
+def predict(
+    checkpoint: Path,
+    images: Annotated[list[Path], Parameter(required=True)],
+    /,
+    *,
+    top: Whole = 5,
+    json: Switch = False,
+    device: Device = "auto",
+    no_tune_allocator: Switch = False,
+    config: Config = None,
+) -> int:
+    """Name the classes of images with the class names and preprocessing of a checkpoint.
+
+    An image that cannot be read is named on standard error, the rest go on, and the exit code
+    is 1 at the end.
+
+    Args:
+        checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
+        images: image files, or folders that are searched for them.
+        top: how many classes to show for each image, most probable first.
+        json: print JSON instead of a table.
+        device: where the network runs.
+        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
+    """
+    prepare_process(tune_allocator=not no_tune_allocator)
+    from senet.predict import print_predictions
+
+    return print_predictions(checkpoint, images, top=top, as_json=json, device=device)

@@ -1,0 +1,127 @@
+"""`senet train`: train a network."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from senet.errors import UserError
+from senet.units import duration
+
+from .options import (
+    MODEL_GROUP,
+    NO_DATA,
+    NO_MACHINE,
+    NO_NETWORK,
+    NO_RECIPE,
+    NO_SE,
+    RECIPE_GROUP,
+    RUN_GROUP,
+    Config,
+    DataFlags,
+    MachineFlags,
+    NetworkFlags,
+    OptionalWhole,
+    RecipeFlags,
+    SEFlags,
+    Switch,
+    given,
+    named,
+    prepare_process,
+    read_toml,
+)
+from .progress import watch
+
+if TYPE_CHECKING:
+    from senet.training.config import RunConfig
+    from senet.training.recipe import Recipe
+
+
+def train(
+    *,
+    model: Annotated[str | None, Parameter(group=MODEL_GROUP)] = None,
+    se: SEFlags = NO_SE,
+    network: NetworkFlags = NO_NETWORK,
+    data: str | None = None,
+    data_flags: DataFlags = NO_DATA,
+    recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None,
+    recipe_flags: RecipeFlags = NO_RECIPE,
+    seed: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
+    out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
+    resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
+    machine: MachineFlags = NO_MACHINE,
+    no_tune_allocator: Annotated[Switch, Parameter(group=RUN_GROUP)] = False,
+    config: Annotated[Config, Parameter(group=RUN_GROUP)] = None,
+) -> None:
+    """Train a network into a new run folder, or go on with a run that was stopped.
+
+    The folder holds config.toml, metrics.csv (a row an epoch), checkpoints/{last,best}, figures
+    and TensorBoard events. Ctrl-C stops after writing a checkpoint.
+
+    Args:
+        model: network; `senet models` lists them.
+        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder of
+            images with train/ and val/ (default: embedded).
+        recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).
+        seed: of the first weights, the order of the images and their augmentation (default: 0).
+        out: run folder; it must not exist.
+        resume: run folder to go on with; its own configuration counts.
+        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
+    """
+    prepare_process(tune_allocator=not no_tune_allocator)
+    from senet.training.loop import Interrupted
+    from senet.training.loop import resume as resume_run
+    from senet.training.loop import train as train_run
+
+    if resume is not None and config is not None:
+        raise UserError("--resume goes on with the run's own configuration: leave out --config")
+    options = given(se) | given(network)
+    run_options = named(model=model, data=data, seed=seed, out=out)
+    run_options |= given(data_flags) | machine.run_fields()
+    try:
+        with watch() as progress:
+            if resume is not None:
+                refused = options | given(recipe_flags) | run_options | named(recipe=recipe)
+                result = resume_run(resume, options=refused, progress=progress)
+            else:
+                chosen = _recipe(recipe, given(recipe_flags), config)
+                settings = _settings(run_options, options, chosen)
+                result = train_run(settings, progress=progress)
+    except Interrupted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
+    from senet.examine import draw_run
+
+    draw_run(result.run, result.evaluation.confusion.numpy())
+    best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
+    print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
+    print(f"Run: {result.run}")
+
+
+def _recipe(name: str | None, changes: dict[str, Any], config: Path | None) -> "Recipe":
+    """The recipe of that name, else that of the file's table [recipe], else quick; changed."""
+    from senet.training.recipe import Recipe, get_recipe
+
+    table = None if config is None else read_toml(config).get("recipe")
+    if name is not None or not isinstance(table, dict):
+        return get_recipe(name or "quick", **changes)
+    if not {"epochs", "batch_size", "lr", "schedule"} <= table.keys():
+        return get_recipe(**({"name": "quick"} | table | changes))
+    whole = Recipe.from_dict(table)
+    if "epochs" in changes:  # as in get_recipe: warm-up and steps keep their share
+        share = changes["epochs"] / whole.epochs
+        changes.setdefault("warmup_epochs", whole.warmup_epochs * share)
+        changes.setdefault("step_epochs", tuple(step * share for step in whole.step_epochs))
+    return replace(whole, **changes)
+
+
+def _settings(
+    run_options: dict[str, Any], model_options: dict[str, Any], recipe: "Recipe"
+) -> "RunConfig":
+    from senet.training.config import RunConfig
+
+    for flag in ("model", "out"):
+        if flag not in run_options:
+            raise UserError(f"--{flag} is needed (or --resume RUN)")
+    settings = {"data": "embedded", **run_options}
+    return RunConfig(recipe=recipe, model_options=model_options, **settings)

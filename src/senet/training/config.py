@@ -1,0 +1,151 @@
+"""Everything that determines a run, as an object and as the config.toml of its folder."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+
+from senet.errors import UserError
+from senet.files import atomic_write
+from senet.training.recipe import Recipe
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+CONFIG = "config.toml"
+# Where and how fast a run happens, not what comes out of it (on CPU).
+MACHINE = ("out", "data_root", "download", "num_workers", "checkpoint_steps", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: network, data, recipe, seed and place.
+
+    Attributes:
+        model: name of the network, see `senet.list_models`.
+        model_options: options of `senet.create_model` other than num_classes and in_channels,
+            which the data give.
+        data: name of a data set, or a folder of images, see `senet.data.load_data`.
+        data_root: folder that holds named data sets.
+        download: fetch a named data set that is missing.
+        val_fraction: share of the training images kept for validation, for data without any.
+        image_size: height and width of the network's input, pixels; None: the data's own.
+        skip_bad_images: leave out images that cannot be read instead of stopping.
+        recipe: how it is trained.
+        seed: of the initial weights, the order of the images and their augmentation. The
+            split by `val_fraction` does not depend on it, so that seeds can be compared.
+        out: the run folder; it must not exist.
+        num_workers: processes that load images; 0: none beside the training process.
+        checkpoint_steps: steps between checkpoints within an epoch; 0: after each epoch only.
+        device: "auto" takes a GPU where there is one.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    model: str
+    data: str
+    recipe: Recipe
+    out: Path
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    data_root: str = "data"
+    download: bool = False
+    val_fraction: float | None = None
+    image_size: int | None = None
+    skip_bad_images: bool = False
+    seed: int = 0
+    num_workers: int = 0
+    checkpoint_steps: int = 0
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "data_root", str(self.data_root))
+        for name in ("seed", "num_workers", "checkpoint_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise UserError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if self.seed >= 2**32:
+            raise UserError(f"seed must be below 2**32 (NumPy's limit), got {self.seed}")
+        if self.device not in get_args(Device):
+            choices = ", ".join(get_args(Device))
+            raise UserError(f"device must be one of {choices}, got {self.device!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as TOML and JSON can hold them; None is left out."""
+        values: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None:
+                continue
+            if isinstance(value, Path):
+                value = str(value)
+            elif isinstance(value, Recipe):
+                value = value.to_dict()
+            elif isinstance(value, Mapping):
+                value = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+                value = {k: v for k, v in value.items() if v is not None}
+            values[each.name] = value
+        # TOML wants tables behind the plain values.
+        return dict(sorted(values.items(), key=lambda item: isinstance(item[1], dict)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> "RunConfig":
+        """The inverse of `to_dict`, with some fields changed.
+
+        Raises:
+            UserError: an unknown or missing field, or a value outside its range.
+        """
+        given = {**values, **changes}
+        known = {f.name for f in fields(cls)}
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UserError(f"unknown option {name!r} of a run{hint}")
+        missing = [name for name in ("model", "data", "recipe", "out") if name not in given]
+        if missing:
+            raise UserError(f"a run needs {' and '.join(missing)}")
+        if isinstance(given["recipe"], Mapping):
+            given["recipe"] = Recipe.from_dict(given["recipe"])
+        return cls(**given)
+
+    def to_toml(self, path: str | PathLike[str]) -> None:
+        """Write the run's config.toml."""
+        head = "# Reruns exactly: senet train --config THIS_FILE --out NEW_FOLDER\n"
+        atomic_write(path, head + tomli_w.dumps(self.to_dict()))
+
+    @classmethod
+    def from_toml(cls, path: str | PathLike[str], **changes: Any) -> "RunConfig":
+        """Read a config.toml, with some fields changed (such as `out`).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            UserError: it is not TOML, or see `from_dict`.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a TOML file: {error}") from error
+        try:
+            return cls.from_dict(values, **changes)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def result_options(self) -> dict[str, Any]:
+        """The part of `to_dict` that the result depends on."""
+        return {key: value for key, value in self.to_dict().items() if key not in MACHINE}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: {"recipe": {"lr": 1}} becomes {"recipe.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,122 @@
+"""Judging a network on a validation set."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MaxMetric, MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from senet.errors import UserError
+from senet.training.progress import Progress, Silent
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network is worth on a validation set.
+
+    Attributes:
+        top1: images whose class has the highest logit, %.
+        top5: images whose class is among the `k` highest logits, %.
+        k: 5, or the number of classes where there are fewer (`top5` is 100 then).
+        loss: mean cross-entropy, nats, without label smoothing.
+        confusion: (K,K) int64 counts by true class (row) and predicted class (column).
+        n: images, of all processes together.
+        images_per_second: with reading and preprocessing, of all processes together.
+    """
+
+    top1: float
+    top5: float
+    k: int
+    loss: float
+    confusion: Tensor
+    n: int
+    images_per_second: float
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the answer to a stop request
+    """An evaluation was given up because its `stop` said so."""
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    *,
+    mixed_precision: str = "no",
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Loss, top-1, top-5 and confusion matrix of a network.
+
+    In several processes each goes through its own part of the images; the result is that of all
+    and the same in each.
+
+    Args:
+        model: evaluated where it is, in evaluation mode; its mode is restored.
+        loader: batches of images (N,C,H,W) and class numbers (N,).
+        classes: names in the order of the logits.
+        mixed_precision: "no", "bf16" or "fp16" (autocast).
+        progress: hears of each batch.
+        stop: asked after each batch; True ends the evaluation. In one process only: the others
+            would wait for this one.
+
+    Raises:
+        UserError: the network has another number of classes, or there are no images.
+        Stopped: `stop` answered True.
+    """
+    progress = progress or Silent()
+    parameter = next(model.parameters())
+    device, classes_count = parameter.device, len(classes)
+    k = min(5, classes_count)
+    loss_metric = MeanMetric(nan_strategy="disable").to(device)
+    confusion = MulticlassConfusionMatrix(classes_count, validate_args=False).to(device)
+    top_k = MulticlassAccuracy(classes_count, top_k=k, average="micro", validate_args=False)
+    top_k = top_k.to(device)
+    training = model.training
+    model.eval()
+    progress.begin_evaluation(len(loader) if isinstance(loader, Sized) else 0)
+    began, images_seen = time.perf_counter(), 0
+    try:
+        for images, labels in loader:
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            dtype = AUTOCAST.get(mixed_precision)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(images)
+            if logits.shape[1] != classes_count:
+                raise UserError(
+                    f"the network has {logits.shape[1]} classes, the data {classes_count}; "
+                    "evaluate it on the data it was trained on"
+                )
+            logits = logits.float()
+            loss_metric.update(F.cross_entropy(logits, labels, reduction="none"))
+            confusion.update(logits, labels)
+            top_k.update(logits, labels)
+            images_seen += len(images)
+            progress.evaluated(len(images))
+            if stop():
+                raise Stopped
+    finally:
+        model.train(training)
+    if not images_seen:
+        raise UserError("no validation images: give data with at least one, or fewer processes")
+    matrix = confusion.compute().cpu().long()
+    n = int(matrix.sum())
+    slowest = MaxMetric().to(device)
+    slowest.update(time.perf_counter() - began)
+    return Evaluation(
+        top1=100 * int(matrix.diagonal().sum()) / n,
+        top5=100 * round(float(top_k.compute()) * n) / n,  # the quotient of two counts, exactly
+        k=k,
+        loss=float(loss_metric.compute()),
+        confusion=matrix,
+        n=n,
+        images_per_second=n / float(slowest.compute()),
+    )

@@ -1,0 +1,356 @@
+"""The training loop, from a configuration to a run folder, and on from any checkpoint of it."""
+
+import errno
+import math
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from senet.errors import SenetError, UserError
+from senet.files import atomic_write
+from senet.training.checkpoint import load_training_state, save_checkpoint
+from senet.training.config import CONFIG, RunConfig, flatten
+from senet.training.evaluation import Evaluation, Stopped
+from senet.training.progress import Progress, Silent
+from senet.training.session import Position, Session, choose_device, environment
+
+__all__ = ["Interrupted", "RunResult", "choose_device", "resume", "train"]
+
+
+class Interrupted(SenetError):  # noqa: N818 - not an error: the answer to a signal
+    """A run was stopped by SIGINT (Ctrl-C) or SIGTERM, after it wrote a checkpoint.
+
+    Attributes:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(f"stopped; to go on exactly here: senet train --resume {run}")
+        self.run = run
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run gave.
+
+    Attributes:
+        run: its folder.
+        history: rows of metrics.csv; `lr` is the learning rate that the epoch ended with.
+        best_top1: highest top-1 of its epochs, %.
+        best_epoch: the first epoch that reached it.
+        evaluation: of the last epoch.
+        images_per_second: training speed, median over the epochs.
+        seconds: training and evaluation, over all parts of a run that was resumed.
+    """
+
+    run: Path
+    history: tuple[dict[str, float], ...]
+    best_top1: float
+    best_epoch: int
+    evaluation: Evaluation
+    images_per_second: float
+    seconds: float
+
+
+def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
+    """Train a network; `config.out` becomes the run folder.
+
+    Seeds and uses the global random generators of Python, NumPy and PyTorch. SIGINT and SIGTERM
+    stop it after the step at hand, with a checkpoint; a second one stops at once.
+
+    Raises:
+        UserError: a bad option, data that do not fit, or a run folder that exists or cannot be
+            made; nothing was written.
+        SenetError: the loss is not finite, or the disk is full; the last good checkpoint is kept.
+        Interrupted: a signal came.
+    """
+    _check_new_folder(config.out)
+    session = Session(config)
+    if session.accelerator.is_main_process:
+        _make_folder(config)
+    session.accelerator.wait_for_everyone()
+    return _fit(session, None, progress or Silent())
+
+
+def resume(
+    run: str | PathLike[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Go on with a run that was stopped in any way, exactly as if it had not been.
+
+    On the CPU, with as many threads, weights and metrics.csv end up bit-identical.
+
+    Args:
+        run: the run folder.
+        options: options of `RunConfig`, `Recipe` or the network that a user gave once more.
+        progress: see `train`.
+
+    Raises:
+        UserError: it is no run folder, or an option differs from the run's.
+        SenetError: as `train`, or no checkpoint is intact.
+    """
+    run = Path(run)
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is no run folder: it has no {CONFIG}; start a run with --out")
+    config = RunConfig.from_toml(run / CONFIG, out=run)
+    _refuse_changes(config, options or {})
+    session = Session(config)
+    with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
+        state = load_training_state(run)
+    if state is not None:
+        was, now = flatten(state["options"]), flatten(config.result_options())
+        changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+        if changed:
+            raise UserError(
+                f"{run / CONFIG} was changed since the run began ({', '.join(changed)}); "
+                "restore it, or start a new run from it: "
+                f"senet train --config {run / CONFIG} --out NEW_FOLDER"
+            )
+    return _fit(session, state, progress or Silent())
+
+
+def _fit(session: Session, state: dict[str, Any] | None, progress: Progress) -> RunResult:
+    """The loop itself; `state` is that of a checkpoint, or None at the start."""
+    try:
+        with _stop_signals() as stopped, _board(session, state) as board:
+            return _epochs(session, state, progress, stopped, board)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SenetError(
+            f"{session.config.out}: {error.strerror}; the last checkpoint is intact: free some "
+            f"space, then senet train --resume {session.config.out}"
+        ) from error
+
+
+def _epochs(
+    session: Session,
+    state: dict[str, Any] | None,
+    progress: Progress,
+    stopped: "StopRequest",
+    board: SummaryWriter | None,
+) -> RunResult:
+    run, recipe = session.config.out, session.config.recipe
+    main, steps = session.accelerator.is_main_process, session.steps_per_epoch
+    progress = progress if main else Silent()
+    at = session.restore(state) if state else Position()
+    _tell(session, state, progress)
+    evaluation: Evaluation | None = None
+
+    def save(*slots: str) -> None:
+        content = session.state(at)
+        for slot in slots if main else ():
+            weights = session.judged.state_dict()
+            save_checkpoint(run, slot, weights, session.description(at), content)  # type: ignore[arg-type]
+
+    def stop_here() -> Interrupted:
+        save("last")
+        return Interrupted(run)
+
+    if state and main:
+        _write_tables(run, at)  # a kill may have come between the checkpoint and these
+    while at.epoch < recipe.epochs:
+        progress.begin_epoch(at.epoch + 1, recipe.epochs, steps, at.done)
+        batches = session.batches(at.epoch) if at.done < steps else iter(())
+        if state:
+            session.restore_random(state)
+            state = None
+        began = time.perf_counter() - at.seconds
+        for images, targets in batches:
+            lr = session.lr
+            loss = session.train_step(images, targets, at.step + 1)
+            at.done, at.step = at.done + 1, at.step + 1
+            at.seconds = time.perf_counter() - began
+            progress.step(recipe.batch_size, loss, lr)
+            if board:
+                board.add_scalar("step/loss", loss, at.step)
+                board.add_scalar("step/lr", lr, at.step)
+            if session.anywhere(stopped.requested):
+                raise stop_here()
+            every = session.config.checkpoint_steps
+            if every and at.step % every == 0 and at.done < steps:
+                save("last")
+
+        evaluated = time.perf_counter()
+        try:
+            evaluation = session.evaluate(progress, lambda: stopped.requested)
+        except Stopped:
+            raise stop_here() from None
+        if not math.isfinite(evaluation.loss):
+            raise session.diverged(f"validation loss is {evaluation.loss}", at.step)
+        best = max((row["top1"] for row in at.history), default=-1.0)
+        row = {
+            "epoch": at.epoch + 1,
+            "step": at.step,
+            "lr": session.lr,
+            **{name: float(meter.compute()) for name, meter in session.meters.items()},
+            "val_loss": evaluation.loss,
+            "top1": evaluation.top1,
+            "top5": evaluation.top5,
+        }
+        row["train_top1"] *= 100
+        at.history.append(row)
+        at.timings.append(
+            {
+                "epoch": at.epoch + 1,
+                "train_seconds": at.seconds,
+                "evaluation_seconds": time.perf_counter() - evaluated,
+                "images_per_second": steps * recipe.batch_size / at.seconds,
+            }
+        )
+        at.epoch, at.done, at.seconds = at.epoch + 1, 0, 0.0
+        session.new_epoch()
+        if board:
+            for name in ("train_loss", "train_top1", "val_loss", "top1", "top5"):
+                board.add_scalar(f"epoch/{name}", row[name], at.step)
+            board.flush()
+        # "best" first: a kill in between repeats the epoch, and with it this.
+        save(*(("best", "last") if evaluation.top1 > best else ("last",)))
+        if main:
+            _write_tables(run, at)
+        progress.end_epoch(row)
+        if at.epoch < recipe.epochs and session.anywhere(stopped.requested):
+            raise Interrupted(run)
+
+    top = max(at.history, key=lambda row: row["top1"])
+    return RunResult(
+        run=run,
+        history=tuple(at.history),
+        best_top1=top["top1"],
+        best_epoch=int(top["epoch"]),
+        evaluation=evaluation or session.evaluate(progress, lambda: False),
+        images_per_second=statistics.median(row["images_per_second"] for row in at.timings),
+        seconds=sum(row["train_seconds"] + row["evaluation_seconds"] for row in at.timings),
+    )
+
+
+def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) -> None:
+    skipped, classes = len(session.data.skipped), len(session.data.classes)
+    if skipped:
+        progress.note(f"images that cannot be read and are left out: {skipped}")
+    if classes < 5:
+        progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
+    was, now = (state or {}).get("environment", {}), environment()
+    changed = [f"{key} {value}, now {now[key]}" for key, value in was.items() if value != now[key]]
+    if changed:
+        progress.note(
+            f"the run began with {'; '.join(changed)}: its results may differ from those of an "
+            "uninterrupted run in the last digits"
+        )
+
+
+def _write_tables(run: Path, at: Position) -> None:
+    atomic_write(run / "metrics.csv", _csv(at.history))
+    atomic_write(run / "timings.csv", _csv(at.timings))
+
+
+def _csv(rows: Sequence[Mapping[str, float]]) -> str:
+    # repr gives every digit of a float, so that equal files mean equal numbers.
+    lines = [",".join(rows[0])] if rows else []
+    lines += [",".join(repr(value) for value in row.values()) for row in rows]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _check_new_folder(out: Path) -> None:
+    if out.exists():
+        raise UserError(
+            f"run folder {out} exists and is never overwritten: give another one by --out, or go "
+            f"on with it by senet train --resume {out}"
+        )
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot make run folder {out}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot make run folder {out}: {nearest} is not writable; give another place by --out"
+        )
+
+
+def _make_folder(config: RunConfig) -> None:
+    """Make the run folder with its config.toml in it, both or neither."""
+    out = config.out
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        temporary.chmod(0o755)
+        config.to_toml(temporary / CONFIG)
+        for name in ("checkpoints", "figures", "tensorboard"):
+            (temporary / name).mkdir()
+        temporary.rename(out)
+    except OSError as error:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot make run folder {out}: {error.strerror}; give a writable place by --out"
+        ) from error
+
+
+def _refuse_changes(config: RunConfig, options: Mapping[str, Any]) -> None:
+    flat = flatten(config.to_dict())
+    known = {key.rsplit(".", 1)[-1]: value for key, value in flat.items()}
+    known["recipe"] = config.recipe.name
+    for name, given in options.items():
+        had = known.get(name)
+        plain = str(given) if isinstance(given, Path) else given
+        plain = list(plain) if isinstance(plain, tuple) else plain
+        if plain != had:
+            said = "not set" if had is None else repr(had)
+            raise UserError(
+                f"--resume goes on with the run's own options, but {name} is {said} there and "
+                f"{given!r} here; leave it out, or start a new run from the old one: "
+                f"senet train --config {config.out / CONFIG} --out NEW_FOLDER and that option"
+            )
+
+
+class StopRequest:
+    """Whether a signal asked the run to stop."""
+
+    requested = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts as it did before."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python delivers signals to the main thread only
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.requested = True
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _board(session: Session, state: dict[str, Any] | None) -> Any:
+    """TensorBoard's writer, in the main process; steps that will be repeated are purged."""
+    if not session.accelerator.is_main_process:
+        return nullcontext(None)
+    step = state["position"]["step"] if state else 0
+    folder = session.config.out / "tensorboard"
+    return SummaryWriter(str(folder), purge_step=step + 1 if state else None)

@@ -1,0 +1,359 @@
+"""The moving parts of a run, and their state as a checkpoint holds it."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+import senet
+from senet.data import ImageData, load_data, train_loader, val_loader
+from senet.errors import SenetError, UserError
+from senet.models import build_model
+from senet.training.config import RunConfig
+from senet.training.evaluation import Evaluation, evaluate
+from senet.training.optimization import Average, build_optimizer, build_schedule
+from senet.training.progress import Progress
+
+
+@dataclass
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        epoch: whole epochs done, with their evaluation.
+        done: steps done of the next one.
+        step: steps done of all.
+        seconds: training time of these `done` steps.
+        history: rows of metrics.csv.
+        timings: rows of timings.csv.
+    """
+
+    epoch: int = 0
+    done: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    timings: list[dict[str, float]] = field(default_factory=list)
+
+
+class Session:
+    """Everything that a step of the training reads or changes.
+
+    Args:
+        config: the run.
+
+    Raises:
+        UserError: unknown network, data or device, or sizes that do not go together.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        recipe = self.recipe = config.recipe
+        self.config = config
+        self.accelerator = _accelerator(config)
+        with torch.device("meta"):  # a wrong name or option is told before data are fetched
+            least = build_model(config.model, **config.model_options).min_input_size
+        self.data = _load(config)
+        size = self.data.preprocessing.image_size
+        if size < least:
+            raise UserError(
+                f"{config.model} takes images of at least {least}×{least} pixels, {config.data} "
+                f"gives {size}×{size}: give image_size={least} or more, or a *_cifar network"
+            )
+        self.train_loader, self.val_loader = self._loaders()
+        self.steps_per_epoch = len(self.train_loader)
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+
+        set_seed(config.seed)
+        model = build_model(
+            config.model,
+            num_classes=len(self.data.classes),
+            in_channels=self.data.preprocessing.channels,
+            **config.model_options,
+        )
+        self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        set_seed(config.seed + self.accelerator.process_index)  # dropout differs by process
+        self.ema = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+        optimizer = build_optimizer(model, recipe)
+        self.schedule = build_schedule(optimizer, recipe, self.steps_per_epoch)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.meters = self._new_meters()
+
+    def _loaders(self) -> tuple[Any, Any]:
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        if recipe.batch_size % processes:
+            raise UserError(
+                f"batch_size {recipe.batch_size} must be a multiple of the {processes} processes"
+            )
+        shard = {
+            "num_workers": self.config.num_workers,
+            "rank": self.accelerator.process_index,
+            "world_size": processes,
+            "batch_size": recipe.batch_size // processes,
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
+        seed = self.config.seed
+        training = train_loader(self.data, recipe.augmentation, seed=seed, **shard)
+        return training, val_loader(self.data, **shard)
+
+    def _new_meters(self) -> dict[str, MeanMetric]:
+        # Values come one an image, so that their plain mean is that over images.
+        names = ("train_loss", "train_top1")
+        device = self.accelerator.device
+        return {name: MeanMetric(nan_strategy="disable").to(device) for name in names}
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated and saved for use: the moving average if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def description(self, position: Position) -> dict[str, Any]:
+        """What the metadata of model.safetensors say."""
+        return {
+            "model": self.model.config,
+            "classes": list(self.data.classes),
+            "preprocessing": self.data.preprocessing.to_dict(),
+            "step": position.step,
+            "metrics": position.history[-1] if position.history and not position.done else {},
+            "run": self.config.result_options(),
+        }
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, or those that are left after `restore`."""
+        self.train_loader.set_epoch(epoch)
+        return iter(self.train_loader)
+
+    def train_step(self, images: Tensor, targets: Tensor, step: int) -> float:
+        """One step of SGD; returns the loss.
+
+        Args:
+            images: (N,C,H,W), this process's part of the batch.
+            targets: class numbers (N,), or shares of the classes (N,K) where images are mixed.
+            step: number of the step, from 1.
+
+        Raises:
+            SenetError: the loss is not finite; nothing was changed.
+        """
+        recipe, device = self.recipe, self.accelerator.device
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        logits = self.wrapped(images).float()
+        losses = F.cross_entropy(
+            logits, targets, label_smoothing=recipe.label_smoothing, reduction="none"
+        )
+        loss = losses.mean()
+        value = loss.item()
+        if self.anywhere(not math.isfinite(value)):
+            raise self.diverged(f"loss is {value}", step)
+        self.accelerator.backward(loss)
+        if recipe.grad_clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if step < self.total_steps and not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
+        self.meters["train_loss"].update(losses.detach())
+        self.meters["train_top1"].update((logits.argmax(dim=1) == labels).float())
+        return value
+
+    def evaluate(self, progress: Progress, stop: Any) -> Evaluation:
+        """Judge the network of now on the validation set."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.judged.buffers():  # BN statistics differ; the saved ones count
+                torch.distributed.broadcast(buffer, 0)
+        alone = {"stop": stop} if self.accelerator.num_processes == 1 else {}
+        return evaluate(
+            self.judged,
+            self.val_loader,
+            self.data.classes,
+            mixed_precision=self.recipe.mixed_precision,
+            progress=progress,
+            **alone,
+        )
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        count = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, "sum") > 0)
+
+    def diverged(self, what: str, step: int) -> SenetError:
+        """The error that ends a run whose numbers are no longer finite."""
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        return SenetError(
+            f"{what} at step {step} (epoch {epoch}, lr {self.lr:g}); the last good checkpoint is "
+            f"kept in {self.config.out / 'checkpoints'}: try a lower lr or grad_clip=1"
+        )
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """All that `restore` needs, as tensors in plain containers.
+
+        Every process must call it; the result in the main one counts.
+
+        Raises:
+            SenetError: a weight is not finite, so that this must not replace a good checkpoint.
+        """
+        modules: list[nn.Module] = [self.model, *([self.ema] if self.ema else [])]
+        for module in modules:
+            for name, tensor in module.state_dict().items():
+                if not bool(tensor.isfinite().all()):
+                    raise self.diverged(f"{name} is not finite", position.step)
+        mid_epoch = 0 < position.done < self.steps_per_epoch
+        mine = {
+            "random": _random_state(self.accelerator.device),
+            "loader": self.train_loader.state_dict() if mid_epoch else None,
+            "meters": {name: meter.metric_state for name, meter in self.meters.items()},
+        }
+        scaler = self.accelerator.scaler
+        return {
+            "position": dataclasses.asdict(position),
+            "options": self.config.result_options(),
+            "data": self._data_facts(),
+            "environment": environment(),
+            "processes": gather_object([mine]),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def _data_facts(self) -> dict[str, Any]:
+        data = self.data
+        return {"train": len(data.train), "val": len(data.val), "classes": list(data.classes)}
+
+    def restore(self, state: dict[str, Any]) -> Position:
+        """Go back to where `state` was taken; the random states follow in `restore_random`.
+
+        Raises:
+            UserError: it was taken with other data or another number of processes.
+        """
+        if state["data"] != self._data_facts():
+            raise UserError(
+                f"{self.config.data} is not what it was when the run began: it had "
+                f"{state['data']}, now {self._data_facts()}; restore it, or start a new run"
+            )
+        processes = state["processes"]
+        if len(processes) != self.accelerator.num_processes:
+            raise UserError(
+                f"the run was made by {len(processes)} processes and cannot go on exactly with "
+                f"{self.accelerator.num_processes}: start as many"
+            )
+        self.model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        mine = processes[self.accelerator.process_index]
+        for name, meter in self.meters.items():
+            meter.update(torch.empty(0))  # or torchmetrics warns that it holds nothing
+            meter.merge_state({k: v.to(meter.device) for k, v in mine["meters"][name].items()})
+        if mine["loader"] is not None:
+            self.train_loader.load_state_dict(mine["loader"])
+        return Position(**state["position"])
+
+    def restore_random(self, state: dict[str, Any]) -> None:
+        """Set the random number generators; after `batches`, which draws from them."""
+        mine = state["processes"][self.accelerator.process_index]["random"]
+        version, words, gauss = mine["python"]
+        random.setstate((version, tuple(words), gauss))
+        numpy_state = mine["numpy"]
+        numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+        np.random.set_state(numpy_state)  # noqa: NPY002 - the global generator is meant
+        torch.set_rng_state(mine["torch"])
+        if mine["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["cuda"], self.accelerator.device)
+
+    def new_epoch(self) -> None:
+        """Forget the metrics of the epoch before."""
+        for meter in self.meters.values():
+            meter.reset()
+
+
+def environment() -> dict[str, str | int]:
+    """What the last digits of a result on the CPU depend on, beside the run's options."""
+    return {
+        "senet": senet.__version__,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    numpy_state = dict(np.random.get_state(legacy=False))  # noqa: NPY002 - see restore_random
+    inner = dict(numpy_state["state"])
+    numpy_state["state"] = {"key": inner["key"].tolist(), "pos": int(inner["pos"])}
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, "auto" being a GPU where there is one.
+
+    Raises:
+        UserError: another name than "auto", "cpu", "cuda" and "mps", or it is not available.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(key for key, here in available.items() if here)
+    if name not in available:
+        raise UserError(f"device must be one of auto, {', '.join(available)}, got {name!r}")
+    if not available[name]:
+        raise UserError(f"device {name!r} is not available here; use 'cpu' or 'auto'")
+    return torch.device(name)
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    device, precision = choose_device(config.device), config.recipe.mixed_precision
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("mixed_precision 'fp16' needs a CUDA GPU; use 'bf16' or 'no'")
+    # accelerate keeps one state a process and refuses a second run with another precision or
+    # device; it offers no public way to begin anew. The process group of torchrun stays.
+    alone = not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+
+
+def _load(config: RunConfig) -> ImageData:
+    data = load_data(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        val_fraction=config.val_fraction,
+        image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images,
+    )
+    if config.recipe.normalisation == "mean":
+        plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
+        data = dataclasses.replace(data, preprocessing=plain)
+    return data

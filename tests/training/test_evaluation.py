@@ -1,0 +1,90 @@
+"""Evaluation against a slow, obvious count."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from senet.errors import UserError
+from senet.training.evaluation import Stopped, evaluate
+
+
+class Table(nn.Module):
+    """Looks the logits up by the first pixel, an index; notes the mode it was called in."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.modes: set[bool] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.modes.add(self.training)
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+def batches(labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    images = torch.arange(len(labels), dtype=torch.float32).view(-1, 1, 1, 1)
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+@pytest.mark.parametrize(("classes", "k"), [(2, 2), (4, 4), (5, 5), (9, 5)])
+def test_matches_counting(classes: int, k: int) -> None:
+    n = 53
+    logits, labels = torch.randn(n, classes), torch.randint(classes, (n,))
+    model = Table(logits)
+    result = evaluate(model, batches(labels, 8), [str(c) for c in range(classes)])
+    ranked = logits.argsort(dim=1, descending=True)
+    top1 = sum(int(label == row[0]) for label, row in zip(labels, ranked, strict=True))
+    top5 = sum(int(label in row[:k]) for label, row in zip(labels, ranked, strict=True))
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    for label, row in zip(labels, ranked, strict=True):
+        confusion[label, row[0]] += 1
+    assert (result.n, result.k) == (n, k)
+    assert result.top1 == 100 * top1 / n
+    assert result.top5 == 100 * top5 / n
+    assert result.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert torch.equal(result.confusion, confusion)
+    assert result.images_per_second > 0
+    assert model.modes == {False}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_restored(training: bool) -> None:
+    model = Table(torch.randn(4, 3)).train(training)
+    evaluate(model, batches(torch.tensor([0, 1, 2, 0]), 2), "abc")
+    assert model.training == training
+
+
+def test_loss_that_is_nan_is_not_left_out() -> None:
+    logits = torch.randn(4, 3)
+    logits[2] = torch.nan
+    result = evaluate(Table(logits), batches(torch.tensor([0, 1, 2, 0]), 2), "abc")
+    assert result.loss != result.loss
+
+
+def test_other_number_of_classes() -> None:
+    loader = batches(torch.tensor([0, 1]), 2)
+    with pytest.raises(UserError, match="the network has 3 classes, the data 2"):
+        evaluate(Table(torch.randn(2, 3)), loader, "ab")
+
+
+def test_no_images() -> None:
+    with pytest.raises(UserError, match="no validation images"):
+        evaluate(Table(torch.randn(2, 3)), [], "abc")
+
+
+def test_stop() -> None:
+    seen = []
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(torch.tensor([0, 1, 2, 0]), 1):
+            seen.append(batch)
+            yield batch
+
+    model = Table(torch.randn(4, 3))
+    with pytest.raises(Stopped):
+        evaluate(model, loader(), "abc", stop=lambda: len(seen) == 2)
+    assert len(seen) == 2
+    assert model.training
