@@ -20,7 +20,6 @@ from senet.report import (
     PairedDifference,
     comparison_table,
     cost,
-    student_t_quantile,
     to_json,
     verdict,
     write_report,
@@ -67,26 +66,6 @@ def comparison() -> Comparison:
         },
         neutral_gate=1.0,
     )
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"),
-    # Two-sided 95% quantiles as printed in every table of Student's distribution.
-    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (120, 1.97993)],
-)
-def test_student_t_quantile(degrees: int, expected: float) -> None:
-    assert student_t_quantile(degrees) == pytest.approx(expected, abs=6e-6)
-
-
-def test_student_t_quantile_of_other_confidences() -> None:
-    assert student_t_quantile(2, 0.99) == pytest.approx(9.92484, abs=6e-6)
-    assert student_t_quantile(1, 0.5) == pytest.approx(1.0, abs=1e-12)  # Cauchy: tan(π/4)
-
-
-@pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (3, 0.0), (3, 1.0)])
-def test_student_t_quantile_refuses(degrees: int, confidence: float) -> None:
-    with pytest.raises(ValueError, match="must"):
-        student_t_quantile(degrees, confidence)
 
 
 def test_paired_difference_by_hand() -> None:

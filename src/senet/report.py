@@ -28,40 +28,6 @@ from .files import atomic_write
 from .units import count, duration
 
 
-def student_t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """Two-sided quantile t of Student's distribution: P(|T| ≤ t) = `confidence`.
-
-    Inverts the closed form of the distribution function for whole degrees of freedom (Abramowitz
-    and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4) by bisection over the angle
-    θ = atan(t / √ν); good to 1e-12 relative.
-
-    Raises:
-        ValueError: `degrees` < 1 or `confidence` outside (0, 1).
-    """
-    if degrees < 1:
-        raise ValueError(f"degrees must be at least 1, got {degrees}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-
-    def probability(angle: float) -> float:
-        odd = degrees % 2
-        term = math.cos(angle) if odd else 1.0
-        total = 0.0 if degrees == 1 else term
-        for power in range(2 + odd, degrees, 2):
-            term *= (power - 1) / power * math.cos(angle) ** 2
-            total += term
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, math.pi / 2
-    while high - low > 1e-15:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 @dataclass(frozen=True)
 class PairedDifference:
     """Mean of paired differences with its 95% confidence interval (Student t, n - 1 degrees).
@@ -97,7 +63,9 @@ class PairedDifference:
         mean = statistics.fmean(differences)
         if n == 1:
             return cls(n, mean, math.nan, math.nan)
-        half = student_t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+        from scipy.stats import t  # here: it takes a second to load
+
+        half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
         return cls(n, mean, mean - half, mean + half)
 
 
