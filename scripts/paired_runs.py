@@ -30,9 +30,8 @@ def main() -> None:
     seeds = sorted(plain.keys() & se.keys())
     if not seeds or plain.keys() != se.keys():
         parser.error(f"seeds differ: plain {sorted(plain)}, SE {sorted(se)}")
-    print(
-        "| seed | epochs | plain top-1 | SE top-1 | plain loss | SE loss |\n|---|---|---|---|---|---|"
-    )
+    print("| seed | epochs | plain top-1 | SE top-1 | plain loss | SE loss |")
+    print("|---|---|---|---|---|---|")
     for seed in seeds:
         a, b = plain[seed][-1], se[seed][-1]
         numbers = [float(row[key]) for key in ("top1", "val_loss") for row in (a, b)]
