@@ -3,14 +3,18 @@
 Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 """
 
+import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from senet import ops
+from senet.ops.reference import full_precision
 
 Squeeze = Literal["avg", "max", "none"]
 GateName = Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"]
@@ -87,17 +91,6 @@ class GlobalSqueeze(nn.Module):
     def extra_repr(self) -> str:
         """The method, as `print(model)` shows it."""
         return self.method
-
-
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Context without autocast, so that the excitation runs in its parameters' dtype.
-
-    Leaves no trace in an exported graph where autocast is not on.
-    """
-    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
-    if available and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class SqueezeExcitation(nn.Module):
@@ -185,7 +178,7 @@ class SqueezeExcitation(nn.Module):
             hidden = self.activation(self.fc1(x.movedim(1, -1).to(self.fc1.weight.dtype)))
             return self.gate(self.fc2(hidden)).movedim(-1, 1)
         z = self.squeeze(x, mask)
-        with _full_precision(x.device.type):
+        with full_precision(x.device.type):
             # The mean of float16 values fits float16, so a model.half() loses nothing here.
             hidden = self.activation(self.fc1(z.flatten(1).to(self.fc1.weight.dtype)))
             return self.gate(self.fc2(hidden)).view(z.shape)
@@ -209,6 +202,8 @@ class SqueezeExcitation(nn.Module):
         """
         if not torch.jit.is_tracing():  # a trace would take the comparisons for constants
             self._check(x, mask)
+        if mask is None and not _leaves_process(x) and _fusable(self):
+            return ops.squeeze_excite(x, *_gate_parameters(self), self.gate_name)
         return x * self.excite(x, None if mask is None else mask != 0).to(x.dtype)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
@@ -228,8 +223,8 @@ class SqueezeExcitation(nn.Module):
 
 
 def bn_relu(x: Float[Tensor, "n c *s"], bn: nn.Module) -> Float[Tensor, "n c *s"]:
-    """ReLU of batch-normalised x, shape and dtype of x."""
-    return F.relu(bn(x), inplace=True)
+    """ReLU of batch-normalised x, shape and dtype of x; fused as in `residual_tail`."""
+    return residual_tail(x, None, bn)
 
 
 def residual_tail(
@@ -241,6 +236,12 @@ def residual_tail(
 ) -> Float[Tensor, "n c *s"]:
     """The end of a residual block: relu(SE(BN(x)) + BN(shortcut)).
 
+    Runs as one operator (`senet.ops.bn_se_add_relu`) where it can. It steps aside to the modules
+    themselves, and says so once, for anything but plain batch norms and an SE block of the
+    standard form, and where one of them carries hooks, which the fused operator would not call.
+    It also does in a graph that leaves the process (torch.export, a trace), which then holds only
+    PyTorch's own operators.
+
     Args:
         x: output of the branch's last convolution, (N,C,*).
         shortcut: what is added, (N,C,*); None adds nothing.
@@ -251,9 +252,120 @@ def residual_tail(
     Returns:
         (N,C,*), dtype of x.
     """
-    out = bn(x)
-    if se is not None:
-        out = se(out)
-    if shortcut is not None:
-        out = out + (shortcut if shortcut_bn is None else shortcut_bn(shortcut))
-    return F.relu(out, inplace=True)
+    if _leaves_process(x) or not _fusable(bn, se, shortcut_bn):
+        out = bn(x)
+        if se is not None:
+            out = se(out)
+        if shortcut is not None:
+            out = out + (shortcut if shortcut_bn is None else shortcut_bn(shortcut))
+        return F.relu(out, inplace=True)
+    assert isinstance(bn, _BatchNorm)
+    shortcut_norm = None
+    if isinstance(shortcut_bn, _BatchNorm) and shortcut is not None:
+        if _batch_statistics(bn) == _batch_statistics(shortcut_bn):
+            shortcut_norm = _step_norm(shortcut_bn)
+        else:  # one of them is frozen
+            shortcut = shortcut_bn(shortcut)
+    norm = _step_norm(bn)
+    gate_parameters = (None,) * 4 if se is None else _gate_parameters(se)
+    return ops.bn_se_add_relu(
+        x,
+        shortcut,
+        *norm[:4],
+        *gate_parameters,
+        training=_batch_statistics(bn),
+        momentum=norm.momentum,
+        eps=norm.eps,
+        gate="sigmoid" if se is None else se.gate_name,
+        shortcut_norm=shortcut_norm,
+    )
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_said: set[str] = set()
+
+
+def _leaves_process(x: object) -> bool:
+    """Whether the operations are being recorded for use outside this process."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor)
+
+
+def _fusable(*modules: nn.Module | None) -> bool:
+    """Whether the operator computes what these modules would; says once why it does not."""
+    for module in modules:
+        why_not = None if module is None else _obstacle(module)
+        if why_not is not None:
+            if not torch.compiler.is_compiling() and why_not not in _said:
+                _said.add(why_not)
+                warnings.warn(
+                    f"senet runs {why_not} in separate passes, not in its fused operator",
+                    stacklevel=3,
+                )
+            return False
+    return True
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a batch norm or an SE block cannot run in the fused operator, or None if it can."""
+    if type(module) in _BATCH_NORMS:
+        return _hooked(module)
+    if type(module) is not SqueezeExcitation:
+        return f"{type(module).__name__}"
+    if module.squeeze.method != "avg":
+        return f"squeeze={module.squeeze.method!r}"
+    if type(module.activation) is not nn.ReLU:
+        return f"the activation {type(module.activation).__name__}"
+    if module.gate_name not in GATES:
+        return f"the gate {module.gate_name}"
+    for child in module.children():
+        if type(child) not in _SE_CHILDREN:
+            return f"an SE block with {type(child).__name__}"
+    return next(filter(None, map(_hooked, (module, *module.children()))), None)
+
+
+_SE_CHILDREN = (
+    GlobalSqueeze,
+    nn.Linear,
+    nn.ReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardsigmoid,
+    IdentitySigmoid,
+)
+
+
+def _hooked(module: nn.Module) -> str | None:
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return f"modules with hooks ({type(module).__name__})" if hooks else None
+
+
+def _batch_statistics(bn: _BatchNorm) -> bool:
+    """Whether a batch norm normalises by the batch's own statistics."""
+    return bn.training or bn.running_mean is None
+
+
+def _step_norm(bn: _BatchNorm) -> ops.BatchNorm:
+    """What the operator needs of a batch norm; counts the batch, as the module's forward does."""
+    momentum = bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    tracked = not bn.training or bn.track_running_stats
+    return ops.BatchNorm(
+        bn.weight,
+        bn.bias,
+        bn.running_mean if tracked else None,
+        bn.running_var if tracked else None,
+        0.0 if momentum is None else momentum,
+        bn.eps,
+    )
+
+
+def _gate_parameters(se: SqueezeExcitation) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    return se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias

@@ -1,0 +1,359 @@
+"""The operator: squeeze-and-excitation at no extra memory traffic, forward and backward.
+
+`squeeze_excite` is the block alone, `bn_se_add_relu` the end of a residual branch (BN → SE → add →
+ReLU, each part optional) in the two passes over memory that its batch norm needs anyway. Three
+implementations agree:
+
+- `reference`: the paper's equations in plain PyTorch, the oracle; it alone has double backward.
+- `algebra`: the closed-form backward in pure PyTorch; any device, and what torch.compile fuses.
+- `cpu`: C++ and OpenMP kernels for float32, bfloat16 and float64 on the CPU.
+
+`auto`, the default, takes `cpu` where it can and `algebra` elsewhere. Choose with `use`, or with
+the environment variable SENET_OPS.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from senet.errors import UserError
+from senet.ops import algebra, cpu, operators, reference
+from senet.ops.reference import GATES, BatchNorm
+
+__all__ = [
+    "GATES",
+    "BatchNorm",
+    "Implementation",
+    "bn_se_add_relu",
+    "implementations",
+    "squeeze_excite",
+    "use",
+]
+
+_NAMES = ("auto", "reference", "algebra", "cpu")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of the operators, as it is on this machine.
+
+    Attributes:
+        name: what `use` takes.
+        available: whether it can run here.
+        reason: why not and what to do about it; for an available one, what it uses.
+    """
+
+    name: str
+    available: bool
+    reason: str
+
+
+def implementations() -> dict[str, Implementation]:
+    """Which implementations are available here, and why the others are not."""
+    isa = cpu.instruction_set()
+    reason = cpu.MISSING or f"C++ kernels for {isa}"
+    return {
+        "reference": Implementation("reference", True, "plain PyTorch, any device"),
+        "algebra": Implementation("algebra", True, "closed-form PyTorch, any device"),
+        "cpu": Implementation("cpu", not cpu.MISSING, reason),
+    }
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _NAMES:
+        raise UserError(f"{source} is {name!r}; choose one of {', '.join(_NAMES)}")
+    if name == "cpu" and cpu.MISSING:
+        raise UserError(f"{source} is 'cpu', which is not available: {cpu.MISSING}")
+    return name
+
+
+_implementation = _checked(os.environ.get("SENET_OPS") or "auto", "the environment's SENET_OPS")
+
+
+def use(name: str) -> AbstractContextManager[None]:
+    """Choose the implementation of the process, at once; as a context manager, until its end.
+
+    Args:
+        name: "reference", "algebra", "cpu" or "auto" (the default: "cpu" for tensors that it can
+            take, otherwise "algebra").
+
+    Raises:
+        UserError: unknown or unavailable implementation.
+
+    Example:
+        >>> with senet.ops.use("reference"):
+        ...     y = model(x)
+    """
+    global _implementation
+    previous = _implementation
+    _implementation = _checked(name, "the implementation")
+    return _restoring(previous)
+
+
+@contextmanager
+def _restoring(previous: str) -> Iterator[None]:
+    global _implementation
+    try:
+        yield
+    finally:
+        _implementation = previous
+
+
+def _warn_missing_kernels() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"senet runs without its C++ kernels, several times slower: {cpu.MISSING}. "
+            'senet.ops.use("algebra") or SENET_OPS=algebra silences this',
+            stacklevel=4,
+        )
+
+
+_warned = False
+
+
+def _resolve(x: Tensor) -> str:
+    """The implementation for x under the current choice."""
+    compiling = torch.compiler.is_compiling()
+    if _implementation == "auto":
+        why_not = cpu.unsupported(x)
+        if why_not == cpu.MISSING != "" and x.device.type == "cpu" and not compiling:
+            _warn_missing_kernels()
+        if not compiling and torch._C._functorch.peek_interpreter_stack():
+            why_not = why_not or "torch.func transforms cannot look into the kernels"
+        return "algebra" if why_not else "cpu"
+    if _implementation == "cpu" and (why_not := cpu.unsupported(x)):
+        raise UserError(f'{why_not}; use senet.ops.use("auto") or "algebra"')
+    return _implementation
+
+
+def _run(implementation: str, *arguments: Any) -> algebra.TailOutput:
+    output: algebra.TailOutput
+    if implementation == "algebra":
+        output = operators.AlgebraTail.apply(*arguments)
+    elif not torch.compiler.is_compiling() and operators.is_unobserved(*arguments):
+        output = operators.DirectTail.apply(*arguments)
+    else:
+        output = torch.ops.senet.tail(*arguments)
+    return output
+
+
+def _check_gate(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None, gate: str
+) -> None:
+    """Raise unless the gate's weights fit x: w1 (h,C), b1 (h,), w2 (C,h), b2 (C,)."""
+    if gate not in GATES:
+        raise UserError(f"gate is {gate!r}; choose one of {', '.join(GATES)}")
+    if w1 is None or w2 is None:
+        if not (w1 is None and b1 is None and w2 is None and b2 is None):
+            raise UserError("w1, b1, w2, b2: give both weights, or None for all four (no gate)")
+        return
+    C, h = x.shape[1], w1.shape[0]
+    expected = {"w1": (w1, h * C), "b1": (b1, h), "w2": (w2, C * h), "b2": (b2, C)}
+    for name, (t, size) in expected.items():
+        if t is not None and t.numel() != size:
+            raise UserError(
+                f"{name} has shape {tuple(t.shape)}; for an input of {C} channels and a hidden "
+                f"width of {h} it needs {size} numbers (w1 (h,C), b1 (h,), w2 (C,h), b2 (C,))"
+            )
+    if w1.shape[1] != C or w2.shape[0] != C:
+        raise UserError(
+            f"w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} do not fit {C} channels: "
+            "they are (h,C) and (C,h)"
+        )
+
+
+def _check_norm(name: str, x: Tensor, norm: BatchNorm) -> None:
+    C = x.shape[1]
+    for field, t in zip(norm._fields[:4], norm[:4], strict=True):
+        if isinstance(t, Tensor) and tuple(t.shape) != (C,):
+            raise UserError(f"{name}{field} has shape {tuple(t.shape)}; the input needs ({C},)")
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise UserError(f"{name}running_mean and running_var: give both or neither")
+
+
+def _check_norms(
+    x: Tensor,
+    shortcut: Tensor | None,
+    norm: BatchNorm,
+    shortcut_norm: BatchNorm | None,
+    batch: bool,
+    training: bool,
+) -> None:
+    """Raise unless the normalizations fit the maps and each other; `batch`: x uses its own sums."""
+    _check_norm("", x, norm)
+    if shortcut_norm is not None:
+        if shortcut is None:
+            raise UserError("shortcut_norm is given without a shortcut")
+        _check_norm("shortcut_norm.", x, shortcut_norm)
+        if batch != (training or shortcut_norm.running_mean is None):
+            raise UserError("running statistics: give them to both normalizations or to neither")
+    if batch and x.shape[1] and x.numel() // x.shape[1] == 1:  # nn.BatchNorm2d's words
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+
+
+def _check_maps(x: Tensor, shortcut: Tensor | None) -> None:
+    if x.ndim < 3:
+        raise UserError(f"x has shape {tuple(x.shape)}; it must be (N, C, *spatial)")
+    if not x.is_floating_point():
+        raise UserError(f"x is {x.dtype}; it must be a floating type")
+    if shortcut is not None and shortcut.shape != x.shape:
+        raise UserError(
+            f"shortcut has shape {tuple(shortcut.shape)}, x {tuple(x.shape)}; they must be equal"
+        )
+
+
+def squeeze_excite(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str = "sigmoid"
+) -> Tensor:
+    """y = s ⊙ x with s = gate(W2 relu(W1 mean(x) + b1) + b2): equations 2 to 4 of the paper.
+
+    The mean and the gate are computed in at least float32, also under autocast.
+
+    Args:
+        x: (N,C,*spatial) with one to three spatial axes; channels_last is the fast layout.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution.
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1).
+        b2: (C,) or None.
+        gate: "sigmoid", "tanh", "relu", "hard_sigmoid" or "identity_sigmoid" (2 * sigmoid).
+
+    Returns:
+        (N,C,*spatial), dtype and layout of x.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
+            that cannot take x.
+    """
+    if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
+        _check_maps(x, None)
+        _check_gate(x, w1, b1, w2, b2, gate)
+    implementation = _resolve(x)
+    if implementation == "reference":
+        return reference.squeeze_excite(x, w1, b1, w2, b2, gate)
+    absent = (None,) * 9
+    options = ("none", False, 0.0, 0.0, gate, False)
+    return _run(implementation, x, *absent, w1, b1, w2, b2, *options)[0]
+
+
+def bn_se_add_relu(
+    x: Tensor,
+    shortcut: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    gate: str = "sigmoid",
+    relu: bool = True,
+    shortcut_norm: BatchNorm | None = None,
+) -> Tensor:
+    """y = relu(s ⊙ BN(x) + shortcut), s the squeeze-and-excitation gate of BN(x).
+
+    Parts are left out by None or False: no gate (w1, b1, w2, b2 None) gives BN → add → ReLU, no
+    shortcut BN → SE → ReLU, `relu=False` no ReLU. For the backward pass only x and y are kept
+    (without a shortcut or with a normalized one, x and the shortcut).
+
+    Args:
+        x: (N,C,*spatial) with one to three spatial axes; channels_last is the fast layout.
+        shortcut: like x, or None.
+        bn_weight: (C,), or None for 1.
+        bn_bias: (C,), or None for 0.
+        running_mean: (C,) or None; updated in training, used otherwise.
+        running_var: (C,) or None; updated in training with the unbiased variance.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution; None for no gate.
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1); None for no gate.
+        b2: (C,) or None.
+        training: normalize by the batch's statistics. Without running statistics this is done
+            always, as `torch.nn.BatchNorm2d` does.
+        momentum: weight of the batch in the running statistics (the cumulative average of
+            `BatchNorm2d(momentum=None)` is the caller's to resolve).
+        eps: added to the variance.
+        gate: as in `squeeze_excite`; not used without w1 and w2.
+        relu: whether the ReLU is applied.
+        shortcut_norm: normalization of the shortcut (a projection's), in the same pass.
+
+    Returns:
+        (N,C,*spatial), layout of x, dtype that x + shortcut has.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
+            that cannot take x.
+        ValueError: batch statistics of a single value per channel.
+    """
+    norm = BatchNorm(bn_weight, bn_bias, running_mean, running_var, momentum, eps)
+    batch = training or running_mean is None
+    if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
+        _check_maps(x, shortcut)
+        _check_gate(x, w1, b1, w2, b2, gate)
+        _check_norms(x, shortcut, norm, shortcut_norm, batch, training)
+    if shortcut is not None and shortcut.dtype != x.dtype:
+        common = torch.promote_types(x.dtype, shortcut.dtype)
+        x, shortcut = x.to(common), shortcut.to(common)
+    implementation = _resolve(x)
+    empty = not torch.jit.is_tracing() and x.numel() == 0
+    if implementation == "reference" and not empty:
+        return reference.bn_se_add_relu(
+            x,
+            shortcut,
+            norm,
+            w1,
+            b1,
+            w2,
+            b2,
+            training=training,
+            gate=gate,
+            relu=relu,
+            shortcut_norm=shortcut_norm,
+        )
+    other = shortcut_norm or BatchNorm(None, None, None, None)
+    y, statistics, *_ = _run(
+        "algebra" if implementation == "reference" else implementation,
+        x,
+        shortcut,
+        *norm[:4],
+        *other[:4],
+        w1,
+        b1,
+        w2,
+        b2,
+        "batch" if batch else "running",
+        shortcut_norm is not None,
+        eps,
+        other.eps,
+        gate,
+        relu,
+    )
+    if training and not empty:
+        _update_running(norm, statistics[:3])
+        if shortcut_norm is not None:
+            _update_running(shortcut_norm, statistics[3:])
+    return y
+
+
+def _update_running(norm: BatchNorm, statistics: Tensor) -> None:
+    """Move the running statistics by `momentum` towards statistics' rows 0 (mean) and 2 (var)."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    with torch.no_grad():
+        for running, row in ((norm.running_mean, 0), (norm.running_var, 2)):
+            running.lerp_(statistics[row].to(running.dtype), norm.momentum)
