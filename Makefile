@@ -39,8 +39,10 @@ types: $(VENV)/.dev  ## mypy
 imports: $(VENV)/.dev  ## import-linter: a file imports only from lower floors
 	$(BIN)/lint-imports
 
+# A process a core with one thread each: tests are many and small, and two threads that wait for each
+# other on shared cores take many times as long.
 unit: $(VENV)/.dev  ## pytest
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 clean:  ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
