@@ -1,5 +1,6 @@
 """Networks by name, with weights."""
 
+import logging
 from os import PathLike
 from typing import Any
 
@@ -21,11 +22,16 @@ def create_model(
         name: one of `list_models()`: `resnet50`, `se_resnet50`, `senet154`, ….
         num_classes: classes of the head; 0 for none (the network returns pooled features).
         in_channels: channels of the images.
-        pretrained: weights to load: a .safetensors or .pth file of the same network, or
-            `hf_hub:owner/name`. None: freshly initialised, a function of PyTorch's global seed.
+        pretrained: weights to load: a .safetensors or .pth file in any released layout (see
+            `load_weights`, which also adapts the network to them), or `hf_hub:owner/name`. A
+            last layer for another number of classes than a `num_classes` other than 1000 is left
+            out, and the network's own one kept, for fine-tuning. What was done goes to the
+            logger "senet". None: freshly initialised, a function of PyTorch's global seed.
         **options: of SE networks `reduction` (16), `squeeze` ("avg"), `gate` ("sigmoid"),
-            `integration` ("standard"), `stages` (all), see `SEOptions`; of ImageNet networks
-            `variant` ("torch" or "caffe"); of senet154 `dropout` (0.2).
+            `integration` ("standard"), `stages` (all), `bias` (True), `divisor` (1), see
+            `SEOptions`; of ImageNet ResNets `variant` ("torch", "caffe" or "cadene"); of some
+            networks `dropout`; of inception_v3 `aux` (False), of mobilenet `width` (1.0), of
+            resnet110_cifar `preactivation` (False).
 
     Returns:
         The network, in training mode, float32, on PyTorch's default device.
@@ -36,5 +42,6 @@ def create_model(
     """
     model = build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
     if pretrained is not None:
-        load_weights(model, pretrained)
+        report = load_weights(model, pretrained, new_head=num_classes != 1000)
+        logging.getLogger("senet").info("%s: %s: %s", name, pretrained, report)
     return model

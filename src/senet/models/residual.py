@@ -1,5 +1,6 @@
 """Residual blocks, and where SE stands in them (figure 5 and section 6.4 of the paper)."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -48,7 +49,6 @@ class BlockShape:
         width: channels of a bottleneck's 3×3 convolution.
         first_width: channels of a bottleneck's first 1×1 convolution.
         groups: groups of a bottleneck's 3×3 convolution.
-        stride_first: whether a bottleneck's stride stands in its first 1×1 (Caffe ResNets).
         projection_kernel: kernel of a projection with stride.
         padded_shortcut: change channels by zero padding and not by a projection.
     """
@@ -59,7 +59,6 @@ class BlockShape:
     width: int
     first_width: int
     groups: int = 1
-    stride_first: bool = False
     projection_kernel: int = 1
     padded_shortcut: bool = False
 
@@ -132,9 +131,15 @@ class ResidualBlock(nn.Module):
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3×3 convolutions (ResNet-18/34 and CIFAR). SE_3×3 follows the first one."""
+    """Two 3×3 convolutions (ResNet-18/34 and CIFAR). SE_3×3 follows the first one.
+
+    Attributes:
+        relu_before_se: a further ReLU between the last batch norm and SE, see `ResNet`'s variant
+            "cadene".
+    """
 
     expansion = 1
+    relu_before_se = False
 
     def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
         super().__init__(shape, shape.planes, se)
@@ -146,8 +151,14 @@ class BasicBlock(ResidualBlock):
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
         out = self.conv1(self.before_branch(x))
-        out = residual_tail(out, None, self.bn1, self.se_at("3x3"))
-        return self.finish(self.conv2(out), self.bn2, x)
+        out = self.conv2(residual_tail(out, None, self.bn1, self.se_at("3x3")))
+        se = self.se_at("standard")
+        if se is None or not self.relu_before_se:
+            return self.finish(out, self.bn2, x)
+        shortcut, shortcut_bn = self.shortcut(x)
+        if shortcut_bn is not None:
+            shortcut = shortcut_bn(shortcut)
+        return F.relu(se(bn_relu(out, self.bn2)) + shortcut, inplace=True)
 
 
 class Bottleneck(ResidualBlock):
@@ -157,13 +168,20 @@ class Bottleneck(ResidualBlock):
 
     def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
         super().__init__(shape, shape.width, se)
-        first, second = (shape.stride, 1) if shape.stride_first else (1, shape.stride)
-        self.conv1 = conv(shape.in_channels, shape.first_width, 1, first)
+        self.conv1 = conv(shape.in_channels, shape.first_width, 1)
         self.bn1 = nn.BatchNorm2d(shape.first_width)
-        self.conv2 = conv(shape.first_width, shape.width, 3, second, shape.groups)
+        self.conv2 = conv(shape.first_width, shape.width, 3, shape.stride, shape.groups)
         self.bn2 = nn.BatchNorm2d(shape.width)
         self.conv3 = conv(shape.width, shape.planes * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(shape.planes * self.expansion)
+        self.stride = shape.stride
+
+    def place_stride(self, *, first: bool) -> None:
+        """Let the first 1×1 convolution stride, or the 3×3; a grouped 3×3 always keeps it."""
+        first = first and self.conv2.groups == 1
+        strides = (self.stride, 1) if first else (1, self.stride)
+        for layer, stride in zip((self.conv1, self.conv2), strides, strict=True):
+            layer.stride = (stride, stride)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
@@ -172,33 +190,64 @@ class Bottleneck(ResidualBlock):
         return self.finish(self.conv3(out), self.bn3, x)
 
 
-class PreActivationBottleneck(ResidualBlock):
-    """BN and ReLU before each convolution (He et al., arXiv 1603.05027), for ResNet-164.
+class PreActivationBlock(ResidualBlock):
+    """BN and ReLU before each convolution (He et al., arXiv 1603.05027).
 
     The branch ends in a convolution: standard SE follows it, and nothing follows the addition.
-    A projection takes the activated input, the identity the input itself.
+    A shortcut that changes the shape takes the activated input, the identity the input itself.
     """
 
-    expansion = 4
     projection_bn = False
+
+    def __init__(self, shape: BlockShape, se_channels: int, se: SEOptions | None) -> None:
+        super().__init__(shape, se_channels, se)
+        self.bn1 = nn.BatchNorm2d(shape.in_channels)
+
+    @abstractmethod
+    def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """The residual branch behind its first batch norm and ReLU."""
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """(N, in_channels, H, W) → (N, planes · expansion, H/stride, W/stride)."""
+        activated = bn_relu(x, self.bn1)
+        shortcut, _ = self.shortcut(x if self.downsample is None else activated)
+        out = self.branch(self.before_branch(activated))
+        se = self.se_at("standard")
+        out = shortcut + (out if se is None else se(out))
+        se = self.se_at("post")
+        return out if se is None else se(out)
+
+
+class PreActivationBasicBlock(PreActivationBlock):
+    """Two 3×3 convolutions, for Wide ResNet and ResNet-110. SE_3×3 follows the first one."""
+
+    expansion = 1
+
+    def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
+        super().__init__(shape, shape.planes, se)
+        self.conv1 = conv(shape.in_channels, shape.planes, 3, shape.stride)
+        self.bn2 = nn.BatchNorm2d(shape.planes)
+        self.conv2 = conv(shape.planes, shape.planes, 3)
+
+    def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
+        return self.conv2(residual_tail(self.conv1(x), None, self.bn2, self.se_at("3x3")))
+
+
+class PreActivationBottleneck(PreActivationBlock):
+    """1×1, 3×3 and 1×1 convolution, for ResNet-164."""
+
+    expansion = 4
 
     def __init__(self, shape: BlockShape, se: SEOptions | None) -> None:
         super().__init__(shape, shape.width, se)
-        self.bn1 = nn.BatchNorm2d(shape.in_channels)
         self.conv1 = conv(shape.in_channels, shape.first_width, 1)
         self.bn2 = nn.BatchNorm2d(shape.first_width)
         self.conv2 = conv(shape.first_width, shape.width, 3, shape.stride, shape.groups)
         self.bn3 = nn.BatchNorm2d(shape.width)
         self.conv3 = conv(shape.width, shape.planes * self.expansion, 1)
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+    def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
-        activated = bn_relu(x, self.bn1)
-        shortcut, _ = self.shortcut(x if self.downsample is None else activated)
-        out = self.conv1(self.before_branch(activated))
-        out = self.conv2(bn_relu(out, self.bn2))
-        out = self.conv3(residual_tail(out, None, self.bn3, self.se_at("3x3")))
-        se = self.se_at("standard")
-        out = shortcut + (out if se is None else se(out))
-        se = self.se_at("post")
-        return out if se is None else se(out)
+        x = self.conv2(bn_relu(self.conv1(x), self.bn2))
+        return self.conv3(residual_tail(x, None, self.bn3, self.se_at("3x3")))

@@ -4,6 +4,7 @@ Parameters are named as in torchvision (`layer1.0.conv1`, `bn1`, `downsample.0`)
 (`layer1.0.se.fc1`). Stage numbers are the paper's: `layer1` is stage 2.
 """
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,19 +12,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.layers import SqueezeExcitation, bn_relu
-from senet.models.network import Network, SEOptions
+from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.residual import (
     BasicBlock,
     BlockShape,
     Bottleneck,
+    PreActivationBasicBlock,
     PreActivationBottleneck,
     conv,
 )
 
-Variant = Literal["torch", "caffe"]
+Variant = Literal["torch", "caffe", "cadene"]
 Stem = Literal["7x7", "deep", "cifar"]
-Block = type[BasicBlock] | type[Bottleneck] | type[PreActivationBottleneck]
+Block = (
+    type[BasicBlock]
+    | type[Bottleneck]
+    | type[PreActivationBasicBlock]
+    | type[PreActivationBottleneck]
+)
 
 
 class ResNet(Network):
@@ -36,14 +43,18 @@ class ResNet(Network):
         in_channels: channels of the images.
         se: SE options, or None for the plain network.
         variant: "torch" (stride in the 3×3, padded max pooling: what torchvision and timm users
-            expect) or "caffe" (the released networks: stride in a ResNet's first 1×1, max pooling
-            in ceil mode without padding; paper.md section 7).
+            expect), "caffe" (the released networks: stride in a ResNet's first 1×1, max pooling
+            in ceil mode without padding; paper.md section 7) or, with SE and basic blocks only,
+            "cadene" (as caffe, with a further ReLU before SE: the structure that the weights of
+            timm's `legacy_seresnet18` and `34` were trained in).
         stem: "7x7" (ImageNet), "deep" (three 3×3, SENet-154) or "cifar" (one 3×3, stride 1).
         planes: planes of the first stage.
         groups: groups of the 3×3 convolutions.
         width_per_group: channels of a group at 64 planes.
         reduce_first: by how much the first 1×1 is narrower than the 3×3.
         projection_kernel: kernel of projections with stride.
+        stem_channels: channels of the CIFAR stem; `planes` by default.
+        padded_shortcut: shortcuts without parameters (`PaddedShortcut`).
         dropout: share of the pooled features dropped in training.
 
     Raises:
@@ -65,15 +76,12 @@ class ResNet(Network):
         width_per_group: int = 64,
         reduce_first: int = 1,
         projection_kernel: int = 1,
+        stem_channels: int | None = None,
+        padded_shortcut: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if variant not in get_args(Variant):
-            raise ValueError(
-                f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         if se is not None:
             se.check_stages(tuple(range(2, 2 + len(depths))))
         cifar = stem == "cifar"
@@ -82,7 +90,7 @@ class ResNet(Network):
         # One position is left of an image as large as the product of all strides.
         self.min_input_size = (1 if cifar else 4) * 2 ** (len(depths) - 1)
 
-        channels = {"7x7": 64, "deep": 128, "cifar": planes}[stem]
+        channels = {"7x7": 64, "deep": 128, "cifar": stem_channels or planes}[stem]
         self.conv1: nn.Module
         if stem == "deep":
             # One Sequential, as in timm, whose seven entries are conv, BN, ReLU, …, conv.
@@ -97,16 +105,15 @@ class ResNet(Network):
             )
         else:
             self.conv1 = conv(in_channels, channels, *((3, 1) if cifar else (7, 2)))
-        self.preactivation = block is PreActivationBottleneck
+        self.preactivation = block in (PreActivationBasicBlock, PreActivationBottleneck)
         if not self.preactivation:
             self.bn1 = nn.BatchNorm2d(channels)
-        self.maxpool = None if cifar else max_pool(variant)
+        self.maxpool = None if cifar else nn.MaxPool2d(3, 2, padding=1)
 
-        self.stage_names = tuple(f"layer{index + 1}" for index in range(len(depths)))
-        for index, (name, depth) in enumerate(zip(self.stage_names, depths, strict=True)):
+        self.stages = {}
+        for index, depth in enumerate(depths):
             stage_planes = planes * 2**index
             width = stage_planes * width_per_group // 64 * groups
-            stage_se = se if se is not None and se.in_stage(index + 2) else None
             blocks = []
             for position in range(depth):
                 shape = BlockShape(
@@ -116,13 +123,14 @@ class ResNet(Network):
                     width=width,
                     first_width=width // reduce_first,
                     groups=groups,
-                    stride_first=variant == "caffe" and groups == 1,
                     projection_kernel=projection_kernel,
-                    padded_shortcut=cifar and block is BasicBlock,
+                    padded_shortcut=padded_shortcut,
                 )
-                blocks.append(block(shape, stage_se))
+                blocks.append(block(shape, stage_options(se, index + 2)))
                 channels = stage_planes * block.expansion
-            self.add_module(name, nn.Sequential(*blocks))
+            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+            stride = (1 if cifar else 4) * 2**index
+            self.stages[index + 2] = Stage((f"layer{index + 1}",), channels, stride)
 
         self.num_features = channels
         self.norm = nn.BatchNorm2d(channels) if self.preactivation else None
@@ -130,37 +138,65 @@ class ResNet(Network):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         initialise(self)
+        self.set_variant(variant)
 
-    def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f a b"]:
-        """The last feature map (N, num_features, h, w) of images x (N, in_channels, H, W)."""
+    def set_variant(self, variant: Variant) -> None:
+        """Move strides, pooling and activations to where `variant` has them; no parameter changes.
+
+        Raises:
+            ValueError: unknown variant, or "cadene" for a network without SE or basic blocks.
+        """
+        if variant not in get_args(Variant):
+            raise ValueError(
+                f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}"
+            )
+        blocks = [module for module in self.modules() if isinstance(module, BasicBlock)]
+        if variant == "cadene" and not any(block.se_at("standard") for block in blocks):
+            raise ValueError(
+                'variant "cadene" is for basic blocks with SE (se_resnet18, se_resnet34); '
+                'use "caffe"'
+            )
+        for block in blocks:
+            block.relu_before_se = variant == "cadene"
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                module.place_stride(first=variant != "torch")
+        if self.maxpool is not None:
+            self.maxpool.padding = 1 if variant == "torch" else 0
+            self.maxpool.ceil_mode = variant != "torch"
+
+    def forward_stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f a b"]:
+        """What the first stage gets of images x (N, in_channels, H, W)."""
         x = self.conv1(x)
         if not self.preactivation:
             x = bn_relu(x, self.bn1)
-        if self.maxpool is not None:
-            x = self.maxpool(x)
-        for name in self.stage_names:
-            x = getattr(self, name)(x)
-        return x if self.norm is None else bn_relu(x, self.norm)
+        return x if self.maxpool is None else self.maxpool(x)
+
+    def forward_stage(self, stage: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
+        """The output of `stage` for the output x of the stage before."""
+        x = super().forward_stage(stage, x)
+        if self.norm is not None and stage == max(self.stages):
+            return bn_relu(x, self.norm)
+        return x
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
 
 
-def max_pool(variant: Variant) -> nn.MaxPool2d:
-    """The pooling behind the ImageNet stem: 3×3, stride 2."""
-    caffe = variant == "caffe"
-    return nn.MaxPool2d(3, 2, padding=0 if caffe else 1, ceil_mode=caffe)
-
-
 def initialise(model: nn.Module) -> None:
     """He initialisation of all convolutions (section 5: fan-out, for ReLU); BN as the identity.
 
-    SE blocks keep their own initialisation (`SqueezeExcitation.reset_parameters`).
+    The fan-out of a grouped convolution is that of one group, so that depthwise ones keep the
+    size of their input. Biases start at zero. SE blocks keep their own initialisation
+    (`SqueezeExcitation.reset_parameters`).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            fan_out = module.out_channels // module.groups * math.prod(module.kernel_size)
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d | SqueezeExcitation):
             module.reset_parameters()
 
@@ -209,6 +245,28 @@ def resnext101_32x4d(*, variant: Variant = "torch", **common: Any) -> ResNet:
     )
 
 
+@register()
+def resnext26_32x4d(*, variant: Variant = "torch", **common: Any) -> ResNet:
+    """ResNeXt-26 32×4d, of which timm has weights (`legacy_seresnext26_32x4d`)."""
+    return ResNet(Bottleneck, (2, 2, 2, 2), groups=32, width_per_group=4, variant=variant, **common)
+
+
+@register()
+def resnext101_32x8d(*, variant: Variant = "torch", **common: Any) -> ResNet:
+    """ResNeXt-101 32×8d, of which torchvision has weights."""
+    return ResNet(
+        Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8, variant=variant, **common
+    )
+
+
+@register()
+def resnext101_64x4d(*, variant: Variant = "torch", **common: Any) -> ResNet:
+    """ResNeXt-101 64×4d, of which torchvision has weights."""
+    return ResNet(
+        Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4, variant=variant, **common
+    )
+
+
 @register(se_name="senet154")
 def senet154_plain(*, variant: Variant = "torch", dropout: float = 0.2, **common: Any) -> ResNet:
     """SENet-154 without its SE blocks: a modified ResNeXt-152 64×4d (paper.md section 7)."""
@@ -228,7 +286,9 @@ def senet154_plain(*, variant: Variant = "torch", dropout: float = 0.2, **common
 
 def _cifar(depth: int, **common: Any) -> ResNet:
     """CIFAR ResNet of 6n + 2 layers in three stages of 16, 32, 64 channels (1512.03385, 4.2)."""
-    return ResNet(BasicBlock, ((depth - 2) // 6,) * 3, stem="cifar", planes=16, **common)
+    block = common.pop("block", BasicBlock)
+    depths = ((depth - 2) // 6,) * 3
+    return ResNet(block, depths, stem="cifar", planes=16, padded_shortcut=True, **common)
 
 
 @register()
@@ -262,12 +322,20 @@ def resnet56_cifar(**common: Any) -> ResNet:
 
 
 @register()
-def resnet110_cifar(**common: Any) -> ResNet:
-    """ResNet-110 for 32×32 images (tables 4 and 5)."""
-    return _cifar(110, **common)
+def resnet110_cifar(*, preactivation: bool = False, **common: Any) -> ResNet:
+    """ResNet-110 for 32×32 images (tables 4 and 5, whose baseline has pre-activation)."""
+    return _cifar(110, block=PreActivationBasicBlock if preactivation else BasicBlock, **common)
 
 
 @register()
 def resnet164_cifar(**common: Any) -> ResNet:
     """Pre-activation ResNet-164 for 32×32 images: bottlenecks (tables 4 and 5)."""
     return ResNet(PreActivationBottleneck, (18, 18, 18), stem="cifar", planes=16, **common)
+
+
+@register()
+def wrn16_8_cifar(**common: Any) -> ResNet:
+    """Wide ResNet 16-8 for 32×32 images (arXiv 1605.07146; tables 4 and 5)."""
+    return ResNet(
+        PreActivationBasicBlock, (2, 2, 2), stem="cifar", planes=128, stem_channels=16, **common
+    )
