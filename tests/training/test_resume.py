@@ -103,8 +103,9 @@ def test_ctrl_c_reaches_the_loader_workers_too(tiny_config: Make, expected: list
 
 def test_second_ctrl_c_acts_at_once(tiny_config: Make) -> None:
     def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        # Not os.kill, whose second signal may come before Python has seen the first.
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(), progress=At("step", 2, twice))
