@@ -102,13 +102,18 @@ def test_ctrl_c_reaches_the_loader_workers_too(tiny_config: Make, expected: list
 
 
 def test_second_ctrl_c_acts_at_once(tiny_config: Make) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
+
     def twice() -> None:
         # Not os.kill, whose second signal may come before Python has seen the first.
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(), progress=At("step", 2, twice))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), progress=At("step", 2, twice))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stop_after(config: RunConfig, steps: int) -> None:
