@@ -317,10 +317,13 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"the activation {type(module.activation).__name__}"
     if module.gate_name not in GATES:
         return f"the gate {module.gate_name}"
-    for child in module.children():
+    # Not children(), which takes as long as a small kernel.
+    for child in module._modules.values():
         if type(child) not in _SE_CHILDREN:
             return f"an SE block with {type(child).__name__}"
-    return next(filter(None, map(_hooked, (module, *module.children()))), None)
+        if child is not None and (why_not := _hooked(child)):
+            return why_not
+    return _hooked(module)
 
 
 _SE_CHILDREN = (
@@ -352,10 +355,12 @@ def _batch_statistics(bn: _BatchNorm) -> bool:
 def _step_norm(bn: _BatchNorm) -> ops.BatchNorm:
     """What the operator needs of a batch norm; counts the batch, as the module's forward does."""
     momentum = bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    if bn.training and bn.track_running_stats:
+        batches = bn.num_batches_tracked
+        if batches is not None:
+            batches.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / float(batches)
     tracked = not bn.training or bn.track_running_stats
     return ops.BatchNorm(
         bn.weight,
@@ -368,4 +373,5 @@ def _step_norm(bn: _BatchNorm) -> ops.BatchNorm:
 
 
 def _gate_parameters(se: SqueezeExcitation) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    return se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias
+    fc1, fc2 = se.fc1, se.fc2
+    return fc1.weight, fc1.bias, fc2.weight, fc2.bias

@@ -71,7 +71,7 @@ std::vector<double> run(const Shape& s, int normalization, int shortcut, bool re
   a.N = s.N, a.C = s.C, a.P = s.P, a.H = H;
   a.channels_last = channels_last, a.threads = 2, a.gate = gate, a.relu = relus;
   a.normalization = normalization, a.shortcut_kind = shortcut;
-  a.norm = a.shortcut_norm = {weight.data(), bias.data(), mean.data(), var.data(), 1e-5};
+  a.norm = a.shortcut_norm = {weight.data(), bias.data(), mean.data(), var.data(), 1e-5, 0.1};
   a.x = x.data(), a.shortcut = shortcut ? r.data() : nullptr;
   if (gated) a.w1 = w1.data(), a.b1 = b1.data(), a.w2 = w2.data(), a.b2 = b2.data();
   a.y = y.data(), a.statistics = statistics.data(), a.squeezed = squeezed.data();

@@ -28,6 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, function, recorded)
 
     record(operators.cpu, "tail", "cpu")
+    record(operators.cpu, "tail_packed", "cpu")
     record(operators.algebra, "tail", "algebra")
     record(ops.reference, "bn_se_add_relu", "reference")
     return called

@@ -205,3 +205,33 @@ def test_types_of_maps_and_parameters_may_differ(implementation: str) -> None:
     for found, expected in zip(*results.values(), strict=True):
         assert found.dtype == expected.dtype
         assert error(found, expected) < 2**-7
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.75, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_running_statistics_move_as_in_pytorch(momentum: float, dtype: torch.dtype) -> None:
+    """The kernel moves them itself, in whatever type and layout they are kept."""
+    x = torch.randn(4, 24, 5, 7) * 3 + 2
+    r = torch.randn(4, 24, 5, 7) - 1
+    plain = [torch.nn.BatchNorm2d(24, momentum=momentum) for _ in range(2)]
+    wide = torch.ones(24, 2, dtype=dtype), torch.ones(24, 2, dtype=dtype)
+    ours = [
+        ops.BatchNorm(None, None, wide[0][:, 0], wide[1][:, 0], momentum),
+        ops.BatchNorm(
+            None, None, torch.ones(24, dtype=dtype), torch.ones(24, dtype=dtype), momentum
+        ),
+    ]
+    for bn in plain:
+        bn.running_mean.fill_(1)
+    for bn, t in zip(plain, (x, r), strict=True):
+        bn(t)
+    y = ops.bn_se_add_relu(
+        x, r, *ours[0][:4], training=True, momentum=momentum, eps=1e-5, shortcut_norm=ours[1]
+    )
+    assert y.shape == x.shape
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    for bn, norm in zip(plain, ours, strict=True):
+        for expected, found in ((bn.running_mean, norm[2]), (bn.running_var, norm[3])):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.to(torch.float32), expected, **tolerance)
+    assert torch.equal(wide[0][:, 1], torch.ones(24, dtype=dtype))  # the neighbours

@@ -38,6 +38,7 @@ __all__ = [
     "use",
 ]
 
+_NO_NORM = BatchNorm(None, None, None, None)
 _NAMES = ("auto", "reference", "algebra", "cpu")
 
 
@@ -136,15 +137,30 @@ def _resolve(x: Tensor) -> str:
     return _implementation
 
 
-def _run(implementation: str, *arguments: Any) -> algebra.TailOutput:
+def _run(
+    implementation: str,
+    arguments: tuple[Any, ...],
+    momentum: float | None = None,
+    shortcut_momentum: float | None = None,
+) -> Tensor:
+    """y of `senet::tail`; moves the running statistics among its arguments where momenta are given.
+
+    All implementations but the oracle.
+    """
     output: algebra.TailOutput
     if implementation == "algebra":
         output = operators.AlgebraTail.apply(*arguments)
-    elif not torch.compiler.is_compiling() and operators.is_unobserved(*arguments):
-        output = operators.DirectTail.apply(*arguments)
+    elif not torch.compiler.is_compiling() and operators.is_unobserved(arguments):
+        y: Tensor = operators.DirectTail.apply(*arguments, momentum, shortcut_momentum)
+        return y
     else:
         output = torch.ops.senet.tail(*arguments)
-    return output
+    statistics = output[1]
+    if momentum is not None:
+        _update_running(arguments[4], arguments[5], momentum, statistics[:3])
+    if shortcut_momentum is not None:
+        _update_running(arguments[8], arguments[9], shortcut_momentum, statistics[3:])
+    return output[0]
 
 
 def _check_gate(
@@ -244,7 +260,7 @@ def squeeze_excite(
         return reference.squeeze_excite(x, w1, b1, w2, b2, gate)
     absent = (None,) * 9
     options = ("none", False, 0.0, 0.0, gate, False)
-    return _run(implementation, x, *absent, w1, b1, w2, b2, *options)[0]
+    return _run(implementation, (x, *absent, w1, b1, w2, b2, *options))
 
 
 def bn_se_add_relu(
@@ -325,9 +341,8 @@ def bn_se_add_relu(
             relu=relu,
             shortcut_norm=shortcut_norm,
         )
-    other = shortcut_norm or BatchNorm(None, None, None, None)
-    y, statistics, *_ = _run(
-        "algebra" if implementation == "reference" else implementation,
+    other = shortcut_norm or _NO_NORM
+    arguments = (
         x,
         shortcut,
         *norm[:4],
@@ -343,17 +358,21 @@ def bn_se_add_relu(
         gate,
         relu,
     )
-    if training and not empty:
-        _update_running(norm, statistics[:3])
-        if shortcut_norm is not None:
-            _update_running(shortcut_norm, statistics[3:])
-    return y
+    update = training and not empty
+    return _run(
+        "algebra" if implementation == "reference" else implementation,
+        arguments,
+        norm.momentum if update else None,
+        other.momentum if update and shortcut_norm is not None else None,
+    )
 
 
-def _update_running(norm: BatchNorm, statistics: Tensor) -> None:
+def _update_running(
+    mean: Tensor | None, var: Tensor | None, momentum: float, statistics: Tensor
+) -> None:
     """Move the running statistics by `momentum` towards statistics' rows 0 (mean) and 2 (var)."""
-    if norm.running_mean is None or norm.running_var is None:
+    if mean is None or var is None:
         return
     with torch.no_grad():
-        for running, row in ((norm.running_mean, 0), (norm.running_var, 2)):
-            running.lerp_(statistics[row].to(running.dtype), norm.momentum)
+        for running, row in ((mean, 0), (var, 2)):
+            running.lerp_(statistics[row].to(running.dtype), momentum)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from senet.errors import UserError
 from senet.ops.algebra import (
-    GRADIENTS,
     TailOutput,
     dense,
     empty_gradients,
@@ -23,42 +25,16 @@ from senet.ops.reference import GATES, accumulator
 
 ISAS = ("avx512", "avx2", "baseline")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_NORMALIZATIONS = ("none", "running", "batch")
+_ACCUMULATORS = {dtype: accumulator(dtype) for dtype in STORAGE}
+_NORMALIZATIONS = {"none": 0, "running": 1, "batch": 2}
+_GATES = {name: index for index, name in enumerate(GATES)}
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var")),
-        ("eps", ctypes.c_double),
-    )
-
-
-_SIZES = ("N", "C", "P", "H", "channels_last", "threads", "gate", "relu", "normalization", "kind")
-_POINTERS = (
-    "x",
-    "shortcut",
-    "w1",
-    "b1",
-    "w2",
-    "b2",
-    "y",
-    "statistics",
-    "squeezed",
-    "hidden",
-    "gates",
-)
-_BACKWARD = ("gradient", *(f"d{name}" for name in GRADIENTS))
-
-
-class _Arguments(ctypes.Structure):
-    """TailArguments of cpu.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("norm", _Norm),
-        ("shortcut_norm", _Norm),
-        *((name, ctypes.c_void_p) for name in (*_POINTERS, *_BACKWARD)),
-    )
+# TailArguments of cpu_types.h: sizes and options, two NormArguments, addresses. Packed in one call,
+# because on small maps the time of the arguments is that of the kernel.
+_BLOCK = struct.Struct("=10q 4q2d 4q2d 11q 11q")
+_NO_NORM = (0, 0, 0, 0, 0.0, 0.0)
+_NO_BACKWARD = (0,) * 11
 
 
 def _loaded_openmp() -> str | None:
@@ -92,10 +68,10 @@ def _load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0].name} does not load ({error}); {remedy}"
     library.senet_arguments_size.restype = ctypes.c_int64
     library.senet_isa.restype = ctypes.c_char_p
-    if library.senet_arguments_size() != ctypes.sizeof(_Arguments):
+    if library.senet_arguments_size() != _BLOCK.size:
         return None, f"{found[0].name} is of another version of senet; {remedy}"
     for function in (library.senet_tail_forward, library.senet_tail_backward):
-        function.argtypes = (ctypes.c_int, ctypes.POINTER(_Arguments))
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p)
     wanted = os.environ.get("SENET_ISA", "")
     if wanted and wanted not in ISAS:
         raise UserError(f"SENET_ISA is {wanted!r}; set it to one of {', '.join(ISAS)}, or unset it")
@@ -121,96 +97,166 @@ def unsupported(x: Tensor) -> str:
     return ""
 
 
-class _Call:
-    """Fills the argument block; keeps every tensor whose address is in it alive."""
-
-    def __init__(self, x: Tensor, hidden: int, gate: str, relu: bool, normalization: str) -> None:
-        self.x = dense(x)
-        self.dtype = accumulator(x.dtype)
-        self.kept: list[Tensor] = [self.x]
-        self.block = _Arguments()
-        block = self.block
-        N, C = x.shape[0], x.shape[1]
-        block.N, block.C, block.H = N, C, hidden
-        block.P = x.numel() // (N * C)
-        block.channels_last = block.P == 1 or not self.x.is_contiguous()
-        block.threads = torch.get_num_threads()
-        block.gate = GATES.index(gate)
-        block.relu = relu
-        block.normalization = _NORMALIZATIONS.index(normalization)
-        block.x = self.x.data_ptr()
-
-    def like_x(self, t: Tensor | None) -> int | None:
-        """Address of t with the dtype and memory order of x."""
-        if t is None:
-            return None
-        if t.dtype != self.x.dtype or t.stride() != self.x.stride():
-            t = torch.empty_like(self.x).copy_(t)
-        self.kept.append(t)
-        return t.data_ptr()
-
-    def parameter(self, t: Tensor | None) -> int | None:
-        """Address of t as contiguous numbers of the accumulation type."""
-        if t is None:
-            return None
-        if t.dtype != self.dtype or not t.is_contiguous():
-            t = t.to(self.dtype).contiguous()
-        self.kept.append(t)
-        return t.data_ptr()
-
-    def norm(self, *parameters: Tensor | None, eps: float) -> _Norm:
-        return _Norm(*map(self.parameter, parameters), eps)
-
-    def run(self, function: object) -> None:
-        assert callable(function)
-        if function(STORAGE[self.x.dtype], self.block):
-            raise MemoryError("no memory for the partial sums of senet's kernels")
+def _dense(x: Tensor) -> Tensor:
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return dense(x)
 
 
-def tail(
+def _like(t: Tensor | None, x: Tensor, kept: list[Tensor]) -> int:
+    """Address of t with the dtype and memory order of x; a copy is put into `kept`."""
+    if t is None:
+        return 0
+    if t.dtype is not x.dtype or t.stride() != x.stride():
+        t = torch.empty_like(x).copy_(t)
+        kept.append(t)
+    return t.data_ptr()
+
+
+def _numbers(t: Tensor | None, dtype: torch.dtype, kept: list[Tensor]) -> int:
+    """Address of t as contiguous numbers of the accumulation type; a copy is put into `kept`."""
+    if t is None:
+        return 0
+    if t.dtype is not dtype or not t.is_contiguous():
+        t = t.to(dtype).contiguous()
+        kept.append(t)
+    return t.data_ptr()
+
+
+def _sizes(
+    x: Tensor, hidden: int, gate: str, relu: bool, normalization: str, kind: int
+) -> tuple[int, ...]:
+    """The block's first ten entries."""
+    N, C = x.shape[0], x.shape[1]
+    P = x.numel() // (N * C)
+    return (
+        N,
+        C,
+        P,
+        hidden,
+        P == 1 or not x.is_contiguous(),
+        torch.get_num_threads(),
+        _GATES[gate],
+        relu,
+        _NORMALIZATIONS[normalization],
+        kind,
+    )
+
+
+def _call(function: Callable[[int, bytes], int], x: Tensor, *values: float) -> None:
+    if function(STORAGE[x.dtype], _BLOCK.pack(*values)):
+        raise MemoryError("no memory for the partial sums of senet's kernels")
+
+
+def _forward(
     x: Tensor,
-    shortcut: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-    shortcut_mean: Tensor | None,
-    shortcut_var: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    normalization: str,
-    normalize_shortcut: bool,
-    eps: float,
-    shortcut_eps: float,
-    gate: str,
-    relu: bool,
-) -> TailOutput:
-    """`senet.ops.algebra.tail` in C++, for a non-empty x on the CPU."""
+    inputs: tuple[Any, ...],
+    outputs: tuple[int, ...],
+    momentum: float | None,
+    shortcut_momentum: float | None,
+) -> None:
+    """Run the forward kernel.
+
+    Args:
+        x: the map, dense.
+        inputs: all arguments of `tail` but x.
+        outputs: addresses of y, statistics, squeezed, hidden, gates.
+        momentum, shortcut_momentum: move the running statistics by that; None leaves them.
+    """
     assert _LIBRARY is not None
-    hidden_width = 0 if w1 is None else w1.shape[0]
-    call = _Call(x, hidden_width, gate, relu, normalization)
-    rows = statistics_rows(normalization, normalize_shortcut)
-    outputs = empty_outputs(call.x, rows, hidden_width)
-    block = call.block
-    block.kind = 0 if shortcut is None else 2 if normalize_shortcut else 1
-    block.norm = call.norm(weight, bias, running_mean, running_var, eps=eps)
+    (shortcut, weight, bias, mean, var, s_weight, s_bias, s_mean, s_var) = inputs[:9]
+    (w1, b1, w2, b2, normalization, normalize_shortcut, eps, s_eps, gate, relu) = inputs[9:]
+    dtype = _ACCUMULATORS[x.dtype]
+    kept: list[Tensor] = []
+    moved: list[tuple[Tensor, Tensor]] = []
+
+    def running(t: Tensor | None, momentum: float | None) -> int:
+        if t is None or (momentum is None and normalization == "batch"):
+            return 0
+        address = _numbers(t, dtype, kept)
+        if momentum is not None and address != t.data_ptr():
+            moved.append((t, kept[-1]))
+        return address
+
+    shortcut_norm = _NO_NORM
     if normalize_shortcut:
-        block.shortcut_norm = call.norm(
-            shortcut_weight, shortcut_bias, shortcut_mean, shortcut_var, eps=shortcut_eps
+        shortcut_norm = (
+            _numbers(s_weight, dtype, kept),
+            _numbers(s_bias, dtype, kept),
+            running(s_mean, shortcut_momentum),
+            running(s_var, shortcut_momentum),
+            s_eps,
+            shortcut_momentum or 0.0,
         )
-    block.shortcut = call.like_x(shortcut)
-    block.w1, block.b1 = call.parameter(w1), call.parameter(b1)
-    block.w2, block.b2 = call.parameter(w2), call.parameter(b2)
-    y, statistics, squeezed, hidden, gates = outputs
-    block.y, block.statistics = y.data_ptr(), statistics.data_ptr()
-    block.squeezed, block.hidden = squeezed.data_ptr(), hidden.data_ptr()
-    block.gates = gates.data_ptr()
-    call.run(_LIBRARY.senet_tail_forward)
+    kind = 0 if shortcut is None else 2 if normalize_shortcut else 1
+    _call(
+        _LIBRARY.senet_tail_forward,
+        x,
+        *_sizes(x, 0 if w1 is None else w1.shape[0], gate, relu, normalization, kind),
+        _numbers(weight, dtype, kept),
+        _numbers(bias, dtype, kept),
+        running(mean, momentum),
+        running(var, momentum),
+        eps,
+        momentum or 0.0,
+        *shortcut_norm,
+        x.data_ptr(),
+        _like(shortcut, x, kept),
+        _numbers(w1, dtype, kept),
+        _numbers(b1, dtype, kept),
+        _numbers(w2, dtype, kept),
+        _numbers(b2, dtype, kept),
+        *outputs,
+        *_NO_BACKWARD,
+    )
+    for t, copy in moved:
+        t.copy_(copy)
+
+
+def tail(x: Tensor, *rest: Any) -> TailOutput:
+    """`senet.ops.algebra.tail` in C++, for a non-empty x on the CPU."""
+    x = _dense(x)
+    w1, normalization, normalize_shortcut = rest[9], rest[13], rest[14]
+    rows = statistics_rows(normalization, normalize_shortcut)
+    outputs = empty_outputs(x, rows, 0 if w1 is None else w1.shape[0])
+    _forward(x, rest, tuple(t.data_ptr() for t in outputs), None, None)
     return outputs
+
+
+def tail_packed(
+    x: Tensor, rest: tuple[Any, ...], momentum: float | None, shortcut_momentum: float | None
+) -> tuple[Tensor, Tensor]:
+    """`tail` with its small results in one tensor, and the running statistics moved.
+
+    Args:
+        x: as in `tail`.
+        rest: the other arguments of `tail`.
+        momentum, shortcut_momentum: weight of the batch in the running statistics of the two
+            normalizations; None leaves them as they are.
+
+    Returns:
+        y, and statistics, squeezed, hidden, gates one after the other as `tail_backward` takes
+        them.
+    """
+    x = _dense(x)
+    w1 = rest[9]
+    N, C, dtype = x.shape[0], x.shape[1], _ACCUMULATORS[x.dtype]
+    rows = statistics_rows(rest[13], rest[14])
+    hidden, gated = (0, 0) if w1 is None else (w1.shape[0], C)
+    y = torch.empty_like(x)
+    small = torch.empty(rows * C + N * (2 * gated + hidden), dtype=dtype)
+    places = _places(small.data_ptr(), small.element_size(), N, C, rows, hidden, gated)
+    _forward(x, rest, (y.data_ptr(), *places), momentum, shortcut_momentum)
+    return y, small
+
+
+def _places(
+    start: int, size: int, N: int, C: int, rows: int, hidden: int, gated: int
+) -> tuple[int, int, int, int]:
+    """Addresses of statistics, squeezed, hidden and gates in the tensor of `tail_packed`."""
+    squeezed = start + size * rows * C
+    after = squeezed + size * N * gated
+    return start, squeezed, after, after + size * N * hidden
 
 
 def tail_backward(
@@ -225,34 +271,62 @@ def tail_backward(
     w1: Tensor | None,
     w2: Tensor | None,
     statistics: Tensor,
-    squeezed: Tensor,
-    hidden: Tensor,
-    gates: Tensor,
+    squeezed: Tensor | None,
+    hidden: Tensor | None,
+    gates: Tensor | None,
     normalization: str,
     normalize_shortcut: bool,
     gate: str,
     relu: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """`senet.ops.algebra.tail_backward` in C++, for a non-empty x on the CPU."""
+    """`senet.ops.algebra.tail_backward` in C++, for a non-empty x on the CPU.
+
+    `squeezed`, `hidden` and `gates` are None where `statistics` is the tensor of `tail_packed`.
+    """
     assert _LIBRARY is not None
-    hidden_width = hidden.shape[1]
-    call = _Call(x, hidden_width, gate, relu, normalization)
-    block = call.block
-    block.kind = 2 if normalize_shortcut else 1 if relu and y is not None else 0
-    block.norm = call.norm(weight, bias, None, None, eps=0.0)
-    block.shortcut_norm = call.norm(shortcut_weight, shortcut_bias, None, None, eps=0.0)
-    block.gradient, block.y = call.like_x(gradient), call.like_x(y)
-    block.shortcut = call.like_x(shortcut)
-    block.w1, block.w2 = call.parameter(w1), call.parameter(w2)
-    block.statistics, block.squeezed = call.parameter(statistics), call.parameter(squeezed)
-    block.hidden, block.gates = call.parameter(hidden), call.parameter(gates)
-    found = empty_gradients(call.x, hidden_width, wanted)
-    names = [name for name, want in zip(GRADIENTS, wanted, strict=True) if want]
-    for name, out in zip(names, found, strict=True):
-        setattr(block, f"d{name}", out.data_ptr())
+    x = _dense(x)
+    N, C, dtype = x.shape[0], x.shape[1], _ACCUMULATORS[x.dtype]
+    width = 0 if w1 is None else w1.shape[0]
+    kept: list[Tensor] = []
+    places: tuple[int, ...]
+    if squeezed is None:
+        rows = statistics_rows(normalization, normalize_shortcut)
+        size = statistics.element_size()
+        places = _places(statistics.data_ptr(), size, N, C, rows, width, C if width else 0)
+    else:
+        places = tuple(_numbers(t, dtype, kept) for t in (statistics, squeezed, hidden, gates))
+    found = empty_gradients(x, width, wanted)
+    outputs = iter(found)
+    addresses = [next(outputs).data_ptr() if want else 0 for want in wanted]
     if wanted[1] and not relu and not normalize_shortcut:
-        found[names.index("shortcut")].copy_(gradient)
-        block.dshortcut = None
-    call.run(_LIBRARY.senet_tail_backward)
+        found[int(wanted[0])].copy_(gradient)
+        addresses[1] = 0
+    shortcut_norm = _NO_NORM
+    if normalize_shortcut:
+        weights = (_numbers(shortcut_weight, dtype, kept), _numbers(shortcut_bias, dtype, kept))
+        shortcut_norm = (*weights, 0, 0, 0.0, 0.0)
+    kind = 2 if normalize_shortcut else 1 if relu and y is not None else 0
+    _call(
+        _LIBRARY.senet_tail_backward,
+        x,
+        *_sizes(x, width, gate, relu, normalization, kind),
+        _numbers(weight, dtype, kept),
+        _numbers(bias, dtype, kept),
+        0,
+        0,
+        0.0,
+        0.0,
+        *shortcut_norm,
+        x.data_ptr(),
+        _like(shortcut, x, kept),
+        _numbers(w1, dtype, kept),
+        0,
+        _numbers(w2, dtype, kept),
+        0,
+        _like(y, x, kept),
+        *places,
+        _like(gradient, x, kept),
+        *addresses,
+    )
     return found

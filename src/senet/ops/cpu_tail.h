@@ -289,6 +289,21 @@ void use_running(const NormArguments& norm, int64_t C, const Share& share, A* st
   }
 }
 
+// Moves the running statistics towards the batch's, with torch.lerp's own two formulas.
+template <class A>
+void update_running(const NormArguments& norm, int64_t C, const Share& share, const A* statistics) {
+  if (!norm.running_mean || !norm.running_var) return;
+  const A w = A(norm.momentum);
+  const auto move = [w](A& from, A to) {
+    from = w < A(0.5) ? from + w * (to - from) : to - (to - from) * (1 - w);
+  };
+  A *mean = static_cast<A*>(norm.running_mean), *var = static_cast<A*>(norm.running_var);
+  for (int64_t c = share.begin; c < share.end; ++c) {
+    move(mean[c], statistics[c]);
+    move(var[c], statistics[2 * C + c]);
+  }
+}
+
 // The squeeze: by linearity the mean of norm(x) is norm of the mean of x (eq. 2 without a pass).
 template <class A>
 void fill_squeeze(const Norm<A>& norm, const A* squeezed, int64_t C, int64_t first, int64_t last,
@@ -345,6 +360,9 @@ int forward(const TailArguments* arguments) {
         if (batch && norm_shortcut)
           merge_moments<A>(plan, shortcut_partial, first, last, channels.begin, channels.end, true,
                            a.shortcut_norm.eps, nullptr, shortcut_statistics);
+        if (batch) update_running(a.norm, C, channels, statistics);
+        if (batch && norm_shortcut)
+          update_running(a.shortcut_norm, C, channels, shortcut_statistics);
       }
       if (H) {
         const Share units(H, id, size, 4);

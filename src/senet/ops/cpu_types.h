@@ -51,9 +51,11 @@ enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
 // Where the backward pass knows from which elements the relu let through.
 enum Mask { kNoMask, kMaskFromY, kMaskFromX, kMaskFromBoth };
 
+// In batch mode the running statistics, where given, move by `momentum` towards the batch's.
 struct NormArguments {
-  const void *weight, *bias, *running_mean, *running_var;
-  double eps;
+  const void *weight, *bias;
+  void *running_mean, *running_var;
+  double eps, momentum;
 };
 
 struct TailArguments {

@@ -73,12 +73,16 @@ torch.library.register_fake("senet::tail_backward", _tail_backward_fake, lib=_LI
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: algebra.TailOutput) -> None:
+    """Keep what the backward pass needs of `tail`'s inputs and results."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs, output[0], output[1:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, small: tuple[Tensor | None, ...]) -> None:
     """Keep x, and y or the shortcut for the relu's mask; everything else kept is of (N,C) size."""
     (x, shortcut, weight, bias, _, _, shortcut_weight, shortcut_bias, _, _) = inputs[:10]
-    (w1, _, w2, _, normalization, normalize_shortcut, _, _, gate, relu) = inputs[10:]
-    y, statistics, squeezed, hidden, gates = output
-    ctx.mark_non_differentiable(statistics, squeezed, hidden, gates)
-    ctx.set_materialize_grads(False)
+    (w1, _, w2, _, normalization, normalize_shortcut, _, _, gate, relu) = inputs[10:20]
     plain_shortcut = shortcut is not None and not normalize_shortcut
     ctx.save_for_backward(
         x,
@@ -90,10 +94,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: algebra.TailOut
         shortcut_bias,
         w1,
         w2,
-        statistics,
-        squeezed,
-        hidden,
-        gates,
+        *small,
     )
     ctx.options = (normalization, normalize_shortcut, gate, relu)
     # without a relu the gradient of a plain shortcut is that of y itself: nothing to compute
@@ -213,31 +214,35 @@ def _tail_backward_flops(_: list[int], x_shape: list[int], *rest: Any, **__: Any
 
 
 class DirectTail(torch.autograd.Function):
-    """The C++ kernels without the dispatcher, for eager calls that nobody observes."""
+    """The C++ kernels without the dispatcher, for eager calls that nobody observes.
+
+    Takes the arguments of `senet::tail` and the momenta of both normalizations (None leaves their
+    running statistics as they are), and returns y alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        """Arguments and results of `senet::tail`."""
-        output = cpu.tail(*inputs)
-        save_for_backward(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """y of `senet::tail`."""
+        y, small = cpu.tail_packed(inputs[0], inputs[1:_INPUTS], *inputs[_INPUTS:])
+        _save(ctx, inputs, y, (small, None, None, None))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of all arguments for that of y."""
-        return gradients(ctx, cpu.tail_backward, gradient)
+        return (*gradients(ctx, cpu.tail_backward, gradient), None, None)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def is_unobserved(*inputs: Any) -> bool:
+def is_unobserved(inputs: tuple[Any, ...]) -> bool:
     """Whether nothing has to see `senet::tail`: no tracing, dispatch mode or subclass."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch.jit.is_tracing()
-        and all(type(t) in _PLAIN for t in inputs[:14])
+        and _PLAIN.issuperset(map(type, inputs[:14]))
         and inputs[0].numel() > 0
     )
 

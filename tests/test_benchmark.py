@@ -1,0 +1,189 @@
+"""`senet bench`: what it measures, records and prints. Nothing here judges a time."""
+
+import csv
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli_tools import run
+from senet import benchmark, benchmark_ops, benchmark_train
+from senet.benchmark import Case, Contestant
+from senet.errors import SenetError, UserError
+
+TINY = (2, 16, 4, 4)
+
+
+def counted(log: list[str], name: str) -> Contestant:
+    return Contestant(name, lambda: log.append(name))
+
+
+def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_ROUND_SECONDS", 0.0)
+    log: list[str] = []
+    case = Case("claim", "case", lambda: [counted(log, "a"), counted(log, "b")])
+    found = benchmark.measure(case, rounds=3, warmup=2)
+    assert log == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert [(m.contestant, m.rounds, m.unit) for m in found] == [("a", 3, "ms"), ("b", 3, "ms")]
+
+
+def test_short_calls_are_repeated_within_a_round() -> None:
+    log: list[str] = []
+    benchmark.measure(Case("claim", "case", lambda: [counted(log, "a")]), rounds=1, warmup=1)
+    assert len(log) > 100
+
+
+def test_quantiles_and_ratios_of_the_same_round() -> None:
+    assert benchmark.quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == (1.0, 2.5, 4.0)
+    values = {"ours": (1.0, 2.0, 4.0), "theirs": (3.0, 2.0, 8.0)}
+    ours, theirs = benchmark.summarize("claim", "case", "ms", values)
+    assert ours.ratio == 1.0
+    assert theirs.ratio == 2.0  # of 3, 1, 2
+    assert theirs.quantiles[1] == 3.0
+    assert benchmark.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert math.isnan(benchmark.geometric_mean([]))
+
+
+def test_results_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    values = {"ours": (1.0,), "theirs": (2.5,)}
+    rows = benchmark.summarize("claim", "case", "ms", values)
+    where = benchmark.environment("senet bench ops", "tuned")
+    benchmark.append_results(path, rows, where)
+    benchmark.append_results(path, rows[:1], where)
+    with path.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["contestant"] for row in read] == ["ours", "theirs", "ours"]
+    assert read[1]["ratio"] == read[1]["q50"] == "2.5"
+    assert read[1]["torch"] == torch.__version__.partition("+")[0]
+    assert read[1]["threads"] == str(torch.get_num_threads())
+    for column in ("date", "cpu", "isa", "load", "timm", "python"):
+        assert read[1][column], column
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="other columns"):
+        benchmark.append_results(path, rows, where)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: benchmark_ops.tail_contestants(TINY, compiled=False),
+        lambda: benchmark_ops.se_contestants(TINY, compiled=False),
+        lambda: benchmark_ops.bn_relu_contestants(TINY),
+    ],
+)
+def test_contestants_compute_the_same(
+    build: Callable[[], list[Contestant]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same weights and maps all peers have our gradients: a fair comparison."""
+    monkeypatch.setattr(benchmark_ops, "REDUCTION", 2)  # timm rounds widths up to a multiple of 8
+    monkeypatch.setattr(benchmark_ops, "_contestant", _seeded(benchmark_ops._contestant))
+    ours, *peers, copy = build()
+    assert copy.name == benchmark_ops.COPY
+    expected = ours.run()
+    assert isinstance(expected, tuple)
+    for peer in peers:
+        found = peer.run()
+        assert isinstance(found, tuple)
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a.flatten(), b.flatten(), rtol=1e-4, atol=1e-5)
+
+
+def _seeded(make: Callable[..., Contestant]) -> Callable[..., Contestant]:
+    def contestant(name: str, module: torch.nn.Module, *rest: object) -> Contestant:
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        torch.manual_seed(1)
+        return make(name, module, *rest)
+
+    return contestant
+
+
+def test_conclusions_of_the_operators() -> None:
+    def rows(claim: str, shape: str, **values: float) -> list[benchmark.Measurement]:
+        named = {"senet": values["ours"], "timm eager": values["timm"]}
+        named["copy of the map"] = values["copy"]
+        lists = {name: (value,) for name, value in named.items()}
+        return benchmark.summarize(claim, shape, "ms", dict(lists))
+
+    found = [
+        *rows("tail", "1×1×10×10", ours=11.0, timm=44.0, copy=2.0),
+        *rows("tail", "1×1×20×20", ours=1.0, timm=9.0, copy=1.0),
+        *rows("tail", "2×16×4×4", ours=1.0, timm=1.0, copy=1.0),  # the cost of a call only
+        *rows("scaling in N", "1×1×1×10", ours=1e-5, timm=1.0, copy=1.0),
+    ]
+    lines = benchmark_ops.conclusions(found)
+    assert "6.00 times as fast as timm eager" in lines[0]
+    assert "lowest 4.00 at 1×1×10×10" in lines[0]
+    bounds = [line for line in lines if "11 passes" in line]
+    assert len(bounds) == 2
+    assert "tail at 1×1×10×10: 1.00 times" in bounds[0]
+    assert "ns an element 1.00 (1×1×1×10)" in lines[-1]
+
+
+def test_training_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_train, "CLASSES", 10)
+    (case,) = benchmark_train.cases([2], compiled=False, image_size=32)
+    contestants = case.build()
+    assert [c.name for c in contestants] == [
+        name for name in benchmark_train.NETWORKS if name != benchmark_train.TIMM_COMPILED
+    ]
+    model = benchmark_train.NETWORKS[benchmark_train.OURS]()
+    before = [p.detach().clone() for p in model.parameters()]
+    benchmark_train.training_step(model, 2, image_size=32)()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+    assert all(p.grad is None for p in model.parameters())
+    contestants[0].run()
+
+
+def test_conclusions_of_the_training_step() -> None:
+    step = {benchmark_train.OURS: (1.0,), benchmark_train.OURS_PLAIN: (0.98,)}
+    peers = {benchmark_train.TORCHVISION: (1.3,)}
+    times = benchmark.summarize("training step", "batch 8", "ms", step | peers)
+    memory = benchmark.summarize("peak memory, step", "batch 8", "MiB", step | peers)
+    lines = benchmark_train.conclusions([*times, *memory])
+    assert "takes +2.0% time over senet resnet50" in lines[0]
+    assert "is 1.300 times as fast as torchvision" in lines[1]
+    assert "needs 76.9% of torchvision" in lines[3]
+
+
+def test_memory_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(SenetError, match="senet resnet50 failed: no message"):
+        benchmark_train.peak_memory(benchmark_train.OURS_PLAIN, 2, tuned=False)
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = benchmark_ops.cases([TINY], [("scaling in N", TINY)], compiled=False)
+    monkeypatch.setattr(benchmark_ops, "cases", lambda compiled: cases)
+    path = tmp_path / "results.csv"
+    flags = ("--rounds", 2, "--warmup", 1, "--no-tune-allocator", "--results", path)
+    found = run(capsys, "bench", "ops", *flags)
+    assert found.code == 0, found.err
+    assert "copy of the map" in found.out
+    assert "scaling in N: ns an element" in found.out
+    assert len(path.read_text().splitlines()) == 1 + 3 + 3 + 4 + 4 + 3 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ops", "--rounds", 0), ("--rounds", "0")),
+        (("ops", "--warmup", 0), ("--warmup", "0")),
+        (("ops", "--batch-sizes", 8), ("--batch-sizes", "train")),
+        (("train", "--batch-sizes", "8,1"), ("--batch-sizes", "at least 2")),
+        (("everything",), ("everything",)),
+    ],
+)
+def test_bad_input(
+    arguments: tuple[object, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "bench", *arguments).refused("bench", *words)
