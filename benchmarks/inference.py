@@ -1,0 +1,55 @@
+"""Inference of SE networks against all peers; adds rows to benchmarks/results.csv.
+
+    python benchmarks/inference.py [--models a,b] [--batch-sizes 1,16] [--rounds N] [--no-compile]
+
+Every contestant has PyTorch's number of threads (OMP_NUM_THREADS) and glibc's allocator tuned.
+"""
+
+import argparse
+import functools
+import shlex
+import sys
+from pathlib import Path
+
+from senet.allocator import tune_allocator
+
+RESULTS = Path(__file__).with_name("results.csv")
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", default="se_resnet50", help="names with commas between them")
+    parser.add_argument("--batch-sizes", type=whole_numbers, default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    tuned = tune_allocator().applied
+    from senet import benchmark, benchmark_inference
+    from senet.units import print_table
+
+    benchmark.check_rounds(given.rounds, given.warmup)
+    names = given.models.split(",")
+    cases = benchmark_inference.cases(names, given.batch_sizes, compiled=not given.no_compile)
+    command = shlex.join(["python", *sys.argv])
+    found = []
+    for measured in benchmark.run_cases(
+        cases,
+        rounds=given.rounds,
+        warmup=given.warmup,
+        advance=functools.partial(print, flush=True),
+    ):
+        where = benchmark.environment(command, "tuned" if tuned else "untuned")
+        benchmark.append_results(given.results, measured, where)
+        found += measured
+    print_table(benchmark.results_table(found))
+    print(*benchmark_inference.conclusions(found), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

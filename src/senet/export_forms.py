@@ -1,0 +1,89 @@
+"""The forms in which a network's SE blocks can be laid out for a runtime.
+
+- `plain`: as the network computes, mean of the block's map, scale, addition.
+- `squeeze_first`: the squeeze before the last convolution of the branch (algebra.md section 3),
+  batch norms folded.
+- `expanded`: the same, the squeeze as AveragePool, both layers as 1×1 convolutions and the
+  gates enlarged to the map's size, so that everything has a blocked (NCHWc) form in ONNX Runtime
+  and no layout is changed around the scale. Needs fixed shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.optimization import OptimizedModel, OptimizedPart, optimize
+
+Form = Literal["plain", "squeeze_first", "expanded"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+class _ExpandedGate(nn.Module):
+    """The gates of a `SqueezeGate` as a map (N,C,1,1), by 1×1 convolutions."""
+
+    def __init__(self, gate: SqueezeGate) -> None:
+        super().__init__()
+        self.inner = gate
+
+    def forward(self, u: Tensor) -> Tensor:
+        gate = self.inner
+        assert gate.geometry is None
+        # Not adaptive_avg_pool2d, which becomes a ReduceMean.
+        height, width = u.shape[2:]
+        squeezed = F.avg_pool2d(u, (height, width))
+        hidden = gate.activation(F.conv2d(squeezed, gate.weight1[:, :, None, None], gate.bias1))
+        return gate.gate(F.conv2d(hidden, gate.weight2[:, :, None, None], gate.bias2))
+
+
+class _ExpandedScale(nn.Module):
+    """A module of an optimized network whose gates come as a map (N,C,1,1)."""
+
+    def __init__(self, scaled: FusedConv | Pointwise) -> None:
+        super().__init__()
+        self.inner = copy.copy(scaled)
+        self.inner.relu = False
+        self.relu = scaled.relu
+
+    def forward(self, x: Tensor, gates: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        y = self.inner(x)
+        y = y * F.interpolate(gates, size=y.shape[2:], mode="nearest")
+        if shortcut is not None:
+            y = y + shortcut
+        return F.relu(y) if self.relu else y
+
+
+def _expand(graph: fx.GraphModule) -> int:
+    """Replace the gates of a graph, and what they scale; how many there were."""
+    count = 0
+    for node in list(graph.graph.nodes):
+        if node.op != "call_module":
+            continue
+        gate = graph.get_submodule(str(node.target))
+        if not isinstance(gate, SqueezeGate) or gate.geometry is not None:
+            continue
+        graph.add_submodule(str(node.target), _ExpandedGate(gate))
+        for user in node.users:
+            scaled = graph.get_submodule(str(user.target))
+            assert isinstance(scaled, FusedConv | Pointwise)
+            graph.add_submodule(str(user.target), _ExpandedScale(scaled))
+        count += 1
+    graph.recompile()
+    return count
+
+
+def in_form(model: nn.Module, example: Tensor, form: Form) -> nn.Module | None:
+    """A copy of the model in a form, in evaluation mode; None where it has no such form."""
+    if form == "plain":
+        return copy.deepcopy(model).eval()
+    optimized = (
+        copy.deepcopy(model) if isinstance(model, OptimizedModel) else optimize(model, example)
+    )
+    parts = [part for part in optimized.modules() if isinstance(part, OptimizedPart)]
+    if form == "expanded" and sum(_expand(part.graph_module) for part in parts) == 0:
+        return None
+    return optimized

@@ -1,0 +1,323 @@
+"""Steps for kernels.cpp from modules and maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from senet.inference import kernels, packing
+from senet.inference.buffers import Buffer, Map, new_map
+from senet.inference.kernels import Kind
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.schedule import (
+    Geometry,
+    convolution_tasks,
+    row_stride,
+    winograd_tasks,
+    winograd_tile,
+)
+from senet.ops.reference import GATES
+
+# Rows of a task that passes over a map once.
+_PASS_ROWS = 256
+Constants = dict[tuple[object, ...], Tensor]
+Maps = Mapping[str, Map | Buffer | None]
+
+
+@dataclass
+class NativeStep:
+    """A step before its buffers have addresses.
+
+    Attributes:
+        fields: numbers of `kernels.Step`.
+        maps: map or buffer for a pointer of `kernels.Step`.
+        constants: tensor for a pointer of `kernels.Step`.
+    """
+
+    fields: dict[str, int]
+    maps: dict[str, Map | Buffer]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TorchStep:
+    """A node that PyTorch runs.
+
+    Attributes:
+        node: the node.
+        target: where its result goes for the kernels; None if it stays with PyTorch.
+    """
+
+    node: fx.Node
+    target: Map | None
+
+
+def native_gate(module: SqueezeGate) -> bool:
+    """Whether the kernels know the activation and the gate of an SE block."""
+    return module.gate_name in GATES and isinstance(module.activation, nn.ReLU)
+
+
+class Builder:
+    """Collects the steps of a program.
+
+    Args:
+        threads: threads that will run it.
+        constants: packed weights that other programs of the network have already; added to.
+
+    Attributes:
+        steps: the steps so far.
+        buffers: their buffers.
+        scratch: floats of scratch memory that a thread needs.
+    """
+
+    def __init__(self, threads: int, constants: Constants) -> None:
+        self.threads = threads
+        self.constants = constants
+        self.steps: list[NativeStep | TorchStep] = []
+        self.buffers: dict[int, Buffer] = {}
+        self.scratch = 16
+
+    def touch(self, where: Map | Buffer) -> None:
+        """Note that the next step uses a buffer."""
+        buffer = where if isinstance(where, Buffer) else where.buffer
+        buffer.use(len(self.steps))
+        self.buffers[id(buffer)] = buffer
+
+    def emit(
+        self,
+        kind: Kind,
+        maps: Maps,
+        fields: Mapping[str, int],
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add a step; the shapes of x and y become its sizes where `fields` has no others."""
+        present = {name: where for name, where in maps.items() if where is not None}
+        numbers: dict[str, int] = {"kind": int(kind)}
+        for name, where in present.items():
+            self.touch(where)
+            if isinstance(where, Map) and f"{name}_ld" in kernels.SIZES:
+                numbers[f"{name}_ld"] = where.ld
+        x, y = present["x"], present["y"]
+        if isinstance(x, Map):
+            numbers |= zip("NHWC", x.shape, strict=True)
+        if isinstance(y, Map):
+            numbers |= zip(("OH", "OW", "OC"), y.shape[1:], strict=True)
+        self.steps.append(NativeStep(numbers | dict(fields), present, dict(constants or {})))
+
+    def constant(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A constant in the kernels' order, made once for all programs of the network."""
+        if key not in self.constants:
+            self.constants[key] = packing.into(make())
+        return self.constants[key]
+
+    def convolution(
+        self,
+        name: str,
+        module: FusedConv,
+        x: Map,
+        y: Map,
+        gates: Map | None = None,
+        shortcut: Map | None = None,
+    ) -> None:
+        """y = relu(gates ⊙ conv(x) + shortcut); y may be where the shortcut is."""
+        kernel = (module.weight.shape[2], module.weight.shape[3])
+        geometry = Geometry(kernel, module.stride, module.padding, module.dilation, module.groups)
+        _, H, W, C = x.shape
+        activation = int(module.relu)
+        tile = winograd_tile(geometry, C, y.shape[3], H, W)
+        maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
+        if geometry.groups == C == y.shape[3] and C > 1:
+            self._depthwise(name, module, geometry, maps, activation)
+        elif tile:
+            self._winograd(name, module, geometry, maps, activation, tile)
+        else:
+            merge = packing.merged_groups(geometry.groups, y.shape[3] // geometry.groups)
+            groups = geometry.groups // merge
+            weights = self.constant(
+                (name, "panels"),
+                lambda: packing.convolution(module.weight, module.groups, merge),
+            )
+            bias = self.constant(
+                (name, "panel bias"), lambda: packing.panel_bias(module.bias, groups)
+            )
+            self._product(maps, weights, bias, activation, geometry, groups)
+
+    def _product(
+        self,
+        maps: Maps,
+        weights: Tensor,
+        bias: Tensor,
+        activation: int,
+        geometry: Geometry,
+        groups: int = 1,
+    ) -> None:
+        x, y = maps["x"], maps["y"]
+        assert isinstance(x, Map)
+        assert isinstance(y, Map)
+        depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
+        panels = groups * math.ceil(y.shape[3] / groups / kernels.PANEL)
+        images = y.shape[0] if maps.get("gates") is not None else 1
+        tasks = convolution_tasks(
+            images, y.pixels // images, depth, panels, geometry.in_place, self.threads
+        )
+        self.scratch = max(self.scratch, tasks.scratch)
+        fields = geometry.fields() | {"groups": groups, "activation": activation}
+        self.emit(
+            Kind.CONVOLUTION,
+            maps,
+            fields | {"rows": tasks.rows, "panels": tasks.panels},
+            {"weights": weights, "bias": bias},
+        )
+
+    def _winograd(
+        self,
+        name: str,
+        module: FusedConv,
+        geometry: Geometry,
+        maps: Maps,
+        activation: int,
+        tile: int,
+    ) -> None:
+        x, y = maps["x"], maps["y"]
+        assert isinstance(x, Map)
+        assert isinstance(y, Map)
+        constants = {
+            "weights": self.constant(
+                (name, "winograd", tile), lambda: packing.winograd(module.weight, tile)
+            ),
+            "bias": self.constant((name, "panel bias"), lambda: packing.panel_bias(module.bias, 1)),
+        }
+        N, OH, OW, OC = y.shape
+        tiles = N * math.ceil(OH / tile) * math.ceil(OW / tile)
+        panels = math.ceil(OC / kernels.PANEL)
+        tasks, patches_first = winograd_tasks(tile, tiles, x.shape[3], panels, self.threads)
+        self.scratch = max(self.scratch, tasks.scratch)
+        fields = geometry.fields() | {
+            "activation": activation,
+            "tile": tile,
+            "rows": tasks.rows,
+            "panels": tasks.panels,
+        }
+        if patches_first:
+            patches = Buffer((tile + 2) ** 2 * tiles * row_stride(x.shape[3]))
+            self.emit(Kind.WINOGRAD_INPUT, {"x": x, "y": y, "shared": patches}, fields)
+            self.emit(Kind.WINOGRAD_PRODUCT, {**maps, "shared": patches}, fields, constants)
+        else:
+            self.emit(Kind.WINOGRAD, maps, fields, constants)
+
+    def _depthwise(
+        self,
+        name: str,
+        module: FusedConv,
+        geometry: Geometry,
+        maps: Maps,
+        activation: int,
+    ) -> None:
+        x, y = maps["x"], maps["y"]
+        assert isinstance(y, Map)
+        constants = {
+            "weights": self.constant((name, "taps"), lambda: packing.depthwise(module.weight)),
+            "bias": self.constant((name, "bias"), lambda: module.bias),
+        }
+        alone = maps["gates"] is None and maps["shortcut"] is None
+        fields = geometry.fields() | {
+            "gates_ld": y.shape[3],  # of the weights: this step has no gates
+            "activation": activation if alone else kernels.LINEAR,
+        }
+        target = y if alone else new_map(y.shape)
+        self.emit(Kind.DEPTHWISE, {"x": x, "y": target}, fields, constants)
+        if not alone:
+            rest = {key: maps[key] for key in ("gates", "shortcut")}
+            self.emit(
+                Kind.POINTWISE,
+                {"x": target, "y": y, **rest},
+                {"activation": activation, "rows": _PASS_ROWS},
+            )
+
+    def linear(self, name: str, module: nn.Linear, x: Map, y: Map) -> None:
+        """y = W x + b for vectors."""
+        bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
+        self._matrix(name, module.weight, bias, x, y, kernels.LINEAR)
+
+    def _matrix(
+        self, name: str, weight: Tensor, bias: Tensor, x: Map, y: Map, activation: int
+    ) -> None:
+        self._product(
+            {"x": x, "y": y},
+            self.constant((name, "panels"), lambda: packing.panels(weight[None])),
+            self.constant((name, "panel bias"), lambda: packing.panel_bias(bias, 1)),
+            activation,
+            Geometry(),
+        )
+
+    def means(self, x: Map, geometry: Geometry, y: Map) -> None:
+        """y (N, taps · C): mean of what each tap sees of x."""
+        N, H, W, C = x.shape
+        rows = max(16, math.ceil(H * W * N / (4 * self.threads)))
+        rows = min(rows, H * W)
+        blocks = math.ceil(H * W / rows)
+        parts = new_map((N * blocks, 1, 1, C))
+        self.emit(Kind.SUMS, {"x": x, "y": parts}, {"rows": rows})
+        OH, OW = geometry.output(H, W)
+        self.emit(
+            Kind.MEANS,
+            {"x": x, "weights": parts, "y": y},
+            geometry.fields() | {"gates_ld": parts.ld, "rows": rows, "OH": OH, "OW": OW},
+        )
+
+    def gates(self, name: str, module: SqueezeGate, x: Map, y: Map) -> None:
+        """The gates y (N,C) of an SE block that `native_gate` accepts."""
+        geometry = Geometry()
+        if module.geometry is not None:
+            kernel, padding, dilation = module.geometry
+            geometry = Geometry(kernel, (1, 1), padding, dilation)
+        N, depth = x.shape[0], module.weight1.shape[1]
+        squeezed = new_map((N, 1, 1, depth))
+        hidden = new_map((N, 1, 1, module.weight1.shape[0]))
+        self.means(x, geometry, squeezed)
+        self._matrix(f"{name}.fc1", module.weight1, module.bias1, squeezed, hidden, kernels.RELU)
+        gate = kernels.FIRST_GATE + GATES.index(module.gate_name)
+        self._matrix(f"{name}.fc2", module.weight2, module.bias2, hidden, y, gate)
+
+    def pointwise(
+        self,
+        name: str,
+        module: Pointwise,
+        x: Map,
+        y: Map,
+        gates: Map | None = None,
+        shortcut: Map | None = None,
+    ) -> None:
+        """y = relu(gates ⊙ f·(a·x + b) + shortcut)."""
+        constants: dict[str, Tensor] = {}
+        if module.scale is not None and module.offset is not None:
+            scale, offset = module.scale, module.offset
+            constants["weights"] = self.constant((name, "a"), lambda: scale * module.factor)
+            constants["bias"] = self.constant((name, "b"), lambda: offset * module.factor)
+        elif module.factor != 1:
+            constants["weights"] = self.constant(
+                (name, "a"), lambda: torch.full((x.shape[3],), module.factor)
+            )
+        self.emit(
+            Kind.POINTWISE,
+            {"x": x, "y": y, "gates": gates, "shortcut": shortcut},
+            {"activation": int(module.relu), "rows": _PASS_ROWS},
+            constants,
+        )
+
+    def copy(self, x: Map, y: Map, *, relu: bool = False, shortcut: Map | None = None) -> None:
+        """y = relu(x + shortcut), with either left out."""
+        self.emit(
+            Kind.POINTWISE,
+            {"x": x, "y": y, "shortcut": shortcut},
+            {"activation": int(relu), "rows": _PASS_ROWS},
+        )
+
+    def pool(self, x: Map, y: Map, geometry: Geometry, *, largest: bool, padding: bool) -> None:
+        """Maximum or mean of windows; `padding`: whether padding counts in a mean."""
+        kind = Kind.MAX_POOL if largest else Kind.AVERAGE_POOL
+        self.emit(kind, {"x": x, "y": y}, geometry.fields() | {"panels": int(padding)})

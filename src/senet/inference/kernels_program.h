@@ -1,0 +1,85 @@
+// Runs the steps of a program one after the other, the tasks of a step on whichever thread is free.
+// Which thread takes a task changes nothing in the result. Included once per instruction set.
+
+int64_t task_count(const Step& s) {
+  switch (s.kind) {
+    case kConvolution:
+      return convolution_tasks(s);
+    case kWinograd:
+    case kWinogradInput:
+      return winograd_tasks(s);
+    case kWinogradProduct:
+      return winograd_product_tasks(s);
+    case kInput:
+      return s.N * s.H;
+    case kSums:
+      return s.N * sum_blocks(s);
+    case kMeans:
+      return s.N * s.kernel_h * s.kernel_w;
+    case kPointwise:
+      return s.N * ceil_div(s.H * s.W, s.rows);
+    default:  // depthwise convolution, pooling
+      return s.N * s.OH;
+  }
+}
+
+void run_task(const Step& s, int64_t task, float* scratch) {
+  switch (s.kind) {
+    case kConvolution:
+      return convolution(s, task, scratch);
+    case kWinograd:
+      return s.tile == 2 ? winograd<2>(s, task, scratch) : winograd<4>(s, task, scratch);
+    case kWinogradInput:
+      return s.tile == 2 ? winograd_input<2>(s, task) : winograd_input<4>(s, task);
+    case kWinogradProduct:
+      return s.tile == 2 ? winograd_product<2>(s, task, scratch)
+                         : winograd_product<4>(s, task, scratch);
+    case kInput:
+      return read_input(s, task);
+    case kSums:
+      return sums(s, task);
+    case kMeans:
+      return means(s, task);
+    case kPointwise:
+      return pointwise(s, task);
+    case kDepthwise:
+      return depthwise(s, task);
+    case kMaxPool:
+      return pool<true>(s, task);
+    default:
+      return pool<false>(s, task);
+  }
+}
+
+// A thread that finds no task left waits for the tasks that others still work on, not for the others
+// themselves: one that the operating system has put aside between two tasks holds up nobody.
+SENET_INLINE void wait_until_done(const Step& s, int64_t tasks) {
+  for (int64_t turns = 0; __atomic_load_n(&s.done, __ATOMIC_ACQUIRE) < tasks; ++turns) {
+    if (turns < 4096) {
+#ifdef SENET_X86
+      _mm_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+void run(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t scratch_size) {
+  for (int64_t i = 0; i < count; ++i) steps[i].next = steps[i].done = 0;
+#pragma omp parallel num_threads(int(threads))
+  {
+    float* mine = scratch + omp_get_thread_num() * scratch_size;
+    for (int64_t i = 0; i < count; ++i) {
+      Step& s = steps[i];
+      const int64_t tasks = task_count(s);
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED);
+        if (task >= tasks) break;
+        run_task(s, task, mine);
+        __atomic_fetch_add(&s.done, 1, __ATOMIC_RELEASE);
+      }
+      wait_until_done(s, tasks);
+    }
+  }
+}

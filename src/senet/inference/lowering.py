@@ -1,0 +1,415 @@
+"""From the rewritten graph to the steps of a program, for one input shape.
+
+What the kernels do not know runs in PyTorch between two stretches of kernel steps.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from senet.inference.buffers import Buffer, Map, is_map, new_map
+from senet.inference.builder import Builder, Constants, TorchStep, native_gate
+from senet.inference.kernels import Kind
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.rewrite import ADDS, RELUS
+from senet.inference.schedule import Geometry
+from senet.inference.segments import Segment, cut
+from senet.inference.shapes import traced_results
+from senet.models.residual import PaddedShortcut
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A number or two as two."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def concatenated(cat: fx.Node) -> list[fx.Node]:
+    """What a concat puts together."""
+    parts = cat.args[0]
+    assert isinstance(parts, list | tuple)
+    return [part for part in parts if isinstance(part, fx.Node)]
+
+
+class _NeedsWholeBatchError(Exception):
+    """A node that PyTorch runs stands where groups of images would take turns."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(str(node))
+        self.node = node
+
+
+def lower(module: fx.GraphModule, x: Tensor, threads: int, constants: Constants) -> Lowering:
+    """The steps of a graph for inputs like x; arguments as in `Lowering`."""
+    results = traced_results(module, x)
+    whole: set[fx.Node] = set()
+    while True:
+        try:
+            return Lowering(module, x, threads, constants, results, whole)
+        except _NeedsWholeBatchError as error:
+            whole.add(error.node)
+
+
+class Lowering:
+    """Walks the graph and lets a `Builder` write the steps.
+
+    Args:
+        module: the rewritten graph.
+        x: an input of the shape in question.
+        threads: threads that will run the program.
+        constants: packed weights shared with other programs of the network.
+        results: what each node gives for x, as tensors without data.
+        whole: nodes that have to run on the whole batch at once.
+
+    Attributes:
+        builder: the steps.
+        values: map of each node that lies in the arena.
+        output: what the graph returns, in terms of nodes.
+        input_images: images that an INPUT step reads.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        x: Tensor,
+        threads: int,
+        constants: Constants,
+        results: Mapping[fx.Node, Any],
+        whole: Set[fx.Node],
+    ) -> None:
+        self.module = module
+        self.results = results
+        self.builder = Builder(threads, constants)
+        self.values: dict[fx.Node, Map] = {}
+        self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.output: Any = None
+        self.crossing: fx.Node | None = None
+        self.images = self.batch = x.shape[0]
+        nodes = list(module.graph.nodes)
+        for node in nodes:
+            if self._is_cat(node):
+                self._reserve_slots(node)
+        segments = cut(nodes, self.results, self._weight_bytes, whole)
+        self.input_images = segments[0].images
+        for segment in segments:
+            self.slots.pop(segment.nodes[-1], None)
+        for segment in segments:
+            self._lower_segment(segment)
+
+    def _lower_segment(self, segment: Segment) -> None:
+        """Write the steps for one group of images, and copies of them for the other groups."""
+        self.images, start = segment.images, len(self.builder.steps)
+        self.crossing = segment.nodes[-1]
+        shared: list[Buffer] = []
+        read = {source for node in segment.nodes for source in node.all_input_nodes}
+        for source in read.difference(segment.nodes):
+            if source in self.values:
+                old = self.values[source]
+                self.values[source] = replace(old, shape=(self.images, *old.shape[1:]))
+                shared.append(old.buffer)
+        for node in segment.nodes:
+            self._lower(node)
+        groups = self.batch // self.images
+        if groups == 1:
+            return
+        shared.append(self.values[self.crossing].buffer)
+        steps = self.builder.steps[start:]
+        for group in range(1, groups):
+            for step in steps:
+                if isinstance(step, TorchStep):
+                    raise _NeedsWholeBatchError(step.node)
+                maps = {
+                    name: replace(where, image=group * self.images)
+                    if isinstance(where, Map) and where.buffer in shared
+                    else where
+                    for name, where in step.maps.items()
+                }
+                self.builder.steps.append(replace(step, maps=maps))
+        for buffer in shared:
+            buffer.use(start)
+            buffer.use(len(self.builder.steps))
+
+    def _weight_bytes(self, node: fx.Node) -> int:
+        if node.op != "call_module":
+            return 0
+        module = self.module.get_submodule(str(node.target))
+        return sum(4 * p.numel() for p in module.parameters())
+
+    def _lower(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self.output = node.args[0]
+            for source in node.all_input_nodes:
+                self._read(source)
+            return
+        if node.op == "get_attr":
+            self.builder.steps.append(TorchStep(node, None))
+            return
+        if node.op == "placeholder":
+            self.builder.emit(
+                Kind.INPUT,
+                {"x": Buffer(0, offset=0), "y": self._new(node)},
+                dict(zip("NHWC", self._shape(node), strict=True)),
+            )
+            return
+        if not (is_map(self.results[node]) and self._native(node)):
+            self._in_torch(node)
+        for source in node.all_input_nodes:
+            if source in self.values:
+                self.values[source].buffer.waiting.discard(node)
+
+    def _native(self, node: fx.Node) -> bool:
+        """Write the steps of a node; False if the kernels cannot run it."""
+        sources = node.all_input_nodes
+        if not sources or any(source not in self.values for source in sources):
+            return False
+        if node.op == "call_module":
+            return self._native_module(node, self.module.get_submodule(str(node.target)))
+        if node.op == "call_method":
+            return node.target in ("relu", "relu_") and self._relu(node)
+        return self._native_function(node)
+
+    def _native_module(self, node: fx.Node, module: nn.Module) -> bool:
+        maps = [self._read(a) if isinstance(a, fx.Node) else None for a in node.args]
+        x = maps[0]
+        assert x is not None
+        name = str(node.target)
+        match module:
+            case FusedConv() | Pointwise():
+                gates, shortcut = (*maps[1:], None, None)[:2]
+                y = self._over(node, shortcut, x)
+                if isinstance(module, FusedConv):
+                    self.builder.convolution(name, module, x, y, gates, shortcut)
+                else:
+                    self.builder.pointwise(name, module, x, y, gates, shortcut)
+            case SqueezeGate() if native_gate(module):
+                self.builder.gates(name, module, x, self._new(node))
+            case nn.Linear() if len(self.results[node].shape) == 2:
+                self.builder.linear(name, module, x, self._new(node))
+            case nn.ReLU():
+                return self._relu(node)
+            case nn.Flatten() if module.start_dim == 1 and x.shape[1] * x.shape[2] == 1:
+                self._alias(node, node.args[0])
+            case nn.AdaptiveAvgPool2d() if pair(module.output_size) == (1, 1):
+                self.builder.means(x, Geometry(), self._new(node))
+            case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
+                self._alias(node, node.args[0])
+            case nn.MaxPool2d() if module.dilation in (1, (1, 1)) and not module.return_indices:
+                self._pool(node, x, module.kernel_size, module.stride, module.padding, largest=True)
+            case nn.AvgPool2d() if module.divisor_override is None:
+                self._pool(
+                    node,
+                    x,
+                    module.kernel_size,
+                    module.stride,
+                    module.padding,
+                    counts=module.count_include_pad,
+                )
+            case PaddedShortcut():
+                self._padded_shortcut(node, module, x)
+            case _:
+                return False
+        return True
+
+    def _native_function(self, node: fx.Node) -> bool:
+        target, args, kwargs = node.target, node.args, node.kwargs
+        if target in RELUS:
+            return self._relu(node)
+        if self._is_cat(node):
+            self._concatenate(node)
+            return True
+        if target in ADDS and len(args) == 2 and not kwargs:
+            a, b = args
+            if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+                return False
+            if self._shape(a) != self._shape(b):
+                return False
+            x, shortcut = self._read(a), self._read(b)
+            self.builder.copy(x, self._over(node, shortcut, x), shortcut=shortcut)
+            return True
+        if target is operator.mul and not kwargs and len(args) == 2:
+            return self._multiply(node)
+        if target is torch.flatten and args[1:] == (1,) and not kwargs:
+            source = args[0]
+            assert isinstance(source, fx.Node)
+            if self._shape(source)[1:3] == (1, 1):
+                self._alias(node, source)
+                return True
+        return target in (F.max_pool2d, F.avg_pool2d) and self._functional_pool(node)
+
+    def _functional_pool(self, node: fx.Node) -> bool:
+        largest = node.target is F.max_pool2d
+        names = [
+            "kernel_size",
+            "stride",
+            "padding",
+            *(["dilation"] if largest else []),
+            "ceil_mode",
+        ]
+        if not largest:
+            names += ["count_include_pad", "divisor_override"]
+        given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        if any(isinstance(value, fx.Node) for value in given.values()):
+            return False
+        if given.pop("dilation", 1) != 1 or given.pop("return_indices", False):
+            return False
+        if given.pop("divisor_override", None) is not None:
+            return False
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        self._pool(
+            node,
+            self._read(source),
+            given["kernel_size"],
+            given.get("stride"),
+            given.get("padding", 0),
+            largest=largest,
+            counts=bool(given.get("count_include_pad", True)),
+        )
+        return True
+
+    def _pool(
+        self,
+        node: fx.Node,
+        x: Map,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        *,
+        largest: bool = False,
+        counts: bool = True,
+    ) -> None:
+        stride = kernel if stride is None else stride
+        geometry = Geometry(pair(kernel), pair(stride), pair(padding))
+        self.builder.pool(x, self._new(node), geometry, largest=largest, padding=counts)
+
+    def _relu(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        x = self._read(source)
+        self.builder.copy(x, self._over(node, x, None), relu=True)
+        return True
+
+    def _multiply(self, node: fx.Node) -> bool:
+        """A map times a number."""
+        maps = [a for a in node.args if isinstance(a, fx.Node)]
+        numbers = [a for a in node.args if isinstance(a, int | float)]
+        if len(maps) != 1 or len(numbers) != 1:
+            return False
+        module = Pointwise()
+        module.multiply(float(numbers[0]))
+        self.builder.pointwise(node.name, module, self._read(maps[0]), self._new(node))
+        return True
+
+    def _padded_shortcut(self, node: fx.Node, module: PaddedShortcut, x: Map) -> None:
+        """As a 1×1 convolution whose weights are an identity with empty rows around it."""
+        C, total = x.shape[3], x.shape[3] + module.new_channels
+        conv = nn.Conv2d(C, total, 1, module.stride, bias=False)
+        nn.init.zeros_(conv.weight)
+        before = module.new_channels // 2
+        with torch.no_grad():
+            conv.weight[before : before + C, :, 0, 0] = torch.eye(C)
+        self.builder.convolution(str(node.target), FusedConv(conv), x, self._new(node))
+
+    def _is_cat(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or node.target is not torch.cat:
+            return False
+        dim = (*node.args[1:], node.kwargs.get("dim", 0))[0]
+        maps = all(is_map(self.results[part]) for part in concatenated(node))
+        return bool(maps and dim == 1 and self.results[node].ndim == 4)
+
+    def _reserve_slots(self, cat: fx.Node) -> None:
+        """Let the parts of a concat be written where the concat wants them."""
+        channel = 0
+        for part in concatenated(cat):
+            if part not in self.slots and part.op != "placeholder":
+                self.slots[part] = (cat, channel)
+            channel += self._shape(part)[3]
+
+    def _concatenate(self, node: fx.Node) -> None:
+        whole_map = self._new(node)
+        channel = 0
+        for part in concatenated(node):
+            x = self._read(part)
+            slot = Map(whole_map.buffer, x.shape, whole_map.ld, whole_map.channel + channel)
+            if (x.buffer, x.channel) != (slot.buffer, slot.channel):
+                self.builder.copy(x, slot)
+            channel += x.shape[3]
+
+    def _in_torch(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in self.values:
+                self._read(source)
+        target = self._new(node) if is_map(self.results[node]) else None
+        if target is not None:
+            self.builder.touch(target)
+        else:  # it may be a view of its inputs: they must stay
+            for source in node.all_input_nodes:
+                if source in self.values:
+                    self.values[source].buffer.last = 1 << 60
+        self.builder.steps.append(TorchStep(node, target))
+
+    def _shape(self, node: fx.Node) -> tuple[int, int, int, int]:
+        """N, H, W, C of a node's result."""
+        shape = self.results[node].shape
+        N, C, H, W = (*shape, 1, 1)[:4]
+        if self.batch == N:
+            N = self.images
+        return int(N), int(H), int(W), int(C)
+
+    def _read(self, node: fx.Node) -> Map:
+        found = self.values[node]
+        self.builder.touch(found)
+        return found
+
+    def _new(self, node: fx.Node) -> Map:
+        """A place for a node's result: its slot in a concat, or a buffer of its own."""
+        shape = self._shape(node)
+        if node in self.slots:
+            cat, channel = self.slots[node]
+            if cat not in self.values:
+                self._new(cat)
+            whole_map = self.values[cat]
+            made = Map(whole_map.buffer, shape, whole_map.ld, whole_map.channel + channel)
+        elif self._crosses(node):
+            made = replace(new_map((self.batch, *shape[1:])), shape=shape)
+        else:
+            made = new_map(shape)
+        self.values[node] = made
+        made.buffer.waiting.update(node.users)
+        return made
+
+    def _crosses(self, node: fx.Node) -> bool:
+        """Whether a node's result is collected from groups of images."""
+        return node is self.crossing and self.images < self.batch
+
+    def _alias(self, node: fx.Node, source: Any) -> None:
+        if self._crosses(node):
+            self.builder.copy(self._read(source), self._new(node))
+            return
+        self.values[node] = self.values[source]
+        self.values[node].buffer.waiting.update(node.users)
+
+    def _over(self, node: fx.Node, old: Map | None, other: Map | None) -> Map:
+        """A place for a node's result: over the map `old` where nobody else reads that any more.
+
+        Each element of `old` is read just before the result's element at its place is written.
+        """
+        if (
+            old is not None
+            and node not in self.slots
+            and not self._crosses(node)
+            and old.alone
+            and old.shape == self._shape(node)
+            and (other is None or other.buffer is not old.buffer)
+            and old.buffer.waiting <= {node}
+        ):
+            self.values[node] = old
+            old.buffer.waiting.update(node.users)
+            return old
+        return self._new(node)

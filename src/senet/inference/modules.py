@@ -1,0 +1,211 @@
+"""What an optimized network is made of, in plain PyTorch: the algebra of inference.
+
+Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from senet.layers import SqueezeExcitation
+
+
+def batch_norm_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale a and offset b (C,) in float64 with BN(x) = a·x + b in evaluation mode."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    mean, var = bn.running_mean.double(), bn.running_var.double()
+    scale = torch.rsqrt(var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.double()
+    offset = -mean * scale
+    return scale, offset if bn.bias is None else offset + bn.bias.double()
+
+
+def two(values: tuple[int, ...]) -> tuple[int, int]:
+    """Numbers along height and width."""
+    height, width = values
+    return height, width
+
+
+def constant(value: Tensor, like: Tensor) -> nn.Parameter:
+    """`value` as a parameter without gradient, with the dtype and device of `like`."""
+    return nn.Parameter(value.detach().to(like.device, like.dtype).contiguous(), False)
+
+
+class FusedConv(nn.Module):
+    """Convolution with all that follows it: y = relu(gates ⊙ (W x + b) + shortcut).
+
+    Args:
+        conv: the convolution; zero padding given in numbers.
+        bn: batch norm behind it, folded into weight and bias in float64.
+
+    Attributes:
+        relu: whether ReLU ends it.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
+        super().__init__()
+        weight = conv.weight.double()
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
+        if bn is not None:
+            scale, offset = batch_norm_affine(bn)
+            weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + offset
+        self.weight, self.bias = constant(weight, conv.weight), constant(bias, conv.weight)
+        assert not isinstance(conv.padding, str)
+        self.stride, self.padding, self.dilation = map(
+            two, (conv.stride, conv.padding, conv.dilation)
+        )
+        self.groups = conv.groups
+        self.relu = False
+
+    def forward(
+        self,
+        x: Float[Tensor, "n c h w"],
+        gates: Float[Tensor, "n d"] | None = None,
+        shortcut: Float[Tensor, "n d a b"] | None = None,
+    ) -> Float[Tensor, "n d a b"]:
+        """(N,C,H,W) → (N,D,A,B); gates are known beforehand, one per image and output channel."""
+        y = F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        return finish(y, gates, shortcut, self.relu)
+
+    def multiply(self, factor: float) -> None:
+        """Multiply the convolution's output, before gates and shortcut, by a number."""
+        self.weight.mul_(factor)
+        self.bias.mul_(factor)
+
+    def extra_repr(self) -> str:
+        """Shape, stride and what follows, as `print(model)` shows them."""
+        shape = "×".join(map(str, self.weight.shape))
+        return f"{shape}, stride={self.stride}, groups={self.groups}, relu={self.relu}"
+
+
+def finish(y: Tensor, gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """relu(gates ⊙ y + shortcut), each part optional; y (N,C,*), gates (N,C)."""
+    if gates is not None:
+        gates = gates.view(*gates.shape, *(1 for _ in y.shape[2:])).to(y.dtype)
+        y = y * gates if shortcut is None else torch.addcmul(shortcut, y, gates)
+    elif shortcut is not None:
+        y = y + shortcut
+    return F.relu(y) if relu else y
+
+
+class Pointwise(nn.Module):
+    """What no convolution takes up: y = relu(gates ⊙ f·(a·x + b) + shortcut).
+
+    Each part is optional.
+
+    Args:
+        bn: batch norm that gives a and b.
+
+    Attributes:
+        factor: f.
+        relu: whether ReLU ends it.
+    """
+
+    def __init__(self, bn: nn.BatchNorm2d | None = None) -> None:
+        super().__init__()
+        self.scale: nn.Parameter | None = None
+        self.offset: nn.Parameter | None = None
+        if bn is not None:
+            assert bn.running_mean is not None
+            scale, offset = batch_norm_affine(bn)
+            self.scale, self.offset = (constant(t, bn.running_mean) for t in (scale, offset))
+        self.factor = 1.0
+        self.relu = False
+
+    def multiply(self, factor: float) -> None:
+        """Multiply the output, before gates and shortcut, by a number."""
+        self.factor *= factor
+
+    def forward(
+        self, x: Tensor, gates: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> Tensor:
+        """X (N,C,H,W) → the same shape."""
+        if self.scale is not None and self.offset is not None:
+            x = torch.addcmul(self.offset.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
+        if self.factor != 1:
+            x = x * self.factor
+        return finish(x, gates, shortcut, self.relu)
+
+
+def axis_taps(x: Tensor, kernel: int, padding: int, dilation: int) -> tuple[list[Tensor], int]:
+    """For each tap of a kernel along the last axis the sum of the inputs it sees; output count.
+
+    With zero padding a tap does not see some of the border: that is taken off the sum over all
+    (algebra.md section 3).
+    """
+    outputs = x.shape[-1] + 2 * padding - dilation * (kernel - 1)
+    total = x.sum(-1)
+    taps = []
+    for tap in range(kernel):
+        first = tap * dilation - padding
+        unseen = [x[..., : max(first, 0)]]
+        if first + outputs < x.shape[-1]:
+            unseen.append(x[..., max(first + outputs, 0) :])
+        taps.append(total - sum(part.sum(-1) for part in unseen))
+    return taps, outputs
+
+
+def tap_means(
+    u: Float[Tensor, "n c h w"],
+    kernel: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Float[Tensor, "n t c"]:
+    """Mean over the outputs of a convolution of stride 1 of the inputs that each tap sees.
+
+    Returns:
+        (N, taps, C), taps in row order of the kernel, in float32 at least.
+    """
+    wide = u.to(torch.promote_types(u.dtype, torch.float32))
+    columns, width = axis_taps(wide, kernel[1], padding[1], dilation[1])
+    rows = [axis_taps(part, kernel[0], padding[0], dilation[0]) for part in columns]
+    means = [rows[j][0][i] for i in range(kernel[0]) for j in range(kernel[1])]
+    return torch.stack(means, 1) / (width * rows[0][1])
+
+
+class SqueezeGate(nn.Module):
+    """The gates of an SE block, computed before the convolution that they scale.
+
+    The mean commutes with a convolution v = W u + b: z = W·mean(u) + b (algebra.md section 3),
+    and W multiplies into the first fully connected layer, so the squeeze reads the convolution's
+    input and not its larger output. Without a convolution the squeeze reads the map itself.
+
+    Args:
+        se: SE block with the squeeze "avg".
+        conv: the convolution before it, without ReLU.
+    """
+
+    def __init__(self, se: SqueezeExcitation, conv: FusedConv | None = None) -> None:
+        super().__init__()
+        first = se.fc1.weight.double()
+        bias = first.new_zeros(len(first)) if se.fc1.bias is None else se.fc1.bias.double()
+        if conv is not None:
+            weight = conv.weight.double().flatten(2)  # (C, C_in, taps)
+            bias = bias + first @ conv.bias.double()
+            first = torch.einsum("hc,cit->hti", first, weight).flatten(1)
+        last = se.fc2.weight
+        bias2 = last.new_zeros(len(last)) if se.fc2.bias is None else se.fc2.bias
+        self.weight1, self.bias1 = constant(first, last), constant(bias, last)
+        self.weight2, self.bias2 = constant(last, last), constant(bias2, last)
+        self.activation, self.gate, self.gate_name = se.activation, se.gate, se.gate_name
+        self.geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
+        if conv is not None and (conv.weight.shape[2:] != (1, 1) or conv.padding != (0, 0)):
+            kernel = (conv.weight.shape[2], conv.weight.shape[3])
+            self.geometry = (kernel, conv.padding, conv.dilation)
+
+    def forward(self, u: Float[Tensor, "n c *s"]) -> Float[Tensor, "n d"]:
+        """Gates (N,D) for the input u (N,C,H,W) of the convolution."""
+        if self.geometry is None:
+            wide = torch.promote_types(u.dtype, torch.float32)
+            means = u.mean(tuple(range(2, u.ndim)), dtype=wide)
+        else:
+            means = tap_means(u, *self.geometry).flatten(1)
+        hidden = self.activation(F.linear(means.to(self.weight1.dtype), self.weight1, self.bias1))
+        return self.gate(F.linear(hidden, self.weight2, self.bias2))

@@ -1,0 +1,232 @@
+"""`senet.optimize`: a trained model made ready for inference."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from senet.errors import SenetError
+from senet.inference import kernels
+from senet.inference.builder import Constants
+from senet.inference.program import Program
+from senet.inference.rewrite import Rewriter
+
+# Programs kept, one per input shape and number of threads; the one not used for longest goes.
+MAX_PROGRAMS = 4
+# Relative difference from the original model above which something must be wrong. Rounding
+# differs by some 1e-6 in float32; untrained deep networks amplify it to some 1e-3.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
+
+
+@dataclass(frozen=True)
+class OptimizationReport:
+    """What `optimize` did.
+
+    Attributes:
+        fused: per rewrite the module it starts from, and what was done.
+        left: modules that were left as they are, and why.
+        difference: largest difference of the outputs from the original model's for the example,
+            relative to the largest output.
+        kernels: instruction set of the C++ kernels, or the reason why there are none.
+    """
+
+    fused: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...]
+    difference: float
+    kernels: str
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {what}" for name, what in self.fused]
+        lines += [f"{name}: left as it is ({why})" for name, why in self.left]
+        lines.append(f"largest relative difference from the original: {self.difference:.1e}")
+        lines.append(f"C++ kernels: {self.kernels}")
+        return "\n".join(lines)
+
+
+class OptimizedPart(nn.Module):
+    """A rewritten graph that runs on the C++ kernels where it can and in PyTorch elsewhere.
+
+    The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; anything else, and
+    any graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch.
+
+    Args:
+        graph: the rewritten graph.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self.register_load_state_dict_post_hook(_weights_changed)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self._constants: Constants = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without programs and packed weights: they are made anew where they are needed."""
+        state = self.__dict__.copy()
+        del state["_programs"], state["_constants"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPart:
+        return OptimizedPart(copy.deepcopy(self.graph_module, memo)).train(self.training)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> OptimizedPart:
+        self._forget()  # weights move or change their type
+        super()._apply(*args, **kwargs)
+        return self
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the original model returns for the same inputs."""
+        if len(inputs) == 1 and self._takes(inputs[0]):
+            return self._program(inputs[0]).run(inputs[0])
+        return self.graph_module(*inputs)
+
+    def _takes(self, x: Any) -> bool:
+        """Whether the kernels can run for this input."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or kernels.MISSING:
+            return False
+        if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        if x.ndim != 4 or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        weight = next(self.graph_module.parameters(), x)
+        return weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+    def _program(self, x: Tensor) -> Program:
+        threads = torch.get_num_threads()
+        key = (tuple(x.shape), threads)
+        if key not in self._programs:
+            while len(self._programs) >= MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+            self._programs[key] = Program(self.graph_module, x, threads, self._constants)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+
+def _weights_changed(part: OptimizedPart, _keys: object) -> None:
+    part._forget()
+
+
+class OptimizedModel(nn.Module):
+    """What `optimize` returns; called like the original model in evaluation mode.
+
+    Attributes:
+        report: what was done.
+        network: the rewritten model.
+    """
+
+    report: OptimizationReport
+
+    def __init__(self, network: nn.Module, report: OptimizationReport) -> None:
+        super().__init__()
+        self.network = network
+        self.report = report
+
+    def forward(self, x: Tensor) -> Any:
+        """What the original model returns for images x (N,C,H,W)."""
+        return self.network(x)
+
+
+def _optimized(
+    model: nn.Module, name: str, fused: list[tuple[str, str]], left: list[tuple[str, str]]
+) -> nn.Module:
+    """The model as an `OptimizedPart`, or with those of its children replaced that allow it."""
+    try:
+        rewriter = Rewriter(model)
+    except (fx.proxy.TraceError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        left.append((name or type(model).__name__, f"torch.fx cannot trace it: {reason}"))
+        for child_name, child in model.named_children():
+            if next(child.parameters(), None) is not None and not _is_leaf(child):
+                path = f"{name}.{child_name}" if name else child_name
+                setattr(model, child_name, _optimized(child, path, fused, left))
+        return model
+    graph = rewriter.run()
+    fused += [(f"{name}.{what}" if name else what, how) for what, how in rewriter.fused]
+    return OptimizedPart(graph)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module alone offers nothing to fuse."""
+    return next(module.children(), None) is None
+
+
+def _check_example(example: object) -> None:
+    if not isinstance(example, Tensor):
+        kind = type(example).__name__
+        raise TypeError(f"example_input must be a tensor (N,C,H,W), got {kind}")
+
+
+def _difference(a: Any, b: Any) -> float:
+    """Largest difference of two outputs, relative to the largest number in the second."""
+    first, second = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
+    assert len(first) == len(second)
+    worst = 0.0
+    for x, y in zip(first, second, strict=True):
+        if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
+            scale = max(float(y.abs().max()), torch.finfo(y.dtype).tiny)
+            found = float((x - y).abs().max()) / scale
+            worst = max(worst, found) if math.isfinite(found) else math.inf
+    return worst
+
+
+def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
+    """A copy of the model for inference: as exact as the original, faster.
+
+    Batch norms are folded into convolutions; an SE block's squeeze is taken before the last
+    convolution of its branch, whose output is then scaled, added to the shortcut and passed
+    through ReLU while it is written (algebra.md section 3). On the CPU in float32 the whole
+    network runs in C++ kernels with buffers that are planned once per input shape and used again;
+    elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export.
+
+    The result takes any batch and image size, can be pickled, copied and saved, and has no
+    gradients to its weights. It does not train: dropout is gone and batch norms are constants.
+
+    Args:
+        model: any module that takes images (N,C,H,W); best known are those of `create_model`.
+            It stays as it is. What cannot be rewritten is left alone, and the report says so.
+        example_input: an input of it, to compare both models on.
+
+    Returns:
+        The optimized model in evaluation mode; `report` tells what was fused.
+
+    Raises:
+        TypeError: `example_input` is no tensor.
+        SenetError: the outputs for `example_input` differ by more than rounding (relative 1e-2
+            in float32; a trained network differs by some 1e-6).
+    """
+    _check_example(example_input)
+    original = copy.deepcopy(model).eval()
+    fused: list[tuple[str, str]] = []
+    left: list[tuple[str, str]] = []
+    working = copy.deepcopy(original).requires_grad_(False)
+    network = _optimized(working, "", fused, left).eval()
+    with torch.no_grad():
+        difference = _difference(network(example_input), original(example_input))
+    dtype = example_input.dtype
+    if not difference <= _TOLERANCE.get(dtype, 0.1):
+        raise SenetError(
+            f"the optimized model's output differs from the original's by {difference:.1e} relative"
+            " for example_input; the model computes with non-finite numbers, or this is a bug"
+        )
+    isa = kernels.instruction_set()
+    report = OptimizationReport(
+        tuple(fused), tuple(left), difference, isa or f"none ({kernels.MISSING})"
+    )
+    optimized = OptimizedModel(network, report).eval()
+    for attribute in ("config", "input_size", "min_input_size", "num_features", "preprocessing"):
+        if hasattr(model, attribute):
+            setattr(optimized, attribute, copy.deepcopy(getattr(model, attribute)))
+    return optimized
