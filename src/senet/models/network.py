@@ -155,6 +155,11 @@ class Network(nn.Module, HubMixin, ABC):
         """
         from senet.models.registry import build_model  # the registry imports this file
 
+        if changed := config.keys() & {"inserted", "folded"}:
+            raise UserError(
+                f"{config['name']} was changed after it was made ({', '.join(sorted(changed))}): "
+                "senet.training.checkpoint.open_checkpoint opens it"
+            )
         options = config["options"]
         shape = {key: config[key] for key in ("num_classes", "in_channels")}
         model = build_model(config["name"], **shape, **options)

@@ -27,9 +27,11 @@ class ReLUSE(nn.Module):
         super().__init__()
         self.se = se
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Same shape."""
-        return self.se(torch.relu(x))
+    def forward(
+        self, x: Float[Tensor, "n c h w"], bn: nn.BatchNorm2d | None = None
+    ) -> Float[Tensor, "n c h w"]:
+        """Same shape; with `bn`, the batch norm before the ReLU is taken in the same pass."""
+        return self.se(torch.relu(x) if bn is None else bn_relu(x, bn))
 
 
 class VGG(Network):
@@ -109,8 +111,9 @@ class VGG(Network):
         indices = [int(name.removeprefix("features.")) for name in self.stages[stage].children]
         for index in indices[:-1:3]:
             conv, bn, relu = self.features[index : index + 3]
+            # The same arithmetic with and without SE: insertion leaves every bit of the output.
             x = conv(x)
-            x = relu(bn(x)) if isinstance(relu, ReLUSE) else bn_relu(x, bn)
+            x = relu(x, bn) if isinstance(relu, ReLUSE) else bn_relu(x, bn)
         return self.features[indices[-1]](x)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:

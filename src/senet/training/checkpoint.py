@@ -16,20 +16,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from senet.data import Preprocessing
 from senet.errors import SenetError, UserError
 from senet.files import sync_folder
+from senet.hub import CONFIG, WEIGHTS, adopt, described, read_described
 from senet.models import Network, build_model
+from senet.sources import rebuild
+from senet.weights import HUB_PREFIX, load_weights, local_file
+from senet.weights.files import read_with_description
+from senet.weights.layouts import detect
 
-FORMAT, VERSION = "senet", 1
-WEIGHTS, STATE, MANIFEST = "model.safetensors", "training_state.pt", "manifest.json"
+STATE, MANIFEST = "training_state.pt", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Checkpoint:
     """A trained network and all that is needed to use it.
 
     Attributes:
-        model: the network with its weights, in evaluation mode, on the CPU.
-        classes: names in the order of the logits.
+        model: the network with its weights, in evaluation mode, on the CPU; with `preprocessing`,
+            `classes` and `metrics`, so that `model.save_pretrained` tells them too.
+        classes: names in the order of the logits; their numbers where nobody knows the names
+            (`model.classes` is None then).
         preprocessing: how an image becomes its input.
         metrics: the row of metrics.csv that belongs to the weights; empty within the first epoch.
         config: the options of the run that its result depends on, see
-            `RunConfig.result_options`.
+            `RunConfig.result_options`; empty for a network that is not of a run folder.
         path: the file that was read.
     """
 
@@ -80,8 +85,7 @@ def save_checkpoint(
     former = folder / ("previous" if slot == "last" else f".{slot}.former")
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    # One metadata key only: safetensors writes several in an arbitrary order.
-    metadata = {FORMAT: json.dumps({"version": VERSION, **description}, sort_keys=True)}
+    metadata = described(description)
     files: dict[str, bytes | memoryview] = {
         WEIGHTS: save({k: v.detach().cpu().contiguous() for k, v in weights.items()}, metadata),
         STATE: buffer.getbuffer(),
@@ -128,7 +132,8 @@ def defect(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None: each file is compared with the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name in (WEIGHTS, STATE):
+        # A run's checkpoint names its training state too, one of `senet insert` has none.
+        for name in dict.fromkeys((WEIGHTS, *manifest)):
             path, expected = folder / name, manifest[name]
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
@@ -175,9 +180,10 @@ def load_training_state(run: Path) -> dict[str, Any] | None:
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
-    """A trained network from a run folder, a checkpoint folder or a model.safetensors.
+    """A trained network: a run folder, a checkpoint folder, a model.safetensors, or published.
 
-    Of a run folder it takes the best checkpoint, else the last, else the one before; a corrupt
+    Published ones are folders that `save_pretrained` made, and `hf_hub:owner/name`. Of a run
+    folder it takes the best checkpoint, else the last, else the one before; a corrupt
     one is named in a warning and passed over. Nothing is unpickled.
 
     Raises:
@@ -185,6 +191,8 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         UserError: it is no checkpoint of this package.
         SenetError: it is one, but corrupt.
     """
+    if str(path).startswith(HUB_PREFIX):
+        return _read(local_file(str(path)))
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -192,6 +200,8 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         )
     if path.is_file():
         return _read(path)
+    if (path / CONFIG).exists() and (path / WEIGHTS).exists():
+        return _read(path / WEIGHTS)  # save_pretrained writes no manifest
     if (path / WEIGHTS).exists() or (path / MANIFEST).exists():
         candidates = [path]
     else:
@@ -213,36 +223,62 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file, or is cut short: {error}") from error
-    if FORMAT not in metadata:
-        raise UserError(
-            f"{path} was not written by senet train (no {FORMAT!r} metadata, so no network name "
-            "and classes); load plain weights with senet.create_model(NAME, pretrained=PATH)"
-        )
-    description = json.loads(metadata[FORMAT])
-    if description["version"] != VERSION:
-        raise UserError(
-            f"{path} has format version {description['version']}, this senet reads {VERSION}; "
-            "update senet"
-        )
-    config = description["model"]
-    model = build_model(
-        config["name"],
-        num_classes=config["num_classes"],
-        in_channels=config["in_channels"],
-        **config["options"],
-    )
+    description, weights = read_described(path)
+    model = rebuild(description["model"])
     model.load_state_dict(weights)
+    adopt(model, description)
+    # A foreign network (see `rebuild`) has the attributes of ours that are needed.
+    return _checkpoint(cast(Network, model), description["run"], path)
+
+
+def _checkpoint(model: Network, run: dict[str, Any], path: Path) -> Checkpoint:
+    if model.preprocessing is None:
+        raise UserError(
+            f"{path} does not say how an image becomes the network's input: open it in Python, set "
+            "model.preprocessing, and write it with model.save_pretrained(FOLDER)"
+        )
+    count = model.config["num_classes"]
+    if not count:
+        raise UserError(f"{path} holds a network without classes: it cannot be used to classify")
     return Checkpoint(
         model=model.eval(),
-        classes=tuple(description["classes"]),
-        preprocessing=Preprocessing.from_dict(description["preprocessing"]),
-        metrics=description["metrics"],
-        config=description["run"],
+        classes=model.classes or tuple(map(str, range(count))),
+        preprocessing=Preprocessing.from_dict(model.preprocessing),
+        metrics=dict(model.metrics or {}),
+        config=run,
         path=path,
     )
+
+
+def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
+    """A network of a given name with weights from elsewhere, in any layout.
+
+    The images' channels and the number of classes are those of the weights, the preprocessing is
+    what their layout implies. Nothing is unpickled.
+
+    Args:
+        name: one of `senet.list_models()`.
+        source: a file or `hf_hub:owner/name`, see `senet.weights.read_state_dict`.
+
+    Raises:
+        UserError: unknown name, weights that do not fit, that say themselves which network they
+            are for, or whose layout does not tell how images are prepared.
+    """
+    with torch.device("meta"):
+        outline = build_model(name)
+    path = local_file(source)
+    state, description = read_with_description(path)
+    if description:
+        raise UserError(f"{source} says itself which network it is for: leave out --model {name}")
+    decoded = detect(state).decode(state, outline)
+    # Where these are not in the file, `load_weights` tells what is wrong with it.
+    head = decoded.get(f"{outline.head}.weight")
+    first = next(n for n, m in outline.named_modules() if isinstance(m, nn.Conv2d))
+    stem = decoded.get(f"{first}.weight")
+    model = build_model(
+        name,
+        num_classes=1000 if head is None else head.shape[0],
+        in_channels=3 if stem is None else stem.shape[1],
+    )
+    load_weights(model, state)
+    return _checkpoint(model, {}, path)

@@ -15,6 +15,7 @@ from senet.files import atomic_write
 from senet.training.recipe import Recipe
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Trained = Literal["all", "se", "se+head", "head"]
 CONFIG = "config.toml"
 # Where and how fast a run happens, not what comes out of it (on CPU).
 MACHINE = ("out", "data_root", "download", "num_workers", "checkpoint_steps", "device")
@@ -37,6 +38,10 @@ class RunConfig:
         recipe: how it is trained.
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
+        init: checkpoint to start from instead of fresh weights, as `open_checkpoint` takes it.
+        train: with `init`, what is trained: "all", "se" (the SE blocks alone; everything else,
+            batch-norm statistics included, stays as it is), "se+head" (and the classifier) or
+            "head" (the classifier alone).
         out: the run folder; it must not exist.
         num_workers: processes that load images; 0: none beside the training process.
         checkpoint_steps: steps between checkpoints within an epoch; 0: after each epoch only.
@@ -56,6 +61,8 @@ class RunConfig:
     val_fraction: float | None = None
     image_size: int | None = None
     skip_bad_images: bool = False
+    init: str | None = None
+    train: Trained = "all"
     seed: int = 0
     num_workers: int = 0
     checkpoint_steps: int = 0
@@ -70,6 +77,14 @@ class RunConfig:
                 raise UserError(f"{name} must be a whole number of at least 0, got {value!r}")
         if self.seed >= 2**32:
             raise UserError(f"seed must be below 2**32 (NumPy's limit), got {self.seed}")
+        if self.init is not None:
+            object.__setattr__(self, "init", str(self.init))
+        if self.train not in get_args(Trained):
+            raise UserError(
+                f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}"
+            )
+        if self.train != "all" and self.init is None:
+            raise UserError(f"train={self.train!r} needs a network to start from: give init")
         if self.device not in get_args(Device):
             choices = ", ".join(get_args(Device))
             raise UserError(f"device must be one of {choices}, got {self.device!r}")

@@ -22,6 +22,7 @@ from senet.errors import SenetError, UserError
 from senet.models import build_model
 from senet.training.config import RunConfig
 from senet.training.evaluation import Evaluation, evaluate
+from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
 from senet.training.optimization import Average, build_optimizer, build_schedule
 from senet.training.progress import Progress
 
@@ -61,8 +62,12 @@ class Session:
         recipe = self.recipe = config.recipe
         self.config = config
         self.accelerator = _accelerator(config)
-        with torch.device("meta"):  # a wrong name or option is told before data are fetched
-            least = build_model(config.model, **config.model_options).min_input_size
+        start = None if config.init is None else starting_checkpoint(config)
+        if start is None:
+            with torch.device("meta"):  # a wrong name or option is told before data are fetched
+                least = build_model(config.model, **config.model_options).min_input_size
+        else:
+            least = start.model.min_input_size
         self.data = _load(config)
         size = self.data.preprocessing.image_size
         if size < least:
@@ -75,12 +80,16 @@ class Session:
         self.total_steps = recipe.epochs * self.steps_per_epoch
 
         set_seed(config.seed)
-        model = build_model(
-            config.model,
-            num_classes=len(self.data.classes),
-            in_channels=self.data.preprocessing.channels,
-            **config.model_options,
-        )
+        if start is None:
+            model = build_model(
+                config.model,
+                num_classes=len(self.data.classes),
+                in_channels=self.data.preprocessing.channels,
+                **config.model_options,
+            )
+        else:
+            model = prepare_start(start, self.data, config.train)
+        self.frozen_norms = freeze(model, config.train)
         self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         set_seed(config.seed + self.accelerator.process_index)  # dropout differs by process
         self.ema = Average(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -150,6 +159,8 @@ class Session:
             SenetError: the loss is not finite; nothing was changed.
         """
         recipe, device = self.recipe, self.accelerator.device
+        for norm in self.frozen_norms:  # `evaluate` puts the whole network back into training mode
+            norm.training = False
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         logits = self.wrapped(images).float()

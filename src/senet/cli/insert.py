@@ -1,0 +1,60 @@
+"""`senet insert`: SE blocks for any CNN."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from senet.units import print_table
+
+from .options import Config, OptionalWhole, WholeNumbers
+
+Places = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
+
+
+def insert(
+    *,
+    model: str | None = None,
+    weights: Path | None = None,
+    out: Path,
+    where: Places = (),
+    reduction: float = 16,
+    stages: WholeNumbers = None,
+    num_classes: OptionalWhole = None,
+    image_size: OptionalWhole = None,
+    config: Config = None,
+) -> None:
+    """Put SE blocks into a network without changing its output, and write it as a checkpoint.
+
+    Go on with `senet train --init OUT --train se --data …`: only the gates learn then.
+
+    Args:
+        model: a network of `senet models`, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION
+            (default: that of the checkpoint --weights).
+        weights: checkpoint of senet, or the model's own state dict as .safetensors or .pth.
+        out: checkpoint folder to make; it must not exist.
+        where: auto, residual, concat, conv, or names of modules whose output is scaled
+            (default: auto).
+        reduction: reduction ratio r: the hidden width is C/r rounded down.
+        stages: stages that get SE, 2 being the first behind the stem (default: all).
+        num_classes: classes of the model (default: 1000, or those of the checkpoint).
+        image_size: side of the images in pixels (default: the model's own).
+    """
+    from senet.insertion import RULES
+    from senet.surgery import insert_checkpoint
+
+    single = where[0] if len(where) == 1 and where[0] in RULES else None
+    place = single or (list(where) if where else "auto")
+    result = insert_checkpoint(
+        out,
+        model=model,
+        weights=weights,
+        num_classes=num_classes,
+        image_size=image_size,
+        options={"where": place, "reduction": reduction, "stages": stages},
+    )
+    print_table(result.report.table())
+    for name, why in result.report.skipped:
+        print(f"left out: {name}: {why}")
+    print(result.report.summary())
+    print(f"Checkpoint: {result.folder}")
