@@ -65,7 +65,8 @@ def test_fixed_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands_of_later_issues_are_no_stubs(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("insert", "explain", "fold", "export", "bench", "ablate"):
+    designed = {"insert", "explain", "fold", "export", "bench", "ablate"}
+    for name in designed - set(NAMES):
         found = run(capsys, name)
         assert found.code == 2
         assert found.err.startswith(f'senet: Unknown command "{name}"')

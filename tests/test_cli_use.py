@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
+import senet
 from cli_tools import CLASSES, make_data, make_images, run, train_flags
 from senet.__main__ import main
 from senet.layers import SqueezeExcitation
@@ -258,6 +260,16 @@ def test_summary_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.code == 0
     lines = found.out.splitlines()
     assert any(re.search(r"Linear \(fc1\) +\[1, 4\] +68 ", line) for line in lines)
+    stem = next(line for line in lines if line.startswith("│ stem "))
+    assert re.findall(r"[\d,]+", stem) == ["176", f"{144 * 28 * 28:,}", "0", "0"]
+    whole = next(line for line in lines if line.startswith("│ all "))
+    plain = run(capsys, "summary", "resnet8_cifar", "--input", "1,28,28").out.splitlines()
+    plain_whole = next(line for line in plain if line.startswith("│ all "))
+    se, without = (
+        [int(number.replace(",", "")) for number in re.findall(r"[\d,]+", line)]
+        for line in (whole, plain_whole)
+    )
+    assert se[2:] == [se[0] - without[0], se[1] - without[1]]
     assert any(re.search(r"Conv2d \(conv1\) +\[1, 16, 28, 28\] +144 ", line) for line in lines)
     assert lines[-1] == (
         "se_resnet8_cifar at 1 × 28 × 28: 77,830 parameters, 9.148 M multiply-adds"
@@ -272,6 +284,12 @@ def test_summary_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
         (["resnet50", "--input", "3,8,8"], ["3,8,8", "at least 32"]),
         (["resnet50", "--input", "3,224"], ["--input must be C,H,W"]),
         (["resnet50", "--channels", 3], ["--channels", "block"]),
+        (["resnet50", "--width", 2], ["resnet50 has no option 'width'"]),
+        (["mobilenet", "--width", 0], ["width", "0"]),
+        (["resnet50", "--aux"], ["resnet50 has no option 'aux'"]),
+        (["resnet20_cifar", "--preactivation"], ["no option 'preactivation'"]),
+        (["resnet50", "--dropout", 0.5], ["no option 'dropout'"]),
+        (["resnet50", "--variant", "cadene"], ["cadene"]),
         (["resnet50", "--num-classes", -1], ["num_classes", "-1"]),
     ],
 )
@@ -279,3 +297,113 @@ def test_summary_of_a_network_refuses(
     arguments: list[object], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(capsys, "summary", *arguments).refused("summary", *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameters"),
+    [
+        (["mobilenet", "--width", 0.5], 1_331_592),
+        (["inception_v3", "--aux"], 27_161_264),
+        (["resnet110_cifar", "--preactivation"], 1_727_962),
+        (["se_resnet18", "--variant", "cadene"], 11_778_592),
+        (["se_resnet18", "--divisor", 8, "--no-bias"], 11_777_576),
+    ],
+)
+def test_options_that_few_networks_have(
+    arguments: list[object], parameters: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(capsys, "summary", *arguments)
+    assert found.code == 0, found.err
+    assert f" {parameters:,} parameters, " in found.out.splitlines()[-1]
+
+
+def test_paper_table(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "models", "--table")
+    assert found.code == 0, found.err
+    row = next(line for line in found.out.splitlines() if line.startswith("│ resnet50 "))
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == [
+        "resnet50",
+        *("24.80", "7.48", "3.86", "3.863", "25.6", "25.6"),
+        *("23.29", "6.62", "3.87", "3.872", "28.1", "28.1"),
+    ]
+    run(capsys, "models", "se_*", "--table").refused("models", "--table", "'se_*'")
+
+
+@pytest.fixture(scope="module")
+def published(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from senet.training.checkpoint import open_checkpoint
+
+    folder = tmp_path_factory.mktemp("published")
+    open_checkpoint(trained).model.save_pretrained(folder)
+    return folder
+
+
+def test_a_published_folder_is_used_like_a_run(
+    data: Path, trained: Path, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = []
+    for place in (trained, published):
+        found = run(capsys, "evaluate", place, "--data", data, "--json", QUIET)
+        assert found.code == 0, found.err
+        content = json.loads(found.out)
+        scores.append((content["top1"], content["loss"], content["classes"]))
+    assert scores[0] == scores[1]
+    images = data / "val" / "red"
+    shown = [
+        json.loads(run(capsys, "predict", place, images, "--json", QUIET).out)
+        for place in (trained, published)
+    ]
+    assert shown[0] == shown[1]
+    found = run(capsys, "evaluate", published, QUIET)
+    found.refused("evaluate", "does not say what it was trained on", "--data")
+
+
+@pytest.fixture(scope="module")
+def caffe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a network that takes colours as Caffe has them, and says nothing else."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("caffe") / "bn_inception.pth"
+    model = senet.create_model("bn_inception", num_classes=3)
+    senet.save_weights(model, path, layout="bninception")
+    return path
+
+
+def test_weights_of_others_see_images_as_they_want_them(
+    data: Path, caffe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = data / "val" / "red" / "0.png"
+    found = run(capsys, "predict", caffe, image, "--model", "bn_inception", "--json", QUIET)
+    assert found.code == 0, found.err
+    shown = {p["class"]: p["probability"] for p in json.loads(found.out)[0]["predictions"]}
+    model = senet.create_model("bn_inception", num_classes=3, pretrained=caffe).eval()
+    pixels = F.pil_to_tensor(F.center_crop(F.resize(Image.open(image), [256]), [224]))
+    x = pixels.flip(0) - torch.tensor([104.0, 117.0, 128.0])[:, None, None]
+    with torch.no_grad():
+        expected = model(x[None]).softmax(-1)[0]
+    assert shown == pytest.approx(dict(zip("012", expected.tolist(), strict=True)), abs=1e-4)
+
+
+def test_weights_of_others_are_evaluated_with_the_names_of_the_data(
+    data: Path, caffe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "bn_inception", "--image-size", 64, "--json", QUIET]
+    found = run(capsys, "evaluate", caffe, "--data", data, *flags)
+    assert found.code == 0, found.err
+    content = json.loads(found.out)
+    assert (content["n"], content["classes"]) == (12, list(CLASSES))
+    assert run(capsys, "evaluate", caffe, *flags).code == 2
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_weights_that_say_nothing_need_a_name(
+    command: str, data: Path, caffe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--data", data] if command == "evaluate" else [data / "val"]
+    found = run(capsys, command, caffe, *rest, QUIET)
+    found.refused(command, "bn_inception.pth", "--model NAME")
+    named = trained / "checkpoints" / "best" / "model.safetensors"
+    found = run(capsys, command, named, *rest, "--model", "se_resnet8_cifar", QUIET)
+    found.refused(command, "leave out --model se_resnet8_cifar")
+    found = run(capsys, command, caffe, *rest, "--model", "bn_incepton", QUIET)
+    found.refused(command, "did you mean 'bn_inception'?")

@@ -281,3 +281,15 @@ def test_any_module_loads_its_own_names(tmp_path):
     assert report.loaded == 2
     with pytest.raises(UserError, match=r"weight has shape \(2, 3\), not \(2, 4\)"):
         load_weights(nn.Linear(4, 2), layer.state_dict())
+
+
+def test_preprocessing_fits_the_network(tmp_path):
+    """Grey images have no order of channels, and no layout knows how CIFAR was prepared."""
+    state = convert(make("bn_inception"), "bninception")
+    grey = make("bn_inception", in_channels=1)
+    load_weights(grey, state)
+    assert (grey.preprocessing["channel_order"], grey.preprocessing["channels"]) == ("rgb", 1)
+    assert grey.preprocessing["mean"] == [pytest.approx((104 + 117 + 128) / 3)]
+    small = senet.create_model("resnet8_cifar", num_classes=5)
+    assert load_weights(small, small.state_dict()).layout == "torchvision"
+    assert small.preprocessing is None

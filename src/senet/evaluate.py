@@ -1,4 +1,4 @@
-"""The accuracy of a checkpoint on a data set, as a table, JSON and a figure."""
+"""The accuracy of a trained network on a data set, as a table, JSON and a figure."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from rich.table import Table
 from .data import ImageData, Preprocessing, load_data, val_loader
 from .errors import UserError
 from .figures import confusion_matrix, save_figure, themed
-from .training.checkpoint import Checkpoint, open_checkpoint
+from .training.checkpoint import Checkpoint, open_checkpoint, open_weights
 from .training.evaluation import Evaluation, evaluate
 from .training.loop import choose_device
 from .training.progress import Progress
@@ -24,7 +24,8 @@ def check_classes(checkpoint: Checkpoint, data: ImageData) -> None:
     """Refuse data whose classes are not those of the checkpoint.
 
     Raises:
-        UserError: another number of classes, or other names in the same number.
+        UserError: another number of classes, or other names in the same number (where the
+            checkpoint knows names).
     """
     known, found = checkpoint.classes, data.classes
     if len(known) != len(found):
@@ -32,6 +33,8 @@ def check_classes(checkpoint: Checkpoint, data: ImageData) -> None:
             f"num_classes differs: the checkpoint has {len(known)} classes, {data.name} has "
             f"{len(found)}; evaluate on data with the classes it was trained on"
         )
+    if checkpoint.model.classes is None:
+        return  # weights from elsewhere: their classes have no names
     for index, (a, b) in enumerate(zip(known, found, strict=True)):
         if a != b:
             raise UserError(
@@ -80,7 +83,7 @@ def evaluate_checkpoint(
         num_workers=workers,
     )
     model = checkpoint.model.to(choose_device(device)).to(memory_format=torch.channels_last)
-    return evaluate(model, loader, checkpoint.classes, progress=progress)
+    return evaluate(model, loader, data.classes, progress=progress)
 
 
 def resized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
@@ -111,6 +114,7 @@ def evaluate_path(
     data_name: str | None,
     data_options: Mapping[str, Any],
     *,
+    model_name: str | None = None,
     batch_size: int,
     workers: int,
     device: str,
@@ -119,21 +123,25 @@ def evaluate_path(
     """Open a checkpoint and data by name, and evaluate.
 
     Args:
-        path: run folder, checkpoint folder or model.safetensors.
+        path: as for `open_checkpoint`; with `model_name`, as for `open_weights`.
         data_name: data set or folder; by default that of the training, with its val_fraction.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
+        model_name: name of the network, for weights that do not say it.
         batch_size: images at a time.
         workers: processes that read images; 0: this one.
         device: "auto", "cpu", "cuda" or "mps".
         progress: hears of each batch.
 
     Raises:
-        UserError: as for `open_checkpoint`, `load_data` and `evaluate_checkpoint`.
+        UserError: as for `open_checkpoint`, `open_weights`, `load_data` and
+            `evaluate_checkpoint`, or no data named where the checkpoint does not say them.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
     options = dict(data_options)
     if data_name is None:
-        data_name = checkpoint.config["data"]
+        data_name = checkpoint.config.get("data")
+        if data_name is None:
+            raise UserError(f"{path} does not say what it was trained on: give --data")
         for name in ("val_fraction", "skip_bad_images"):
             if name in checkpoint.config:
                 options.setdefault(name, checkpoint.config[name])
@@ -160,7 +168,8 @@ def print_evaluation(
     if figures is not None:
         with themed():
             name = checkpoint.model.config["name"]
-            figure = confusion_matrix({name: result.confusion.numpy()}, checkpoint.classes)
+            classes = evaluation.data.classes
+            figure = confusion_matrix({name: result.confusion.numpy()}, classes)
             save_figure(figure, figures, "confusion_matrix")
     if as_json:
         print(_as_json(checkpoint, evaluation.data, result))
@@ -179,7 +188,7 @@ def _as_json(checkpoint: Checkpoint, data: ImageData, result: Evaluation) -> str
         "loss": result.loss,
         "images_per_second": result.images_per_second,
         "skipped": list(data.skipped),
-        "classes": list(checkpoint.classes),
+        "classes": list(data.classes),
         "confusion": result.confusion.tolist(),
     }
     return json.dumps(content, indent=1)

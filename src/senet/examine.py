@@ -152,14 +152,15 @@ def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
     """
     config = RunConfig.from_toml(run / CONFIG)
     folder = run / "figures"
+    label = Path(config.model).name  # of a network from a file without the file's folder
     checkpoint = open_checkpoint(run / "checkpoints" / "last")
     gates: Gates = {}
     if any(isinstance(module, SqueezeExcitation) for module in checkpoint.model.modules()):
         _, gates = examine(checkpoint, open_run_data(config), config)
     with themed():
         history = read_rows(run / "metrics.csv")
-        save_figure(learning_curves({config.model: [history]}), folder, "learning_curves")
-        figure = confusion_matrix({config.model: confusion}, checkpoint.classes)
+        save_figure(learning_curves({label: [history]}), folder, "learning_curves")
+        figure = confusion_matrix({label: confusion}, checkpoint.classes)
         save_figure(figure, folder, "confusion_matrix")
         if gates:
             gate = config.model_options.get("gate", "sigmoid")

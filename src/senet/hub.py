@@ -6,12 +6,13 @@ same that training checkpoints carry), `config.json` for the Hub, and a model ca
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from senet.errors import UserError
@@ -76,23 +77,12 @@ class HubMixin(PyTorchModelHubMixin):
             )
         if not path.is_file():
             raise UserError(f"no such file: {path}")
-        with safe_open(path, framework="pt", device=map_location) as file:
-            held = file.metadata() or {}
-            names = file.keys()
-            state = {name: file.get_tensor(name) for name in names}
-        if FORMAT not in held:
-            raise UserError(
-                f"{path} does not say which network it is for; use "
-                "senet.create_model(NAME, pretrained=PATH)"
-            )
-        description = json.loads(held[FORMAT])
+        description, state = read_described(path, map_location)
         model = cls.from_config(description["model"])
         assert isinstance(model, torch.nn.Module)
         model.to(map_location)
         model.load_state_dict(state)
-        model.preprocessing = description["preprocessing"]
-        model.classes = tuple(description["classes"]) or None
-        model.metrics = description["metrics"] or None
+        adopt(model, description)
         model.eval()
         return model
 
@@ -155,13 +145,72 @@ def _card_text(model: HubMixin, repository: str, extra: dict[str, Any]) -> str:
 
 
 def metadata(model: HubMixin) -> dict[str, str]:
-    """What a safetensors file of the network carries: enough to rebuild and use it, as JSON."""
-    description = {
-        "version": VERSION,
-        "model": model.config,
-        "preprocessing": model.preprocessing,
-        "classes": list(model.classes or ()),
-        "metrics": dict(model.metrics or {}),
-        "run": {},
+    """What a safetensors file of the network carries: enough to rebuild and use it, as JSON.
+
+    The options of the run that trained it are not in it: they hold paths of the user's machine.
+    """
+    return described(
+        {
+            "model": model.config,
+            "preprocessing": model.preprocessing,
+            "classes": list(model.classes or ()),
+            "metrics": dict(model.metrics or {}),
+            "run": {},
+        }
+    )
+
+
+def described(description: Mapping[str, Any]) -> dict[str, str]:
+    """A description of a network as the metadata of a safetensors file.
+
+    Args:
+        description: `model` (its config), `preprocessing` (plain values or None), `classes`
+            (list), `metrics` and `run` (options of the run, or empty); others may be added.
+    """
+    assert {"model", "preprocessing", "classes", "metrics", "run"} <= description.keys()
+    # One metadata key only: safetensors writes several in an arbitrary order.
+    return {FORMAT: json.dumps({"version": VERSION, **description}, sort_keys=True)}
+
+
+def read_described(
+    path: Path, device: str = "cpu"
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The description and the weights in a safetensors file that this package wrote.
+
+    Raises:
+        UserError: no safetensors file, one of others, or one of another version.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            held = file.metadata() or {}
+            names = file.keys()
+            weights = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        remedy = "" if path.suffix == ".safetensors" else "; other weights need --model NAME"
+        raise UserError(
+            f"{path} is not a safetensors file, or is cut short: {error}{remedy}"
+        ) from error
+    if FORMAT not in held:
+        raise UserError(
+            f"{path} was not written by senet (no {FORMAT!r} metadata), so it does not say which "
+            "network it is for; give its name: --model NAME, or in Python "
+            "senet.create_model(NAME, pretrained=PATH)"
+        )
+    description = json.loads(held[FORMAT])
+    if description["version"] != VERSION:
+        raise UserError(
+            f"{path} has format version {description['version']}, this senet reads {VERSION}; "
+            "update senet"
+        )
+    return description, weights
+
+
+def adopt(model: torch.nn.Module, description: Mapping[str, Any]) -> None:
+    """Set the attributes of `HubMixin` that a description tells."""
+    about = {
+        "preprocessing": description["preprocessing"],
+        "classes": tuple(description["classes"]) or None,
+        "metrics": description["metrics"] or None,
     }
-    return {FORMAT: json.dumps(description, sort_keys=True)}
+    for name, value in about.items():
+        setattr(model, name, value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .data import BadImageError, load_image
 from .errors import UserError
-from .training.checkpoint import Checkpoint, open_checkpoint
+from .training.checkpoint import Checkpoint, open_checkpoint, open_weights
 from .training.loop import choose_device
 from .units import print_table
 
@@ -102,9 +102,23 @@ def predict_images(
 
 
 def print_predictions(
-    checkpoint_path: Path, paths: Sequence[Path], *, top: int, as_json: bool, device: str
+    checkpoint_path: Path,
+    paths: Sequence[Path],
+    *,
+    model_name: str | None = None,
+    top: int,
+    as_json: bool,
+    device: str,
 ) -> int:
     """Print the predictions as a table or as JSON and name broken images on standard error.
+
+    Args:
+        checkpoint_path: as for `open_checkpoint`; with `model_name`, as for `open_weights`.
+        paths: image files, or folders that are searched for them.
+        model_name: name of the network, for weights that do not say it.
+        top: classes to give of each image.
+        as_json: print JSON.
+        device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
         0, or 1 if an image could not be read.
@@ -115,7 +129,10 @@ def print_predictions(
     if top < 1:
         raise UserError(f"--top must be at least 1, got {top}")
     images = find_images(paths)
-    checkpoint = open_checkpoint(checkpoint_path)
+    if model_name is None:
+        checkpoint = open_checkpoint(checkpoint_path)
+    else:
+        checkpoint = open_weights(model_name, checkpoint_path)
     predictions: list[Prediction] = []
     broken = 0
     for result in predict_images(checkpoint, images, top=top, device=choose_device(device)):

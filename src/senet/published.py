@@ -144,13 +144,16 @@ def paper_table() -> Table:
     return table
 
 
-def stage_counts(model: Network) -> dict[str, tuple[int, int]]:
+def stage_counts(
+    model: Network, input_size: tuple[int, ...] | None = None
+) -> dict[str, tuple[int, int]]:
     """Parameters and multiply-adds of one image, by part: stem, each stage, classifier.
 
     Args:
         model: a network on the meta device (`meta_model`).
+        input_size: (C,H,W) of the image; the network's own by default.
     """
-    x = torch.empty(1, *model.input_size, device="meta")
+    x = torch.empty(1, *(input_size or model.input_size), device="meta")
     steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [("stem", model.forward_stem)]
     for number in model.stages:
         steps.append((f"stage {number}", partial(model.forward_stage, number)))
@@ -177,25 +180,28 @@ def stage_counts(model: Network) -> dict[str, tuple[int, int]]:
     return {part: (parameters[part], multiply_adds[part]) for part in multiply_adds}
 
 
-def stage_table(name: str, **options: Any) -> Table:
+def stage_table(name: str, input_size: tuple[int, ...] | None = None, **options: Any) -> Table:
     """Parameters and multiply-adds of a network by stage; with SE, what SE adds to each.
 
     Args:
         name: a network.
+        input_size: (C,H,W) of the image; the network's own by default.
         **options: as for `create_model`.
 
     Raises:
         UserError: unknown name or option.
     """
-    counts = stage_counts(meta_model(name, **options))
+    counts = stage_counts(meta_model(name, **options), input_size)
     plain = counts
     if entry(name).se:
         own = {key: value for key, value in options.items() if key not in SE_OPTIONS}
-        plain = stage_counts(meta_model(entry(name).twin, **own))
+        if own.get("variant") == "cadene":
+            own["variant"] = "caffe"  # cadene is caffe with another ReLU before SE
+        plain = stage_counts(meta_model(entry(name).twin, **own), input_size)
     table = Table(title=f"{name} by stage", title_justify="left")
     table.add_column("part")
     columns = ["parameters", "multiply-adds"]
-    columns += ["SE adds", "SE adds"] if entry(name).se else []
+    columns += ["SE adds parameters", "SE adds multiply-adds"] if entry(name).se else []
     for column in columns:
         table.add_column(column, justify="right")
     total = [0, 0, 0, 0]

@@ -15,7 +15,8 @@ from .errors import UserError
 from .hooks import expected_hooks
 from .layers import SqueezeExcitation
 from .models import list_models
-from .units import count
+from .published import stage_table
+from .units import count, print_table
 
 MEGABYTE = 2**20
 
@@ -152,13 +153,13 @@ def summary_of_block(
         channels: C; by default the first number of `input_shape`.
         input_shape: (C,H,W) of the input; (L), (H,W) … cannot be told apart, so C is part of it.
             By default (C, 56, 56).
-        options: reduction, squeeze and gate of the block.
+        options: reduction, squeeze, gate and bias of the block.
 
     Raises:
         UserError: no channels, channels that differ from the input's, or an option that only a
             whole network has.
     """
-    for option in options.keys() - {"reduction", "squeeze", "gate"}:
+    for option in options.keys() - {"reduction", "squeeze", "gate", "bias"}:
         flag = option.replace("_", "-")
         raise UserError(f"--{flag} is an option of networks; a block has none")
     if channels is None and input_shape is None:
@@ -179,13 +180,13 @@ def _commas(shape: tuple[int, ...]) -> str:
     return ",".join(map(str, shape))
 
 
-def summary_of_network(
+def print_network(
     name: str,
     input_shape: tuple[int, ...] | None,
     num_classes: int | None,
     options: Mapping[str, Any],
-) -> str:
-    """The layer table of a network, from torchinfo, and its parameters and multiply-adds.
+) -> None:
+    """Print the layer table of a network, from torchinfo, its stages, and its sums in one line.
 
     Args:
         name: one of `senet.list_models()`.
@@ -219,6 +220,7 @@ def summary_of_network(
             row_settings=("var_names",),
             verbose=0,
         )
+    stages = stage_table(name, shape, num_classes=num_classes, **options)
     parameters = count_parameters(model)
     total = (
         f"{name} at {' × '.join(map(str, shape))}: {parameters:,} parameters, "
@@ -227,7 +229,9 @@ def summary_of_network(
     # Only the layers: torchinfo's own sums count elementwise work as multiply-adds.
     lines = str(layers).splitlines()
     rulers = [index for index, line in enumerate(lines) if line.startswith("=")]
-    return "\n".join([*lines[: rulers[2] + 1], total])
+    print("\n".join(lines[: rulers[2] + 1]))
+    print_table(stages)
+    print(total)
 
 
 def model_table(pattern: str) -> Table:

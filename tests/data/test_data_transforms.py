@@ -1,5 +1,6 @@
 """Preprocessing and augmentation: the numbers, the ranges, the refusals."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -53,7 +54,42 @@ def test_without_resize_a_small_image_is_padded() -> None:
     assert out[0].tolist() == [[0] * 4, [0, 255, 255, 0], [0, 255, 255, 0], [0] * 4]
 
 
-@pytest.mark.parametrize("preprocessing", [PLAIN, IMAGENET])
+# As the layout of BN-Inception from Caffe implies it.
+CAFFE = Preprocessing(
+    image_size=224,
+    resize=256,
+    mean=(104.0, 117.0, 128.0),
+    std=(1.0, 1.0, 1.0),
+    channel_order="bgr",
+    value_range=255.0,
+)
+
+
+def test_caffe_takes_blue_first_and_whole_levels() -> None:
+    out = CAFFE.transform()(Image.new("RGB", (300, 256), (255, 128, 3)))
+    assert (out.shape, out.dtype) == ((3, 224, 224), torch.float32)
+    for channel, value in enumerate((3 - 104, 128 - 117, 255 - 128)):
+        assert (out[channel] == value).all()
+
+
+def test_value_range_is_a_matter_of_units() -> None:
+    images = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
+    scaled = {
+        "mean": tuple(255 * value for value in IMAGENET.mean),
+        "std": tuple(255 * value for value in IMAGENET.std),
+        "value_range": 255,
+    }
+    other = dataclasses.replace(IMAGENET, **scaled)
+    torch.testing.assert_close(other.finish(images), IMAGENET.finish(images), rtol=0, atol=1e-6)
+
+
+def test_training_images_get_the_same_order() -> None:
+    augmented = Augmentation(crop="random_resized", flip=True).transform(CAFFE)
+    out = augmented(Image.new("RGB", (300, 256), (255, 128, 3)))
+    assert out[:, 0, 0].tolist() == [3 - 104, 128 - 117, 255 - 128]
+
+
+@pytest.mark.parametrize("preprocessing", [PLAIN, IMAGENET, CAFFE])
 def test_finish_batch_equals_finish_bit_for_bit(preprocessing: Preprocessing) -> None:
     shape = (16, preprocessing.channels, 16, 16)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -67,6 +103,14 @@ def test_preprocessing_survives_json(resize: int | None) -> None:
     values = json.loads(json.dumps(before.to_dict()))
     assert None not in values.values()
     assert Preprocessing.from_dict(values) == before
+    for preprocessing in (CAFFE, IMAGENET):
+        assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+
+
+def test_checkpoints_from_before_are_rgb_and_0_to_1() -> None:
+    former = IMAGENET.to_dict()
+    assert (former.pop("channel_order"), former.pop("value_range")) == ("rgb", 1.0)
+    assert Preprocessing.from_dict(former) == IMAGENET
 
 
 @pytest.mark.parametrize(
@@ -78,6 +122,12 @@ def test_preprocessing_survives_json(resize: int | None) -> None:
         ({"std": (0.2, 0.0, 0.2)}, "std positive"),
         ({"mean": (0.5, math.nan, 0.5)}, "mean must be finite"),
         ({"channels": 4}, "channels must be 1 or 3, not 4"),
+        ({"channel_order": "rbg"}, "channel_order must be rgb or bgr, not 'rbg'"),
+        ({"value_range": 256}, "value_range must be 1 or 255, not 256.0"),
+        (
+            {"channels": 1, "mean": (0.5,), "std": (0.5,), "channel_order": "bgr"},
+            "channel_order bgr needs 3 channels",
+        ),
         ({"interpolation": "nearest"}, "bilinear or bicubic, not 'nearest'"),
         ({"sharpen": 1}, "unknown preprocessing fields.*sharpen"),
     ],

@@ -9,8 +9,13 @@ from collections.abc import Callable
 
 from cyclopts import App
 
+from .bench import bench
 from .compare import compare
 from .evaluate import evaluate
+from .explain import explain
+from .export import export
+from .fold import fold
+from .insert import insert
 from .models import models
 from .options import apply_config_file
 from .predict import predict
@@ -31,6 +36,11 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
     predict,
     models,
     summary,
+    insert,
+    explain,
+    fold,
+    export,
+    bench,
 )
 for _order, _command in enumerate(COMMANDS):
     app.command(_command, sort_key=_order)

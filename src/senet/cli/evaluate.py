@@ -10,6 +10,7 @@ def evaluate(
     checkpoint: Path,
     /,
     *,
+    model: str | None = None,
     data: str | None = None,
     data_flags: DataFlags = NO_DATA,
     batch_size: Whole = 256,
@@ -22,10 +23,13 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 accuracy and loss of a checkpoint on validation images.
 
-    Images are prepared as the checkpoint says; --image-size changes only their size.
+    Images are prepared as the checkpoint says, or as the layout of the weights implies;
+    --image-size changes only their size.
 
     Args:
-        checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
+        checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
+        model: network that the weights are for, where they do not say it (.pth, timm's, …).
         data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder
             (default: what the checkpoint was trained on).
         batch_size: images at a time.
@@ -43,6 +47,7 @@ def evaluate(
             checkpoint,
             data,
             given(data_flags),
+            model_name=model,
             batch_size=batch_size,
             workers=workers,
             device=device,

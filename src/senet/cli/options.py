@@ -72,6 +72,10 @@ class SEFlags:
     """Where the block stands around the residual branch (default: standard)."""
     stages: WholeNumbers = None
     """Stages that get SE blocks, numbered as in the paper, such as 2,3,4 (default: all)."""
+    bias: bool | None = None
+    """Biases in the two fully connected layers (default: yes)."""
+    divisor: OptionalWhole = None
+    """Round the hidden width to a multiple of this, as timm does to 8 (default: 1)."""
 
 
 @Parameter(name="*", group=MODEL_GROUP)
@@ -79,11 +83,18 @@ class SEFlags:
 class NetworkFlags:
     """What some networks can be told, beside their SE blocks."""
 
-    variant: Literal["torch", "caffe"] | None = None
-    """Residual networks: stride and pooling as in torchvision or as in the released Caffe
-    networks (default: torch)."""
+    variant: Literal["torch", "caffe", "cadene"] | None = None
+    """ImageNet ResNets: strides and pooling as in torchvision or as in the released Caffe networks;
+    cadene is caffe with a further ReLU, for se_resnet18 and 34 (default: torch)."""
     dropout: float | None = None
-    """SENet-154: share of the features dropped before the classifier (default: 0.2)."""
+    """senet154, inception_v3, inception_resnet_v2 and vgg16_bn: share of the features dropped
+    before the classifier, in VGG in both hidden layers (default: 0.2, 0.5, 0.2 and 0.5)."""
+    width: float | None = None
+    """mobilenet: multiplies the channels of every layer (default: 1)."""
+    aux: bool | None = None
+    """inception_v3: build the auxiliary classifier, for weights that have one."""
+    preactivation: bool | None = None
+    """resnet110_cifar: batch norm and ReLU before each convolution."""
 
 
 @Parameter(name="*", group=DATA_GROUP)

@@ -13,6 +13,7 @@ def predict(
     images: Annotated[list[Path], Parameter(required=True)],
     /,
     *,
+    model: str | None = None,
     top: Whole = 5,
     json: Switch = False,
     device: Device = "auto",
@@ -25,8 +26,11 @@ def predict(
     is 1 at the end.
 
     Args:
-        checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
+        checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
         images: image files, or folders that are searched for them.
+        model: network that the weights are for, where they do not say it (.pth, timm's, …); its
+            classes are numbers then.
         top: how many classes to show for each image, most probable first.
         json: print JSON instead of a table.
         device: where the network runs.
@@ -35,4 +39,6 @@ def predict(
     prepare_process(tune_allocator=not no_tune_allocator)
     from senet.predict import print_predictions
 
-    return print_predictions(checkpoint, images, top=top, as_json=json, device=device)
+    return print_predictions(
+        checkpoint, images, model_name=model, top=top, as_json=json, device=device
+    )

@@ -30,13 +30,15 @@ def summary(
 ) -> None:
     """Show layers, output shapes, parameters and multiply-adds of a network, or of an SE block.
 
+    Below the layers of a network: the same by stage, and what SE adds to each.
+
     Args:
         name: a network (`senet models` lists them), or 'block' for one SE block.
         input_shape: channels, height and width of the input (default: the network's own).
         num_classes: classes of the network (default: 1000, 10 for CIFAR networks).
         channels: channels of the block; only with 'block'.
     """
-    from senet.summary import summary_of_block, summary_of_network
+    from senet.summary import print_network, summary_of_block
 
     options = given(se) | given(network)
     if name == "block":
@@ -44,4 +46,4 @@ def summary(
         print_table(summary_of_block(channels, input_shape, options))
     else:
         options |= named(channels=channels)
-        print(summary_of_network(name, input_shape, num_classes, options))
+        print_network(name, input_shape, num_classes, options)

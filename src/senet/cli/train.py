@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -47,6 +47,10 @@ def train(
     data_flags: DataFlags = NO_DATA,
     recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None,
     recipe_flags: RecipeFlags = NO_RECIPE,
+    init: Annotated[Path | None, Parameter(group=MODEL_GROUP)] = None,
+    trained: Annotated[
+        Literal["all", "se", "se+head", "head"] | None, Parameter(name="--train", group=MODEL_GROUP)
+    ] = None,
     seed: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
     out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
     resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
@@ -64,6 +68,10 @@ def train(
         data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder of
             images with train/ and val/ (default: embedded).
         recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).
+        init: checkpoint to start from, such as one of `senet insert`; its network counts.
+        trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
+            classifier) or head; the rest, batch-norm statistics included, stays as it is
+            (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
         resume: run folder to go on with; its own configuration counts.
@@ -77,7 +85,11 @@ def train(
     if resume is not None and config is not None:
         raise UserError("--resume goes on with the run's own configuration: leave out --config")
     options = given(se) | given(network)
-    run_options = named(model=model, data=data, seed=seed, out=out)
+    if init is not None and model is None:
+        from senet.training.checkpoint import open_checkpoint
+
+        model = open_checkpoint(init).model.config["name"]
+    run_options = named(model=model, data=data, seed=seed, out=out, init=init, train=trained)
     run_options |= given(data_flags) | machine.run_fields()
     try:
         with watch() as progress:
@@ -95,6 +107,13 @@ def train(
     draw_run(result.run, result.evaluation.confusion.numpy())
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
+    if trained in ("se", "se+head"):
+        from senet.adapters import save_adapter
+        from senet.training.checkpoint import open_checkpoint
+
+        tuned = open_checkpoint(result.run).model
+        size = save_adapter(tuned, result.run / "adapter.safetensors", head=trained == "se+head")
+        print(f"Adapter for the original network: {size:,} bytes, adapter.safetensors")
     print(f"Run: {result.run}")
 
 

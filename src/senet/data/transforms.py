@@ -20,6 +20,7 @@ from senet.data.images import MODES, to_mode
 Pixels = npt.NDArray[np.uint8]
 Transform = Callable[[Image.Image], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
+ChannelOrder = Literal["rgb", "bgr"]
 Crop = Literal["none", "padded", "random_resized"]
 
 _DEFAULT_SCALE = (0.08, 1.0)
@@ -34,10 +35,12 @@ class Preprocessing:
         image_size: height and width of the input in pixels.
         resize: the shorter side is resized to this many pixels before the centre crop; None
             resizes nothing, and a smaller image is padded with black.
-        mean: subtracted from each channel, in units of the full scale (0-1).
+        mean: subtracted from each channel, in units of `value_range` and in `channel_order`.
         std: divides each channel, likewise.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (grey) or 3 (colour).
         interpolation: of the resize, with antialiasing.
+        channel_order: "rgb", or "bgr" as networks from Caffe take colours.
+        value_range: what full intensity is before mean and std: 1.0, or 255.0 (Caffe).
 
     Raises:
         ValueError: a value outside its range, or as many means or deviations as channels missing.
@@ -49,10 +52,13 @@ class Preprocessing:
     std: tuple[float, ...]
     channels: int = 3
     interpolation: Interpolation = "bilinear"
+    channel_order: ChannelOrder = "rgb"
+    value_range: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        object.__setattr__(self, "value_range", float(self.value_range))
         if self.channels not in MODES:
             raise ValueError(f"channels must be 1 or 3, not {self.channels!r}")
         if self.image_size < 1:
@@ -74,6 +80,12 @@ class Preprocessing:
             raise ValueError(
                 f"interpolation must be bilinear or bicubic, not {self.interpolation!r}"
             )
+        if self.channel_order not in get_args(ChannelOrder):
+            raise ValueError(f"channel_order must be rgb or bgr, not {self.channel_order!r}")
+        if self.channel_order == "bgr" and self.channels != 3:
+            raise ValueError("channel_order bgr needs 3 channels; grey images have no order")
+        if self.value_range not in (1.0, 255.0):
+            raise ValueError(f"value_range must be 1 or 255, not {self.value_range!r}")
 
     @property
     def _mode(self) -> InterpolationMode:
@@ -87,8 +99,14 @@ class Preprocessing:
         return [*steps, v2.CenterCrop(self.image_size)]
 
     def finish(self, images: Tensor) -> Tensor:
-        """Scale uint8 (…,C,H,W) to 0-1 and normalize: float32 of the same shape."""
-        scaled = F.to_dtype(images, torch.float32, scale=True)
+        """Scale uint8 (…,C,H,W) to `value_range` and normalize: float32 of the same shape.
+
+        Args:
+            images: colours in the order RGB; the result has them in `channel_order`.
+        """
+        scaled = F.to_dtype(images, torch.float32, scale=self.value_range == 1.0)
+        if self.channel_order == "bgr":
+            scaled = scaled.flip(-3)
         return F.normalize(scaled, list(self.mean), list(self.std), inplace=True)
 
     def finish_batch(self, images: Pixels) -> Tensor:
@@ -101,13 +119,15 @@ class Preprocessing:
         table = self.finish(levels).numpy().reshape(self.channels, 256)
         finished = np.empty(images.shape, np.float32)
         for channel in range(self.channels):
-            finished[:, channel] = table[channel][images[:, channel]]
+            # The table's rows are those of the result; it swaps the colours' places.
+            source = 2 - channel if self.channel_order == "bgr" else channel
+            finished[:, channel] = table[channel][images[:, source]]
         return torch.from_numpy(finished)
 
     def transform(self) -> Transform:
         """The evaluation transform: PIL image of any mode and size → (C,H,W) float32.
 
-        Resizes the shorter side, crops the centre, scales to 0-1 and normalizes
+        Resizes the shorter side, crops the centre, scales to `value_range` and normalizes
         (paper, section 5: resize to 256, centre crop 224).
         """
         return v2.Compose([*self._fit(self.resize), F.pil_to_tensor, self.finish])
@@ -120,13 +140,13 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; without `channel_order` and `value_range` they are RGB and 0-1.
 
         Raises:
             ValueError: a field is unknown or missing, or its value is invalid.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        missing = fields - values.keys() - {"resize"}
+        missing = fields - values.keys() - {"resize", "channel_order", "value_range"}
         if unknown := values.keys() - fields:
             raise ValueError(f"unknown preprocessing fields {sorted(unknown)}")
         if missing:

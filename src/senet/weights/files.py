@@ -37,7 +37,7 @@ def read_state_dict(source: str | PathLike[str]) -> State:
 
 def read_with_description(source: str | PathLike[str]) -> tuple[State, dict[str, Any]]:
     """As `read_state_dict`, and the description that senet keeps in its own files, or {}."""
-    path = _local(source)
+    path = local_file(source)
     description: dict[str, Any] = {}
     loaded: Any
     try:
@@ -57,7 +57,12 @@ def read_with_description(source: str | PathLike[str]) -> tuple[State, dict[str,
         raise UserError(f"{error} in {path}") from error
 
 
-def _local(source: str | PathLike[str]) -> Path:
+def local_file(source: str | PathLike[str]) -> Path:
+    """The file itself, fetched first if it is `hf_hub:owner/name`.
+
+    Raises:
+        UserError: no such file, or it cannot be fetched.
+    """
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (

@@ -57,13 +57,15 @@ def preprocessing(
     """How images become the input of `model`, as plain values.
 
     `mean` and `std` are in units of `value_range` (1 or 255), in `channel_order`. For networks of
-    one channel they are averaged. None for networks whose channels are not those of pictures.
+    one channel they are averaged. None for networks whose channels are not those of pictures, and
+    for CIFAR networks: no layout says how their images were prepared.
     """
     channels = model.config["in_channels"]
-    if channels not in (1, 3):
+    if channels not in (1, 3) or model.config["name"].endswith("_cifar"):
         return None
     if channels == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        channel_order = "rgb"  # grey has no order
     return {
         "image_size": model.input_size[1],
         "resize": resize,

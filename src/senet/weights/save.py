@@ -78,6 +78,11 @@ def convert(model: Network, layout: str) -> State:
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     if layout == "senet":
         return state
+    if changed := model.config.keys() & {"inserted", "folded"}:
+        raise UserError(
+            f"{layout} has no networks that were changed after they were made "
+            f"({', '.join(sorted(changed))})"
+        )
     for option in _OWN_OPTIONS:
         value = model.config["options"].get(option)
         default = getattr(SEOptions(), option)

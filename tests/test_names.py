@@ -1,0 +1,27 @@
+"""What `import senet` offers."""
+
+import subprocess
+import sys
+import types
+
+import senet
+
+
+def test_every_public_name_is_there() -> None:
+    for name in senet.__all__:
+        found = getattr(senet, name)
+        assert callable(found) or isinstance(found, types.ModuleType | str), name
+
+
+def test_names_of_backbones_and_weights() -> None:
+    from senet import backbones, detection, segmentation, weights
+
+    assert senet.features is backbones.features
+    assert senet.save_weights is weights.save_weights
+    assert senet.detection is detection
+    assert senet.segmentation is segmentation
+
+
+def test_import_loads_no_pytorch() -> None:
+    code = "import sys, senet; dir(senet); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
