@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from cli_tools import CLASSES, make_data, run
 from senet.__main__ import main
 from senet.compare import QUICK_EPOCHS, CompareConfig
-from senet.errors import SenetError, UserError
-from senet.examine import GateRecorder, read_rows
-from senet.factory import create_model
+from senet.errors import UserError
+from senet.examine import read_rows
 
 
 def flags(data: Path, out: Path) -> list[str]:
@@ -233,35 +231,6 @@ def test_resume_refuses_flags_and_other_folders(
     (tmp_path / "config.toml").write_text("seeds 3")
     found = run(capsys, "compare", "--resume", tmp_path, "--no-tune-allocator")
     found.refused("compare", "config.toml", "not a TOML file")
-
-
-@pytest.mark.parametrize("squeeze", ["avg", "none"])
-def test_gate_recorder_averages_by_class(squeeze: str) -> None:
-    model = create_model("se_resnet8_cifar", num_classes=2, reduction=4, squeeze=squeeze).eval()
-    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 0, 0, 1, 0])
-    inputs: list[torch.Tensor] = []
-    block = model.layer2[0].se
-    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    with torch.no_grad(), GateRecorder(model, 2) as recorder:
-        for part, _ in recorder.follow([(images[:4], labels[:4]), (images[4:], labels[4:])]):
-            model(part)
-    hook.remove()
-    means = recorder.means()
-    assert list(means) == ["layer1.0.se", "layer2.0.se", "layer3.0.se"]
-    gates = block.excite(torch.cat(inputs)).detach().flatten(2).mean(2).double()
-    for label in (0, 1):
-        np.testing.assert_allclose(
-            means["layer2.0.se"][label], gates[labels == label].mean(0), rtol=1e-5
-        )
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_gate_recorder_misses_no_block_silently() -> None:
-    model = create_model("se_resnet8_cifar", num_classes=2)
-    with GateRecorder(model, 2) as recorder:
-        pass
-    with pytest.raises(SenetError, match=r"layer1\.0\.se"):
-        recorder.means()
 
 
 def test_compare_config_refuses(tmp_path: Path) -> None:

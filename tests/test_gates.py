@@ -232,3 +232,26 @@ def test_bad_input_is_named(model):
     statistics = record_gates(model, loader(), classes=NAMES)
     with pytest.raises(UserError, match="no class 'be'; did you mean 'bee'"):
         statistics.class_number("be")
+
+
+@pytest.mark.parametrize("squeeze", ["avg", "none"])
+def test_class_means_are_those_of_the_gates(squeeze: str) -> None:
+    """A gate for each position (squeeze="none") counts by its mean over the positions."""
+    model = senet.create_model(
+        "se_resnet8_cifar", num_classes=2, reduction=4, squeeze=squeeze
+    ).eval()
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 0, 0, 1, 0])
+    inputs: list[torch.Tensor] = []
+    block = model.layer2[0].se
+    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    found = record_gates(model, batches, classes=("cat", "dog"))
+    hook.remove()
+    assert list(found.blocks) == ["layer1.0.se", "layer2.0.se", "layer3.0.se"]
+    gates = block.excite(torch.cat(inputs)).detach().flatten(2).mean(2).double()
+    for label in (0, 1):
+        wanted = gates[labels == label].mean(0)
+        torch.testing.assert_close(
+            found.blocks["layer2.0.se"].class_mean[label], wanted, rtol=1e-5, atol=0
+        )
+    assert not any(module._forward_hooks for module in model.modules())
