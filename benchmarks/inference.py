@@ -1,6 +1,7 @@
 """Inference of SE networks against all peers; adds rows to benchmarks/results.csv.
 
-    python benchmarks/inference.py [--models a,b] [--batch-sizes 1,16] [--rounds N] [--no-compile]
+    python benchmarks/inference.py [--models a,b] [--batch-sizes 1,16] [--rounds N]
+        [--engines senet.export,eager,torch.compile,ONNX Runtime,OpenVINO] [--no-plain-peers]
 
 Every contestant has PyTorch's number of threads (OMP_NUM_THREADS) and glibc's allocator tuned.
 """
@@ -26,7 +27,10 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=whole_numbers, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--engines", default=None, help="with commas between them; all by default")
+    parser.add_argument(
+        "--no-plain-peers", action="store_true", help="peers run the network with SE only"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     tuned = tune_allocator().applied
@@ -35,7 +39,12 @@ def main() -> None:
 
     benchmark.check_rounds(given.rounds, given.warmup)
     names = given.models.split(",")
-    cases = benchmark_inference.cases(names, given.batch_sizes, compiled=not given.no_compile)
+    cases = benchmark_inference.cases(
+        names,
+        given.batch_sizes,
+        engines=given.engines.split(",") if given.engines else benchmark_inference.ENGINES,
+        plain_peers=not given.no_plain_peers,
+    )
     command = shlex.join(["python", *sys.argv])
     found = []
     for measured in benchmark.run_cases(

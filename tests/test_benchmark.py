@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cli_tools import run
-from senet import benchmark, benchmark_ops, benchmark_train
+from senet import benchmark, benchmark_inference, benchmark_ops, benchmark_train
 from senet.benchmark import Case, Contestant
 from senet.errors import SenetError, UserError
 
@@ -28,6 +28,15 @@ def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     found = benchmark.measure(case, rounds=3, warmup=2)
     assert log == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert [(m.contestant, m.rounds, m.unit) for m in found] == [("a", 3, "ms"), ("b", 3, "ms")]
+
+
+def test_turns_that_settle_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_ROUND_SECONDS", 0.0)
+    log: list[str] = []
+    case = Case("claim", "case", lambda: [counted(log, "a"), counted(log, "b")], settle=True)
+    (a, _) = benchmark.measure(case, rounds=2, warmup=1)
+    assert log == ["a", "b"] + ["a", "a", "b", "b"] * 2
+    assert a.rounds == 2
 
 
 def test_short_calls_are_repeated_within_a_round() -> None:
@@ -173,6 +182,52 @@ def test_the_command(
     assert len(path.read_text().splitlines()) == 1 + 3 + 3 + 4 + 4 + 3 + 3 + 2
 
 
+def test_inference_of_all_engines_but_the_slow_to_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark_inference, "ENGINES", ("eager",))
+    flags = ("--models", "se_resnet8_cifar", "--batch-sizes", "1,3", "--rounds", 2, "--warmup", 1)
+    found = run(capsys, "bench", "inference", *flags, "--no-compile", "--no-tune-allocator")
+    assert found.code == 0, found.err
+    for batch in (1, 3):
+        assert f"se_resnet8_cifar, batch {batch}" in found.out
+    for name in ("senet.optimize se_resnet8_cifar", "senet.optimize resnet8_cifar",
+                 "eager se_resnet8_cifar", "eager resnet8_cifar"):  # fmt: skip
+        assert f" {name} " in found.out
+    lines = [line for line in found.out.splitlines() if "SE costs" in line]
+    assert len(lines) == 2
+    assert "as fast as the fastest peer (eager " in lines[0]
+
+
+def test_peers_of_inference_are_timms_networks() -> None:
+    found = benchmark_inference.contestants("se_resnet50", 1, engines=["eager"])
+    assert [each.name for each in found] == [
+        "senet.optimize se_resnet50",
+        "senet.optimize resnet50",
+        "eager timm seresnet50",
+        "eager timm resnet50",
+    ]
+    with pytest.raises(UserError, match=r"engines must be some of .* got 'fast'"):
+        benchmark_inference.cases(["se_resnet50"], [1], engines=["fast"])
+
+
+def test_conclusions_of_inference() -> None:
+    values = {
+        "senet.optimize se_resnet50": (2.0,),
+        "senet.optimize resnet50": (1.9,),
+        "eager timm seresnet50": (6.0,),
+        "ONNX Runtime timm seresnet50": (3.0,),
+        "ONNX Runtime timm resnet50": (2.5,),
+    }
+    rows = benchmark.summarize("inference", "se_resnet50, batch 1", "ms", values)
+    assert benchmark_inference.conclusions(rows) == [
+        "se_resnet50, batch 1: senet.optimize: SE costs +5.3%, 1.25× as fast as the fastest plain "
+        "peer (ONNX Runtime timm resnet50), 1.25× as fast as the fastest peer (ONNX Runtime timm "
+        "resnet50)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -180,6 +235,10 @@ def test_the_command(
         (("ops", "--warmup", 0), ("--warmup", "0")),
         (("ops", "--batch-sizes", 8), ("--batch-sizes", "train")),
         (("train", "--batch-sizes", "8,1"), ("--batch-sizes", "at least 2")),
+        (("inference", "--batch-sizes", "8,0"), ("--batch-sizes", "at least 1")),
+        (("inference", "--models", "resnet50"), ("resnet50 has no SE", "se_resnet50")),
+        (("inference", "--models", "se_resnet5O"), ("unknown model", "se_resnet50")),
+        (("train", "--models", "se_resnet50"), ("--models", "inference")),
         (("everything",), ("everything",)),
     ],
 )

@@ -59,11 +59,15 @@ class Case:
         benchmark: the claim it belongs to, such as "tail".
         name: the shape or batch, such as "16×256×56×56".
         build: makes the contestants, ours first; called when the case's turn comes.
+        settle: whether each turn begins with a call that is not timed. Thread pools go on
+            spinning for milliseconds after a call; where contestants have pools of their own, each
+            would slow down the next one.
     """
 
     benchmark: str
     name: str
     build: Callable[[], Sequence[Contestant]]
+    settle: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
     for _ in range(rounds):
         for contestant in contestants:
             count = repeats[contestant.name]
+            if case.settle:
+                contestant.run()
             began = time.perf_counter()
             for _ in range(count):
                 contestant.run()

@@ -20,7 +20,7 @@ from senet.benchmark import Case, Contestant, Measurement
 from senet.errors import UserError
 from senet.export_network import export
 from senet.export_onnx import write_onnx
-from senet.export_runtimes import onnx_session, open_exported, openvino_session
+from senet.export_runtimes import onnx_session, open_exported, openvino_session, optional
 from senet.factory import create_model
 from senet.inference import optimize
 from senet.models import entry
@@ -41,6 +41,9 @@ PEERS = {
     "senet154": "senet154",
 }
 OURS = "senet.optimize"
+_SETTLED = 4  # larger batches run so long that a few milliseconds do not count
+EXPORTED, EAGER, COMPILED = "senet.export", "eager", "torch.compile"
+ENGINES = (EXPORTED, EAGER, COMPILED, "ONNX Runtime", "OpenVINO")
 Run = Callable[[], object]
 
 
@@ -65,19 +68,26 @@ def _guarded(run: Callable[[Tensor], object], x: Tensor) -> Run:
     return once
 
 
-def _engines(subject: _Subject, x: Tensor, folder: Path, *, compiled: bool) -> list[Contestant]:
-    """Every peer engine on one network."""
+def _engines(
+    subject: _Subject, x: Tensor, folder: Path, engines: Sequence[str]
+) -> list[Contestant]:
+    """Peer engines on one network."""
     model = subject.model.eval()
     fast = model.to(memory_format=torch.channels_last)
     images = x.contiguous(memory_format=torch.channels_last)
-    found = [Contestant(f"eager {subject.label}", _guarded(fast, images))]
-    if compiled:
+    found = []
+    if EAGER in engines:
+        found.append(Contestant(f"eager {subject.label}", _guarded(fast, images)))
+    if COMPILED in engines:
         frozen = torch.compile(fast, options={"freezing": True})
         found.append(Contestant(f"torch.compile {subject.label}", _guarded(frozen, images)))
     path = folder / f"{subject.label}-{len(x)}.onnx"
-    write_onnx(model, x, path, batch=len(x), any_size=False, opset=18)
-    for name, session in (("ONNX Runtime", onnx_session), ("OpenVINO", openvino_session)):
-        run, _ = session(path)
+    sessions = {"ONNX Runtime": onnx_session, "OpenVINO": openvino_session}
+    wanted = [name for name in sessions if name in engines]
+    if wanted:
+        write_onnx(model, x, path, batch=len(x), any_size=False, opset=18)
+    for name in wanted:
+        run, _ = sessions[name](path)
         found.append(Contestant(f"{name} {subject.label}", functools.partial(run, x)))
     return found
 
@@ -88,7 +98,9 @@ def _plain_name(name: str) -> str:
     return found.twin if found.se else name
 
 
-def contestants(name: str, batch: int, *, compiled: bool) -> list[Contestant]:
+def contestants(
+    name: str, batch: int, *, engines: Sequence[str] = ENGINES, plain_peers: bool = True
+) -> list[Contestant]:
     """Ours and the peers' for a network and its plain one; ours first."""
     torch.manual_seed(0)
     model, plain = create_model(name).eval(), create_model(_plain_name(name)).eval()
@@ -98,12 +110,14 @@ def contestants(name: str, batch: int, *, compiled: bool) -> list[Contestant]:
         Contestant(f"{OURS} {name}", _guarded(optimize(model, x), x)),
         Contestant(f"{OURS} {_plain_name(name)}", _guarded(optimize(plain, x), x)),
     ]
-    exported = folder / "ours.onnx"
-    report = export(model, exported, example_input=x, batch=batch)
-    run = open_exported(exported).run
-    found.append(Contestant(f"senet.export {name} ({report.form})", lambda: run(x)))
-    for subject in _subjects(name, model, plain):
-        found += _engines(subject, x, folder, compiled=compiled)
+    if EXPORTED in engines:
+        exported = folder / "ours.onnx"
+        report = export(model, exported, example_input=x, batch=batch)
+        run = open_exported(exported).run
+        found.append(Contestant(f"senet.export {name} ({report.form})", lambda: run(x)))
+    subjects = _subjects(name, model, plain)
+    for subject in subjects if plain_peers else subjects[:1]:
+        found += _engines(subject, x, folder, engines)
     return found
 
 
@@ -111,8 +125,7 @@ def _subjects(name: str, model: nn.Module, plain: nn.Module) -> list[_Subject]:
     """What the peers run: timm's networks where it has them, else ours."""
     if name not in PEERS:
         return [_Subject(name, model), _Subject(_plain_name(name), plain)]
-    import timm
-
+    timm = optional("timm")
     peers = [PEERS[name]]
     if _plain_name(name) in PEERS:
         peers.append(PEERS[_plain_name(name)])
@@ -120,18 +133,26 @@ def _subjects(name: str, model: nn.Module, plain: nn.Module) -> list[_Subject]:
 
 
 def cases(
-    models: Sequence[str], batch_sizes: Sequence[int], *, compiled: bool = True
+    models: Sequence[str],
+    batch_sizes: Sequence[int],
+    *,
+    engines: Sequence[str] = ENGINES,
+    plain_peers: bool = True,
 ) -> list[Case]:
     """A case for each network and batch.
 
     Args:
         models: names of our networks with SE.
         batch_sizes: images of a batch.
-        compiled: whether torch.compile is among the peers; it takes minutes to start.
+        engines: some of `ENGINES`, beside `senet.optimize`.
+        plain_peers: whether the peers run the plain network too; ours does in any case.
 
     Raises:
-        UserError: unknown network, one without SE, or a batch below 1.
+        UserError: unknown network, one without SE, an unknown engine, or a batch below 1.
     """
+    for engine in engines:
+        if engine not in ENGINES:
+            raise UserError(f"engines must be some of {', '.join(ENGINES)}, got {engine!r}")
     if min(batch_sizes) < 1:
         raise UserError(f"--batch-sizes must be at least 1, got {tuple(batch_sizes)}")
     for name in models:
@@ -141,7 +162,7 @@ def cases(
         Case(
             "inference",
             f"{name}, batch {batch}",
-            functools.partial(contestants, name, batch, compiled=compiled),
+            functools.partial(contestants, name, batch, engines=engines, plain_peers=plain_peers),
         )
         for name in models
         for batch in batch_sizes
@@ -162,7 +183,8 @@ def conclusions(measurements: Sequence[Measurement]) -> list[str]:
         if without:
             best = min(without, key=lambda m: m.ratio)
             parts.append(f"{best.ratio:.2f}× as fast as the fastest plain peer ({best.contestant})")
-        best = min(peers, key=lambda m: m.ratio)
-        parts.append(f"{best.ratio:.2f}× as fast as the fastest peer ({best.contestant})")
-        lines.append(f"{case}: senet.optimize is " + ", ".join(parts[1:]) + f"; {parts[0]}")
+        if peers:
+            best = min(peers, key=lambda m: m.ratio)
+            parts.append(f"{best.ratio:.2f}× as fast as the fastest peer ({best.contestant})")
+        lines.append(f"{case}: senet.optimize: " + ", ".join(parts))
     return lines

@@ -94,6 +94,32 @@ def resized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
     return dataclasses.replace(preprocessing, image_size=image_size, resize=resize)
 
 
+def open_data(
+    checkpoint: Checkpoint, data_name: str | None, data_options: Mapping[str, Any]
+) -> ImageData:
+    """Data by name; by default what the checkpoint was trained on, with its val_fraction.
+
+    Args:
+        checkpoint: says what it was trained on.
+        data_name: data set or folder.
+        data_options: data_root and further fields of `RunConfig` that say how data are read.
+
+    Raises:
+        UserError: as for `load_data`, or no data named where the checkpoint does not say them.
+    """
+    options = dict(data_options)
+    if data_name is None:
+        data_name = checkpoint.config.get("data")
+        if data_name is None:
+            raise UserError(f"{checkpoint.path} does not say what it was trained on: give --data")
+        for name in ("val_fraction", "skip_bad_images"):
+            if name in checkpoint.config:
+                options.setdefault(name, checkpoint.config[name])
+    if "data_root" in options:
+        options["root"] = options.pop("data_root")
+    return load_data(data_name, **options)
+
+
 @dataclass(frozen=True)
 class CheckpointEvaluation:
     """An evaluation and what was evaluated.
@@ -137,21 +163,11 @@ def evaluate_path(
             `evaluate_checkpoint`, or no data named where the checkpoint does not say them.
     """
     checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
-    options = dict(data_options)
-    if data_name is None:
-        data_name = checkpoint.config.get("data")
-        if data_name is None:
-            raise UserError(f"{path} does not say what it was trained on: give --data")
-        for name in ("val_fraction", "skip_bad_images"):
-            if name in checkpoint.config:
-                options.setdefault(name, checkpoint.config[name])
-    if "data_root" in options:
-        options["root"] = options.pop("data_root")
-    data = load_data(data_name, **options)
+    data = open_data(checkpoint, data_name, data_options)
     result = evaluate_checkpoint(
         checkpoint,
         data,
-        image_size=options.get("image_size"),
+        image_size=data_options.get("image_size"),
         batch_size=batch_size,
         workers=workers,
         device=device,

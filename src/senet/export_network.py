@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
-import math
 import os
 import shutil
 import statistics
@@ -21,13 +20,21 @@ from torch import Tensor, nn
 
 from senet.errors import SenetError, UserError
 from senet.export_forms import FORMS, Form, in_form
-from senet.export_onnx import add_metadata, dimensions, first_cause, quantize, write_onnx
+from senet.export_onnx import (
+    add_metadata,
+    dimensions,
+    first_cause,
+    quantize,
+    quantized_convolutions,
+    write_onnx,
+)
 from senet.export_runtimes import METADATA, SUFFIXES, Exported, Format, open_exported, optional
 
 OPSET = 20
 # Largest difference from eager, relative to the largest logit: other orders of summation.
 TOLERANCE = 1e-4
 _ROUNDS = 7
+_SECONDS = 8.0  # after that, three rounds are enough to choose by
 Batch = Tensor | Sequence[Tensor]
 
 
@@ -39,24 +46,28 @@ class ExportReport:
         path: the file.
         format: its format.
         form: the form of its graph, see `senet.export_forms`.
-        milliseconds: by form, the median time of the example in the file's runtime; empty where
-            there was nothing to choose.
+        images: how many images the example has.
+        milliseconds: by form, the median time of the example in the file's runtime, and with
+            int8 that of "int8" beside its form in float32; empty where there was nothing to
+            compare.
         difference: largest difference from eager over all checked inputs, relative to the largest
             logit.
         inputs: how many inputs were checked.
         quantized: convolutions in int8; 0 for a float32 file.
-        accuracy: top-1 in percent by precision ("float32", "int8") on the labelled calibration
-            images; empty without labels.
+        accuracy: top-1 in percent by precision ("float32", "int8"); empty without labels.
+        evaluated: how many images the accuracy is of.
     """
 
     path: Path
     format: Format
     form: Form
+    images: int
     milliseconds: dict[str, float]
     difference: float
     inputs: int
     quantized: int = 0
     accuracy: dict[str, float] = field(default_factory=dict)
+    evaluated: int = 0
 
 
 def export(
@@ -72,6 +83,7 @@ def export(
     classes: Sequence[str] | None = None,
     preprocessing: dict[str, Any] | None = None,
     calibration: Iterable[Batch] | None = None,
+    evaluation: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> ExportReport:
     """Write a network for ONNX Runtime, OpenVINO or torch.export, and check the file.
 
@@ -92,7 +104,9 @@ def export(
         classes: class names in the order of the logits; the model's own by default.
         preprocessing: how an image becomes the input; the model's own by default.
         calibration: batches of images, or of (images, labels): quantizes the convolutions to int8
-            (ONNX only). Gates stay in float32; with labels the report compares the accuracy.
+            (ONNX only). Gates stay in float32.
+        evaluation: batches of (images, labels) that the accuracies in float32 and int8 are
+            measured on; by default those of the calibration, where they have labels.
 
     Returns:
         What was written and how it was verified.
@@ -110,6 +124,8 @@ def export(
         raise UserError(f"batch must be at least 1 or None, got {batch}")
     if calibration is not None and found != "onnx":
         raise UserError(f"calibration (int8) needs format 'onnx', got {found!r}")
+    if evaluation is not None and calibration is None:
+        raise UserError("evaluation compares int8 with float32: give calibration too")
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} into")
     eager = copy.deepcopy(model).cpu().float().eval()
@@ -141,12 +157,30 @@ def export(
         file = written[chosen]
         inputs = _inputs(example, batch, any_size)
         difference = _verify(open_exported(file), eager, inputs)
-        quantized = 0
+        quantized, evaluated = 0, 0
         accuracy: dict[str, float] = {}
         if calibration is not None:
-            file, quantized, accuracy = _quantized(file, calibration, metadata | {"form": chosen})
+            batches = [b if isinstance(b, Tensor) else tuple(b) for b in calibration]
+            small = _quantized(file, batches, metadata | {"form": chosen, "precision": "int8"})
+            quantized = quantized_convolutions(small)
+            timings |= _timings({chosen: file, "int8": small}, example)
+            if evaluation is None:
+                evaluation = [(b[0], b[1]) for b in batches if not isinstance(b, Tensor)]
+            accuracy, evaluated = _accuracies({"float32": file, "int8": small}, evaluation)
+            file = small
         _publish(file, path)
-    return ExportReport(path, found, chosen, timings, difference, len(inputs), quantized, accuracy)
+    return ExportReport(
+        path=path,
+        format=found,
+        form=chosen,
+        images=len(example),
+        milliseconds=timings,
+        difference=difference,
+        inputs=len(inputs),
+        quantized=quantized,
+        accuracy=accuracy,
+        evaluated=evaluated,
+    )
 
 
 def _checked_format(path: Path, format: Format | None) -> Format:
@@ -220,7 +254,10 @@ def _timings(files: dict[str, Path], example: Tensor) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(example)
-    for _ in range(_ROUNDS):
+    start = time.perf_counter()
+    for done in range(_ROUNDS):
+        if done >= 3 and time.perf_counter() - start > _SECONDS:
+            break
         for name, run in runs.items():
             began = time.perf_counter()
             run(example)
@@ -262,28 +299,47 @@ def _verify(exported: Exported, eager: nn.Module, inputs: Sequence[Tensor]) -> f
     return worst
 
 
-def _quantized(
-    file: Path, calibration: Iterable[Batch], metadata: dict[str, Any]
-) -> tuple[Path, int, dict[str, float]]:
-    """The int8 version of a file, its quantized convolutions, and both accuracies."""
-    batches = [b if isinstance(b, Tensor) else tuple(b) for b in calibration]
+def _quantized(file: Path, batches: Sequence[Batch], metadata: dict[str, Any]) -> Path:
+    """The int8 version of a file, beside it."""
     images = [b if isinstance(b, Tensor) else b[0] for b in batches]
     if not images:
         raise UserError("calibration is empty: give some hundred images in batches")
+    fixed = metadata["batch"]
+    if fixed is not None:
+        images = [part for batch in images for part in batch.split(fixed) if len(part) == fixed]
+        if not images:
+            raise UserError(f"calibration needs at least {fixed} images, as many as a batch")
     target = file.with_name("int8.onnx")
-    count = quantize(file, target, images)
-    add_metadata(target, metadata | {"precision": "int8"})
-    labelled = [b for b in batches if not isinstance(b, Tensor) and len(b) > 1]
-    accuracy = {}
-    if labelled:
-        for name, path in (("float32", file), ("int8", target)):
-            run = open_exported(path).run
-            right = sum(int((run(x).argmax(1) == y).sum()) for x, y in labelled)
-            accuracy[name] = 100 * right / sum(len(y) for _, y in labelled)
-    run = open_exported(target).run
-    if not all(math.isfinite(value) for value in run(images[0]).flatten().tolist()):
+    quantize(file, target, images)
+    add_metadata(target, metadata)
+    if not bool(open_exported(target).run(images[0]).isfinite().all()):
         raise SenetError("the int8 network gives numbers that are not finite; nothing was written")
-    return target, count, accuracy
+    return target
+
+
+def _accuracies(
+    files: dict[str, Path], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[dict[str, float], int]:
+    """Top-1 of each file in percent, and of how many images; nothing without batches."""
+    opened = {name: open_exported(path) for name, path in files.items()}
+    right = dict.fromkeys(opened, 0)
+    count = 0
+    for x, y in batches:
+        for name, exported in opened.items():
+            right[name] += int((_run_batch(exported, x).argmax(1) == y).sum())
+        count += len(y)
+    if not count:
+        return {}, 0
+    return {name: 100 * value / count for name, value in right.items()}, count
+
+
+def _run_batch(exported: Exported, x: Tensor) -> Tensor:
+    """Logits of any number of images, whatever batch the network has."""
+    fixed = exported.metadata["batch"]
+    if fixed is None:
+        return exported.run(x)
+    filled = torch.cat([x, x[-1:].expand(-len(x) % fixed, -1, -1, -1)])
+    return torch.cat([exported.run(part) for part in filled.split(fixed)])[: len(x)]
 
 
 def _publish(file: Path, path: Path) -> None:

@@ -67,7 +67,8 @@ def write_onnx(
     """Write a model as an ONNX file with all weights in it.
 
     Raises:
-        UserError: the model cannot be exported with these dimensions, or onnx is missing.
+        UserError: the model cannot be exported with these dimensions or this opset, or onnx is
+            missing.
     """
     optional("onnx")
     optional("onnxscript")
@@ -91,6 +92,12 @@ def write_onnx(
             f"the network cannot be exported to ONNX with batch={batch or 'any'}, "
             f"any_size={any_size}: {first_cause(error)}; fix the batch or the size"
         ) from error
+    # The exporter keeps its own version where it cannot convert to the one asked for.
+    onnx = optional("onnx")
+    imported = onnx.load(str(path), load_external_data=False).opset_import
+    written = next(each.version for each in imported if each.domain == "")
+    if written != opset:
+        raise UserError(f"opset {opset} is not possible for this network, {written} is")
 
 
 def add_metadata(path: Path, metadata: dict[str, Any]) -> None:
@@ -114,7 +121,7 @@ class _Batches:
         return None if batch is None else {INPUT: batch.contiguous().numpy()}
 
 
-def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> int:
+def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
     """Static int8 quantization of the convolutions; everything else stays in float.
 
     The two layers of an SE block, its gate and the scale are no convolutions in an exported
@@ -125,9 +132,6 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> int:
         source: ONNX file in float32.
         target: file to write.
         batches: images (N,C,H,W), preprocessed; some hundred of them.
-
-    Returns:
-        How many convolutions were quantized.
     """
     optional("onnxruntime")
     quantization = optional("onnxruntime.quantization")
@@ -149,7 +153,11 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> int:
             )
     finally:
         prepared.unlink(missing_ok=True)
+
+
+def quantized_convolutions(path: Path) -> int:
+    """How many convolutions of an ONNX file have int8 weights."""
     onnx = optional("onnx")
-    graph = onnx.load(str(target)).graph
+    graph = onnx.load(str(path)).graph
     dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     return sum(node.op_type == "Conv" and node.input[1] in dequantized for node in graph.node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from senet.errors import UserError
 Format = Literal["onnx", "torch", "openvino"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 METADATA = "senet"  # the key under which an exported file says what it is
-_PACKAGES = {"onnxruntime": "onnxruntime", "onnx": "onnx", "openvino": "openvino"}
+_EXTRA = ("onnx", "onnxruntime", "onnxscript", "openvino")
+_REMEDIES = {**dict.fromkeys(_EXTRA, "'senet[export]'"), "timm": "timm"}
 Run = Callable[[Tensor], Tensor]
 
 
 def optional(module: str) -> Any:
-    """A module of the extra `export`.
+    """A module of the extra `export`, or a peer.
 
     Raises:
         UserError: it is not installed.
@@ -31,9 +33,10 @@ def optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in (*_PACKAGES, "onnxscript"):
+        package = (error.name or "").split(".")[0]
+        if package not in _REMEDIES:
             raise
-        raise UserError(f"{error.name} is not installed: pip install 'senet[export]'") from error
+        raise UserError(f"{package} is not installed: pip install {_REMEDIES[package]}") from error
 
 
 def format_of(path: Path) -> Format:
@@ -130,16 +133,29 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Exported:
 
     Raises:
         FileNotFoundError: no such file.
-        UserError: another ending, or the runtime is not installed.
+        UserError: another ending, a file that the runtime cannot read, or one that is not
+            installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no exported network at {path}")
-    match format_of(path):
-        case "onnx":
-            run, metadata = onnx_session(path, threads)
-        case "openvino":
-            run, metadata = openvino_session(path, threads)
-        case "torch":
-            run, metadata = torch_session(path)
+    format = format_of(path)
+    # Said here, because these two runtimes print pages about it.
+    if format == "torch" and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no file of torch.export: it is no zip archive")
+    if format == "openvino" and not path.read_bytes().lstrip().startswith(b"<"):
+        raise UserError(f"{path} is no network of OpenVINO: it is no XML")
+    try:
+        match format:
+            case "onnx":
+                run, metadata = onnx_session(path, threads)
+            case "openvino":
+                run, metadata = openvino_session(path, threads)
+            case "torch":
+                run, metadata = torch_session(path)
+    except UserError:
+        raise
+    except Exception as error:  # each runtime has its own
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UserError(f"{path} cannot be opened as a network: {reason[0]}") from error
     return Exported(run, metadata, path)

@@ -1,7 +1,8 @@
-"""The classes of images from files, by a checkpoint."""
+"""The classes of images from files, by a checkpoint or an exported network."""
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,35 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from .data import BadImageError, load_image
+from .data import BadImageError, Preprocessing, load_image
+from .engines import Engine, load_ahead, make_engine
 from .errors import UserError
-from .training.checkpoint import Checkpoint, open_checkpoint, open_weights
+from .export_runtimes import SUFFIXES, Run, open_exported
+from .training.checkpoint import open_checkpoint, open_weights
 from .training.loop import choose_device
+from .training.progress import Progress, Silent
 from .units import print_table
 
 BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Something that names classes: a network in an engine.
+
+    Attributes:
+        run: logits (N,K) of images (N,C,H,W), float32 on the CPU.
+        classes: names in the order of the logits.
+        preprocessing: how an image becomes its input.
+        engine: how the network runs, as users are told.
+        batch: the only number of images that it takes; None for any.
+    """
+
+    run: Run
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    engine: str
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,42 +86,111 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def open_classifier(
+    path: Path, *, model_name: str | None, engine: Engine | None, device: str, batch_size: int
+) -> Classifier:
+    """A checkpoint in an engine, or an exported network in its runtime.
+
+    Args:
+        path: as for `open_checkpoint`; with `model_name`, as for `open_weights`; or a file of
+            `senet export` (.onnx, .xml, .pt2).
+        model_name: name of the network, for weights that do not say it.
+        engine: one of `senet.engines.ENGINES`; "eager" by default, an exported file has its own.
+        device: "auto", "cpu", "cuda" or "mps"; "auto" is the CPU for engines that run nowhere else.
+        batch_size: images that will come at a time.
+
+    Raises:
+        UserError: no such checkpoint, an option that an exported file leaves no choice of, or one
+            that does not say its classes and preprocessing.
+    """
+    if path.suffix in SUFFIXES.values():
+        return _open_exported(path, model_name, engine, device, batch_size)
+    checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
+    engine = engine or "eager"
+    cpu_only = engine in ("onnx", "openvino")
+    where = torch.device("cpu") if cpu_only and device == "auto" else choose_device(device)
+    size = checkpoint.preprocessing.image_size
+    example = torch.zeros(batch_size, checkpoint.preprocessing.channels, size, size)
+    run = make_engine(engine, checkpoint.model, example, where)
+    return Classifier(run, checkpoint.classes, checkpoint.preprocessing, engine)
+
+
+def _open_exported(
+    path: Path, model_name: str | None, engine: str | None, device: str, batch_size: int
+) -> Classifier:
+    given = {"--model": model_name, "--engine": engine}
+    if device != "auto":
+        given["--device"] = device
+    for flag, value in given.items():
+        if value is not None and (flag, value) != ("--device", "cpu"):
+            raise UserError(f"{path} runs in its own runtime on the CPU: leave out {flag} {value}")
+    exported = open_exported(path)
+    about = exported.metadata
+    if not about.get("preprocessing"):
+        raise UserError(
+            f"{path} does not say how an image becomes its input: write it with senet export"
+        )
+    preprocessing = Preprocessing.from_dict(about["preprocessing"])
+    size = preprocessing.image_size
+    batch = about["batch"]
+    example = torch.zeros(batch or batch_size, preprocessing.channels, size, size)
+    count = exported.run(example).shape[1]
+    classes = tuple(about["classes"] or map(str, range(count)))
+    return Classifier(exported.run, classes, preprocessing, path.name, batch)
+
+
 def predict_images(
-    checkpoint: Checkpoint, images: Sequence[Path], *, top: int, device: torch.device
+    classifier: Classifier,
+    images: Sequence[Path],
+    *,
+    top: int,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
 ) -> Iterator[Prediction | BadImageError]:
     """The classes of each image, in order; the error in place of one that cannot be read.
 
+    The next images are decoded while the network works.
+
     Args:
-        checkpoint: network, class names and preprocessing.
+        classifier: network, class names and preprocessing.
         images: image files.
         top: classes to give, at most as many as there are.
-        device: where the network runs.
+        batch_size: images at a time; a classifier's fixed `batch` goes first.
+        progress: hears of each batch.
     """
-    model = checkpoint.model.to(device).eval()
-    preprocessing = checkpoint.preprocessing
-    transform = preprocessing.transform()
-    for start in range(0, len(images), BATCH_SIZE):
-        part = images[start : start + BATCH_SIZE]
-        read: list[Tensor | BadImageError] = []
-        for path in part:
-            try:
-                read.append(transform(load_image(path, preprocessing.channels)))
-            except BadImageError as error:
-                read.append(error)
-        good = [image for image in read if isinstance(image, Tensor)]
-        with torch.inference_mode():
-            logits = model(torch.stack(good).to(device)) if good else torch.empty(0)
-        ranked = iter(logits.float().softmax(-1).cpu() if good else ())
-        for path, image in zip(part, read, strict=True):
+    progress = progress or Silent()
+    batch_size = classifier.batch or batch_size
+    preprocessing = classifier.preprocessing
+    pixels = preprocessing.pixels()
+
+    def read(path: Path) -> Tensor | BadImageError:
+        try:
+            return pixels(load_image(path, preprocessing.channels))
+        except BadImageError as error:
+            return error
+
+    progress.begin_evaluation(-(-len(images) // batch_size))
+    paths = iter(images)
+    for part in load_ahead(images, read, batch_size):
+        good = [image for image in part if isinstance(image, Tensor)]
+        ranked: Iterator[Tensor] = iter(())
+        if good:
+            # A network of a fixed batch gets its last images again; nobody reads those logits.
+            filled = good + good[-1:] * ((classifier.batch or len(good)) - len(good))
+            logits = classifier.run(preprocessing.finish_batch(torch.stack(filled).numpy()))
+            ranked = iter(logits.float().softmax(-1)[: len(good)])
+        for image in part:
+            path = next(paths)
             if isinstance(image, BadImageError):
                 yield image
                 continue
-            values, indices = next(ranked).topk(min(top, len(checkpoint.classes)))
+            values, indices = next(ranked).topk(min(top, len(classifier.classes)))
             yield Prediction(
                 path,
-                tuple(checkpoint.classes[index] for index in indices.tolist()),
+                tuple(classifier.classes[index] for index in indices.tolist()),
                 tuple(values.tolist()),
             )
+        progress.evaluated(len(part))
 
 
 def print_predictions(
@@ -109,42 +201,54 @@ def print_predictions(
     top: int,
     as_json: bool,
     device: str,
+    engine: Engine | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
 ) -> int:
     """Print the predictions as a table or as JSON and name broken images on standard error.
 
     Args:
-        checkpoint_path: as for `open_checkpoint`; with `model_name`, as for `open_weights`.
+        checkpoint_path: as for `open_classifier`.
         paths: image files, or folders that are searched for them.
-        model_name: name of the network, for weights that do not say it.
+        model_name, device, engine: as for `open_classifier`.
         top: classes to give of each image.
-        as_json: print JSON.
-        device: "auto", "cpu", "cuda" or "mps".
+        as_json: print JSON; the table has the images a second beneath it, JSON has not.
+        batch_size: images at a time.
+        progress: hears of each batch.
 
     Returns:
         0, or 1 if an image could not be read.
 
     Raises:
-        UserError: `top` < 1, a missing path, an empty folder, or no such checkpoint.
+        UserError: `top` or `batch_size` < 1, a missing path, an empty folder, or as for
+            `open_classifier`.
     """
-    if top < 1:
-        raise UserError(f"--top must be at least 1, got {top}")
+    for flag, value in (("--top", top), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
     images = find_images(paths)
-    if model_name is None:
-        checkpoint = open_checkpoint(checkpoint_path)
-    else:
-        checkpoint = open_weights(model_name, checkpoint_path)
+    batch_size = min(batch_size, len(images))
+    classifier = open_classifier(
+        checkpoint_path, model_name=model_name, engine=engine, device=device, batch_size=batch_size
+    )
     predictions: list[Prediction] = []
     broken = 0
-    for result in predict_images(checkpoint, images, top=top, device=choose_device(device)):
+    began = time.perf_counter()
+    for result in predict_images(
+        classifier, images, top=top, batch_size=batch_size, progress=progress
+    ):
         if isinstance(result, Prediction):
             predictions.append(result)
         else:
             broken += 1
             print(f"senet predict: {result}", file=sys.stderr)
+    seconds = time.perf_counter() - began
     if as_json:
         print(json.dumps([_as_dict(prediction) for prediction in predictions], indent=1))
     elif predictions:
-        print_table(_table(predictions))
+        table = _table(predictions)
+        table.caption = f"{classifier.engine}: {len(predictions) / seconds:.4g} images/s"
+        print_table(table)
     if broken:
         print(f"senet predict: {broken} of {len(images)} images unreadable", file=sys.stderr)
     return 1 if broken else 0

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +15,10 @@ from rich.progress import Progress
 from senet.errors import UserError
 from senet.units import print_table
 
-from .options import Switch, Whole, WholeNumbers, prepare_process
+from .options import Names, Switch, Whole, WholeNumbers, prepare_process
 
 if TYPE_CHECKING:
-    from senet.benchmark import Measurement
+    from senet.benchmark import Case, Measurement
 
 
 @contextmanager
@@ -35,9 +36,10 @@ def _steps_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def bench(
-    what: Literal["ops", "train"],
+    what: Literal["ops", "train", "inference"],
     /,
     *,
+    models: Names = None,
     rounds: Whole = 15,
     warmup: Whole = 3,
     batch_sizes: WholeNumbers = None,
@@ -51,22 +53,26 @@ def bench(
 
     Args:
         what: 'ops' for the operators and a copy of the same map; 'train' for a training step of
-            (SE-)ResNet-50 and its peak memory.
+            (SE-)ResNet-50 and its peak memory; 'inference' for senet.optimize and senet.export
+            against timm, torch.compile, ONNX Runtime and OpenVINO.
+        models: networks with SE, with commas between them (default: se_resnet50); only with
+            'inference', which runs the network without SE too.
         rounds: measured rounds; each contestant has a turn in each.
         warmup: rounds before that.
-        batch_sizes: images a training step, such as 8,16 (default: both); only with 'train'.
+        batch_sizes: images at a time, such as 8,16 (default: both for 'train', 1,16 for
+            'inference'); not with 'ops'.
         no_compile: leave out the contestants that torch.compile makes, which takes minutes.
         results: CSV file that the rows are added to.
         no_tune_allocator: leave glibc's memory allocator as it is, for all contestants.
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet import benchmark, benchmark_ops, benchmark_train
+    from senet import benchmark
 
     benchmark.check_rounds(rounds, warmup)
-    if batch_sizes is not None and what != "train":
-        raise UserError("--batch-sizes is an option of 'train'; 'ops' has fixed shapes")
-    if batch_sizes is not None and min(batch_sizes) < 2:
-        raise UserError(f"--batch-sizes must be at least 2, got {batch_sizes}")
+    if batch_sizes is not None and what == "ops":
+        raise UserError("--batch-sizes is an option of 'train' and 'inference'; 'ops' has none")
+    if models is not None and what != "inference":
+        raise UserError(f"--models is an option of 'inference', not of {what!r}")
     allocator = "untuned" if no_tune_allocator else "tuned"
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     found: list[Measurement] = []
@@ -77,19 +83,63 @@ def bench(
             benchmark.append_results(results, measurements, where)
         found.extend(measurements)
 
-    sizes = batch_sizes or benchmark_train.BATCH_SIZES
-    if what == "ops":
-        cases, steps = benchmark_ops.cases(compiled=not no_compile), 0
-    else:
-        cases = benchmark_train.cases(sizes, compiled=not no_compile)
-        steps = len(sizes) * (len(benchmark_train.NETWORKS) - 1)
-    with _steps_bar(len(cases) + steps) as advance:
-        for size in sizes if what == "train" else ():
+    plan = _plan(what, models, batch_sizes, compiled=not no_compile)
+    with _steps_bar(len(plan.cases) + plan.memory_steps) as advance:
+        for size in plan.memory_sizes:
+            from senet import benchmark_train
+
             tuned = not no_tune_allocator
             record(benchmark_train.measure_memory(size, tuned=tuned, advance=advance))
-        for measured in benchmark.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
+        for measured in benchmark.run_cases(
+            plan.cases, rounds=rounds, warmup=warmup, advance=advance
+        ):
             record(measured)
     print_table(benchmark.results_table(found))
-    conclude = benchmark_ops.conclusions if what == "ops" else benchmark_train.conclusions
-    for line in conclude(found):
+    for line in plan.conclude(found):
         print(line)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a benchmark measures, and what it says of the result."""
+
+    cases: "Sequence[Case]"
+    conclude: "Callable[[Sequence[Measurement]], list[str]]"
+    memory_sizes: Sequence[int] = ()  # batches whose peak memory is measured first
+    memory_steps: int = 0
+
+
+def _plan(
+    what: str,
+    models: Sequence[str] | None,
+    batch_sizes: Sequence[int] | None,
+    *,
+    compiled: bool,
+) -> _Plan:
+    if what == "ops":
+        from senet import benchmark_ops
+
+        return _Plan(benchmark_ops.cases(compiled=compiled), benchmark_ops.conclusions)
+    if what == "train":
+        from senet import benchmark_train
+
+        sizes = batch_sizes or benchmark_train.BATCH_SIZES
+        if min(sizes) < 2:
+            raise UserError(f"--batch-sizes must be at least 2, got {tuple(sizes)}")
+        return _Plan(
+            benchmark_train.cases(sizes, compiled=compiled),
+            benchmark_train.conclusions,
+            sizes,
+            len(sizes) * (len(benchmark_train.NETWORKS) - 1),
+        )
+    from senet import benchmark_inference
+
+    engines = [
+        engine
+        for engine in benchmark_inference.ENGINES
+        if compiled or engine != benchmark_inference.COMPILED
+    ]
+    cases = benchmark_inference.cases(
+        models or ("se_resnet50",), batch_sizes or benchmark_inference.BATCH_SIZES, engines=engines
+    )
+    return _Plan(cases, benchmark_inference.conclusions)

@@ -1,11 +1,27 @@
 """`senet export`: a trained network as a file for others."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from senet.errors import UserError
+
+from .options import (
+    NO_DATA,
+    DataFlags,
+    OptionalWhole,
+    Switch,
+    given,
+    named,
+    prepare_process,
+)
 
 if TYPE_CHECKING:
+    from senet.export_runtimes import Format
     from senet.training.checkpoint import Checkpoint
+
+# Those of `senet.export_runtimes.SUFFIXES`, which needs PyTorch.
+ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 
 def export(
@@ -13,35 +29,109 @@ def export(
     path: Path,
     /,
     *,
-    format: Literal["timm"],
+    format: Literal["onnx", "openvino", "torch", "timm"] | None = None,
     model: str | None = None,
+    batch: OptionalWhole = None,
+    any_size: Switch = False,
+    form: Literal["plain", "squeeze_first", "expanded"] | None = None,
+    opset: OptionalWhole = None,
+    int8: Switch = False,
+    data: str | None = None,
+    calibration_images: OptionalWhole = None,
+    data_flags: DataFlags = NO_DATA,
+    no_tune_allocator: Switch = False,
 ) -> None:
     """Write a trained network as a file for others.
+
+    Files for ONNX Runtime, OpenVINO and torch.export hold class names and preprocessing; each is
+    run in its own runtime and compared with PyTorch before it gets its name. Of the forms that the
+    SE blocks can have there, the fastest here is taken. `senet predict` runs such a file.
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
-        path: file to write; .safetensors or .pth for timm.
-        format: timm: weights that timm loads with strict=True.
+        path: file to write: .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (torch.export);
+            .safetensors or .pth for timm.
+        format: by the ending; timm: weights that timm loads with strict=True.
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
+        batch: a fixed number of images; more forms are possible then (default: any number).
+        any_size: leave height and width free; not every network allows it.
+        form: how the SE blocks are laid out (default: the fastest, measured).
+        opset: ONNX operator set (default: 20).
+        int8: quantize the convolutions (ONNX), calibrated on training images; shows the accuracy
+            on the validation images before and after.
+        data: data set or folder for int8 and for the comparison with PyTorch, or a folder of images
+            without labels (default: what the checkpoint was trained on).
+        calibration_images: images that int8 is calibrated on (default: 256).
+        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
+    chosen = format or ENDINGS.get(path.suffix)
+    if chosen is None:
+        raise UserError(
+            f"{path.name} does not tell the format: give --format timm, or {_endings()}"
+        )
+    options = named(batch=batch, form=form, opset=opset)
+    options |= {key: True for key, value in (("any_size", any_size), ("int8", int8)) if value}
+    options |= named(data=data, calibration_images=calibration_images) | given(data_flags)
+    _check(chosen, options)
+    prepare_process(tune_allocator=not no_tune_allocator)
     from senet.training.checkpoint import open_checkpoint, open_weights
 
     opened = open_checkpoint(checkpoint) if model is None else open_weights(model, checkpoint)
-    print(f"{path}: {WRITERS[format](opened, path)}")
+    if chosen == "timm":
+        _write_timm(opened, path)
+    else:
+        _write_runtime(opened, path, cast("Format", chosen), options, data_flags)
 
 
-def _write_timm(checkpoint: "Checkpoint", path: Path) -> str:
+def _endings() -> str:
+    return "a path that ends in " + " or ".join(ENDINGS)
+
+
+def _check(format: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that the format, or float32, has no use for."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in options}
+    if format == "timm" and flags:
+        raise UserError(f"--format timm takes no {' or '.join(flags.values())}")
+    if format != "onnx":
+        for name in ("opset", "int8"):
+            if name in options:
+                raise UserError(f"{flags[name]} is an option of ONNX, not of {format}")
+    if "calibration_images" in options and "int8" not in options:
+        raise UserError("--calibration-images is an option of --int8")
+    for name in ("data_root", "download", "val_fraction", "skip_bad_images"):
+        if name in options and not {"int8", "data"} & options.keys():
+            raise UserError(f"{flags[name]} says how data are read: give --data or --int8")
+
+
+def _write_timm(checkpoint: "Checkpoint", path: Path) -> None:
     from senet.weights import save_weights, timm_name
 
     network = checkpoint.model
     save_weights(network, path, layout="timm")
     config = network.config
-    return (
-        f"timm.create_model({timm_name(network)!r}, num_classes={config['num_classes']}, "
+    print(
+        f"{path}: timm.create_model({timm_name(network)!r}, num_classes={config['num_classes']}, "
         f"in_chans={config['in_channels']}) loads it with strict=True"
     )
 
 
-# By format: writes the file and says how to open it.
-WRITERS: dict[str, Callable[["Checkpoint", Path], str]] = {"timm": _write_timm}
+def _write_runtime(
+    checkpoint: "Checkpoint",
+    path: Path,
+    format: "Format",
+    options: Mapping[str, Any],
+    data_flags: DataFlags,
+) -> None:
+    from senet.deployment import export_checkpoint, print_report
+
+    own = ("batch", "any_size", "form", "opset", "int8", "calibration_images")
+    report = export_checkpoint(
+        checkpoint,
+        path,
+        format=format,
+        data_name=options.get("data"),
+        data_options=given(data_flags),
+        **{name: options[name] for name in own if name in options},
+    )
+    print_report(report)

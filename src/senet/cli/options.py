@@ -34,6 +34,11 @@ def whole_numbers(_type: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
         raise ValueError(f"must be whole numbers like 2,3, got {','.join(values)!r}") from None
 
 
+def names(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Names separated by commas, or a TOML array of them."""
+    return tuple(part.strip() for token in tokens for part in token.value.split(","))
+
+
 def switch(_type: Any, tokens: Sequence[Token]) -> bool:
     """A flag without a value on the command line, true or false in a file."""
     value = tokens[0].value or str(tokens[0].implicit_value)
@@ -47,6 +52,7 @@ OptionalWhole = Annotated[int | None, Parameter(converter=whole)]
 WholeNumbers = Annotated[
     tuple[int, ...] | None, Parameter(converter=whole_numbers, n_tokens=1, negative="")
 ]
+Names = Annotated[tuple[str, ...] | None, Parameter(converter=names, n_tokens=1, negative="")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 Config = Annotated[

@@ -1,11 +1,12 @@
 """`senet predict`: the classes of images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from .options import Config, Device, Switch, Whole, prepare_process
+from .progress import watch
 
 
 def predict(
@@ -17,28 +18,44 @@ def predict(
     top: Whole = 5,
     json: Switch = False,
     device: Device = "auto",
+    engine: Literal["eager", "optimized", "onnx", "openvino"] | None = None,
+    batch_size: Whole = 32,
     no_tune_allocator: Switch = False,
     config: Config = None,
 ) -> int:
     """Name the classes of images with the class names and preprocessing of a checkpoint.
 
-    An image that cannot be read is named on standard error, the rest go on, and the exit code
-    is 1 at the end.
+    The next images are decoded while the network works; the images a second beneath the table are
+    with reading and preparing. An image that cannot be read is named on standard error, the rest
+    go on, and the exit code is 1 at the end.
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
-            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout; or
+            what senet export wrote (.onnx, .xml, .pt2), which runs in its own runtime.
         images: image files, or folders that are searched for them.
         model: network that the weights are for, where they do not say it (.pth, timm's, …); its
             classes are numbers then.
         top: how many classes to show for each image, most probable first.
         json: print JSON instead of a table.
         device: where the network runs.
+        engine: eager (PyTorch, the default), optimized (senet.optimize: faster, a moment to
+            prepare), onnx (ONNX Runtime) or openvino.
+        batch_size: images at a time.
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
     from senet.predict import print_predictions
 
-    return print_predictions(
-        checkpoint, images, model_name=model, top=top, as_json=json, device=device
-    )
+    with watch() as progress:
+        return print_predictions(
+            checkpoint,
+            images,
+            model_name=model,
+            top=top,
+            as_json=json,
+            device=device,
+            engine=engine,
+            batch_size=batch_size,
+            progress=progress,
+        )

@@ -3,10 +3,10 @@
 import io
 import os
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -55,13 +55,36 @@ class BadImageError(UserError):
         return BadImageError, (self.path, self.why)
 
 
-@contextmanager
-def _strict_decoding() -> Iterator[None]:
-    """Make PIL's size limit an error, and silence its remarks on odd metadata."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+class _StrictDecoding:
+    """Make PIL's size limit an error, and silence its remarks on odd metadata.
+
+    Python's warning filters belong to the whole process: of several threads that decode at once
+    the first sets them and the last puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._former: warnings.catch_warnings[None] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._former = warnings.catch_warnings()
+                self._former.__enter__()
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                assert self._former is not None
+                self._former.__exit__(None, None, None)
+
+
+_strict_decoding = _StrictDecoding()
 
 
 def _reason(error: BaseException) -> str:
@@ -105,7 +128,8 @@ def _decode(path: str | os.PathLike[str], channels: int) -> Image.Image:
 def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
     """Read an image file of any kind as 8-bit grey or RGB.
 
-    The EXIF orientation is applied; see `to_mode` for the conversion.
+    The EXIF orientation is applied; see `to_mode` for the conversion. Several threads may read at
+    once.
 
     Args:
         path: image file.
@@ -121,7 +145,7 @@ def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
     """
     if channels not in MODES:
         raise ValueError(f"channels must be 1 or 3, not {channels!r}")
-    with _strict_decoding():
+    with _strict_decoding:
         return _decode(path, channels)
 
 
@@ -161,7 +185,7 @@ def is_grey(path: str | os.PathLike[str]) -> bool:
         BadImageError: the file is missing, empty or no image.
     """
     try:
-        with _strict_decoding(), Image.open(path) as image:
+        with _strict_decoding, Image.open(path) as image:
             return image.mode in GREY_MODES
     except _DECODER_ERRORS as error:
         raise BadImageError(path, _reason(error)) from error
@@ -276,7 +300,7 @@ def read_all(
     bad: dict[int, BadImageError] = {}
     kept: npt.NDArray[np.uint8] | None = None
     keep, n = True, 0
-    with _strict_decoding():
+    with _strict_decoding:
         for index, path in enumerate(paths):
             try:
                 image = _decode(path, channels)

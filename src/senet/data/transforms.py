@@ -124,6 +124,10 @@ class Preprocessing:
             finished[:, channel] = table[channel][images[:, source]]
         return torch.from_numpy(finished)
 
+    def pixels(self) -> Transform:
+        """`transform` up to the normalization: PIL image → (C,H,W) uint8, for `finish_batch`."""
+        return v2.Compose([*self._fit(self.resize), F.pil_to_tensor])
+
     def transform(self) -> Transform:
         """The evaluation transform: PIL image of any mode and size → (C,H,W) float32.
 
