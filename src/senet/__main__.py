@@ -1,7 +1,7 @@
 """`senet` and `python -m senet`: run a command, turn errors into one line and an exit code.
 
 Exit codes: 0 success; 1 a failure outside the program (full disk, NaN loss, unreadable images);
-2 bad input; 130 stopped by Ctrl-C. What nobody foresaw keeps its traceback.
+2 bad input; 130 stopped by Ctrl-C; 143 stopped by SIGTERM. What nobody foresaw keeps its traceback.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import TextIO
 from cyclopts import CycloptsError
 
 from senet.cli import COMMANDS, app
-from senet.errors import SenetError, UserError
+from senet.errors import SenetError, StopSignal, UserError
 
 NAMES = {command.__name__ for command in COMMANDS}
 BAD_INPUT = 2
@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     command = f"senet {tokens[0]}" if tokens and tokens[0] in NAMES else "senet"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        command += f" [rank {os.environ.get('RANK', '?')}]"
     try:
         with _warnings_in_one_line(command):
             result = app(
@@ -103,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         print(f"{command}: {str(interrupt) or 'stopped'}", file=sys.stderr)
-        return INTERRUPTED
+        return interrupt.number + 128 if isinstance(interrupt, StopSignal) else INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone; nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -87,6 +87,8 @@ def open_run_data(config: RunConfig) -> ImageData:
         val_fraction=config.val_fraction,
         image_size=config.image_size,
         skip_bad_images=config.skip_bad_images,
+        shuffle_buffer=config.shuffle_buffer,
+        bad_shards=config.bad_shards,
     )
 
 

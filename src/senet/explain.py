@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from rich.table import Table
 
-from senet.data import ImageData, load_data, val_loader
+from senet.data import ImageData, val_loader
 from senet.errors import UserError
-from senet.evaluate import check_classes, resized
+from senet.evaluate import check_classes, open_data, resized
 from senet.explain_report import explain_page
 from senet.figures import DASHES, gates_per_stage, save_figure, themed
 from senet.files import atomic_write
@@ -87,17 +87,7 @@ def open_for_gates(
         UserError: unknown data, or classes that are not the checkpoint's.
     """
     checkpoint = open_checkpoint(path)
-    options = dict(data_options)
-    if data_name is None:
-        data_name = checkpoint.config.get("data")
-        if data_name is None:
-            raise UserError(f"{path} does not say what it was trained on: give --data")
-        for name in ("val_fraction", "skip_bad_images"):
-            if name in checkpoint.config:
-                options.setdefault(name, checkpoint.config[name])
-    if "data_root" in options:
-        options["root"] = options.pop("data_root")
-    data = load_data(data_name, **options)
+    data = open_data(checkpoint, data_name, data_options)
     check_classes(checkpoint, data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet import ops
 from senet.ops.reference import full_precision
+from senet.sync_bn import SyncBatchNorm
 
 Squeeze = Literal["avg", "max", "none"]
 GateName = Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"]
@@ -262,18 +263,18 @@ def residual_tail(
     assert isinstance(bn, _BatchNorm)
     shortcut_norm = None
     if isinstance(shortcut_bn, _BatchNorm) and shortcut is not None:
-        if _batch_statistics(bn) == _batch_statistics(shortcut_bn):
-            shortcut_norm = _step_norm(shortcut_bn)
+        if _own_statistics(bn) == _own_statistics(shortcut_bn):
+            shortcut, shortcut_norm = _step_norm(shortcut_bn, shortcut)
         else:  # one of them is frozen
             shortcut = shortcut_bn(shortcut)
-    norm = _step_norm(bn)
+    x, norm = _step_norm(bn, x)
     gate_parameters = (None,) * 4 if se is None else _gate_parameters(se)
     return ops.bn_se_add_relu(
         x,
         shortcut,
         *norm[:4],
         *gate_parameters,
-        training=_batch_statistics(bn),
+        training=_own_statistics(bn),
         momentum=norm.momentum,
         eps=norm.eps,
         gate="sigmoid" if se is None else se.gate_name,
@@ -281,7 +282,7 @@ def residual_tail(
     )
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)
 _said: set[str] = set()
 
 
@@ -352,8 +353,15 @@ def _batch_statistics(bn: _BatchNorm) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _step_norm(bn: _BatchNorm) -> ops.BatchNorm:
-    """What the operator needs of a batch norm; counts the batch, as the module's forward does."""
+def _own_statistics(bn: _BatchNorm) -> bool:
+    """Whether the operator shall take the statistics from the batch it is given."""
+    return _batch_statistics(bn) and not (isinstance(bn, SyncBatchNorm) and bn.synchronises)
+
+
+def _step_norm(bn: _BatchNorm, x: Tensor) -> tuple[Tensor, ops.BatchNorm]:
+    """x and what the operator needs of a batch norm; counts the batch, as its forward does."""
+    if isinstance(bn, SyncBatchNorm) and bn.synchronises:
+        return bn.synchronise(x)
     momentum = bn.momentum
     if bn.training and bn.track_running_stats:
         batches = bn.num_batches_tracked
@@ -362,7 +370,7 @@ def _step_norm(bn: _BatchNorm) -> ops.BatchNorm:
             if momentum is None:  # cumulative average
                 momentum = 1.0 / float(batches)
     tracked = not bn.training or bn.track_running_stats
-    return ops.BatchNorm(
+    return x, ops.BatchNorm(
         bn.weight,
         bn.bias,
         bn.running_mean if tracked else None,

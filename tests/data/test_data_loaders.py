@@ -148,9 +148,9 @@ def test_an_abandoned_epoch_with_workers() -> None:
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"batch_size": 2}, "batch_size 4, now it is 2"),
+        ({"batch_size": 2}, "images_a_step 4, now it is 2"),
         ({"seed": 4}, "seed 3, now it is 4"),
-        ({"world_size": 2}, "world_size 1, now it is 2"),
+        ({"world_size": 2}, "images_a_step 4, now it is 8"),
     ],
 )
 def test_a_state_of_other_batches_is_refused(change: dict[str, int], name: str) -> None:

@@ -65,6 +65,7 @@ def test_run_folder_and_result(tiny_config: Make) -> None:
     assert seen.notes == ["there are 3 classes: top-5 counts the top 3, always 100%"]
     assert seen.rates[0] == pytest.approx(0.0005)  # of the step itself, not of the next one
     assert [path.name for path in sorted(config.out.iterdir())] == [
+        ".lock",
         "checkpoints",
         "config.toml",
         "figures",

@@ -19,6 +19,7 @@ from .insert import insert
 from .models import models
 from .options import apply_config_file
 from .predict import predict
+from .shard import shard
 from .summary import summary
 from .train import train
 
@@ -41,6 +42,7 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
     fold,
     export,
     bench,
+    shard,
 )
 for _order, _command in enumerate(COMMANDS):
     app.command(_command, sort_key=_order)

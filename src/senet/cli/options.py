@@ -118,6 +118,11 @@ class DataFlags:
     """Side of the network's input in pixels (default: that of the data set)."""
     skip_bad_images: bool | None = None
     """Leave out images that cannot be read and count them, instead of stopping."""
+    shuffle_buffer: OptionalWhole = None
+    """shards: images within which the order of an epoch is shuffled (default: 10000)."""
+    bad_shards: Literal["fail", "skip"] | None = None
+    """shards: stop at a broken one, or read all before the start and leave out the broken ones
+    (default: fail)."""
 
 
 @Parameter(name="*", group=RECIPE_GROUP)
@@ -146,6 +151,9 @@ class MachineFlags:
     """Steps between checkpoints within an epoch (default: 0, after each epoch only)."""
     device: Device | None = None
     """Where the network runs (default: auto)."""
+    timeout: float | None = None
+    """Seconds without a step after which every process writes its stacks to logs/ and ends with
+    exit code 1 (default: none)."""
 
     def run_fields(self) -> dict[str, Any]:
         """The flags that were given, under the names of `RunConfig`'s fields."""
@@ -153,11 +161,23 @@ class MachineFlags:
         return {names.get(name, name): value for name, value in given(self).items()}
 
 
+@Parameter(name="*", group=RECIPE_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class StepFlags:
+    """How the images of a step are shared out, among processes and in time."""
+
+    accumulate: OptionalWhole = None
+    """Parts that a process takes its images of a step in, to save memory (default: 1)."""
+    sync_bn: bool | None = None
+    """Batch norm over the images of all processes instead of each process's own."""
+
+
 NO_SE = SEFlags()
 NO_NETWORK = NetworkFlags()
 NO_DATA = DataFlags()
 NO_RECIPE = RecipeFlags()
 NO_MACHINE = MachineFlags()
+NO_STEP = StepFlags()
 
 
 def given(flags: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from senet.errors import UserError
+from senet.errors import StopSignal, UserError
 from senet.units import duration
 
 from .options import (
@@ -16,6 +16,7 @@ from .options import (
     NO_NETWORK,
     NO_RECIPE,
     NO_SE,
+    NO_STEP,
     RECIPE_GROUP,
     RUN_GROUP,
     Config,
@@ -25,6 +26,7 @@ from .options import (
     OptionalWhole,
     RecipeFlags,
     SEFlags,
+    StepFlags,
     Switch,
     given,
     named,
@@ -47,6 +49,8 @@ def train(
     data_flags: DataFlags = NO_DATA,
     recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None,
     recipe_flags: RecipeFlags = NO_RECIPE,
+    scale_lr: Annotated[Switch, Parameter(group=RECIPE_GROUP)] = False,
+    step: StepFlags = NO_STEP,
     init: Annotated[Path | None, Parameter(group=MODEL_GROUP)] = None,
     trained: Annotated[
         Literal["all", "se", "se+head", "head"] | None, Parameter(name="--train", group=MODEL_GROUP)
@@ -61,12 +65,16 @@ def train(
     """Train a network into a new run folder, or go on with a run that was stopped.
 
     The folder holds config.toml, metrics.csv (a row an epoch), checkpoints/{last,best}, figures
-    and TensorBoard events. Ctrl-C stops after writing a checkpoint.
+    and TensorBoard events. Ctrl-C and SIGTERM stop after writing a checkpoint (exit codes 130 and
+    143). `torchrun --nproc-per-node=N -m senet train …` trains in N processes.
 
     Args:
         model: network; `senet models` lists them.
-        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder of
-            images with train/ and val/ (default: embedded).
+        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images
+            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address) or hf:NAME
+            (Hugging Face's datasets; a name or a local folder) (default: embedded).
+        scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
+            recipe's own batch size.
         recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).
         init: checkpoint to start from, such as one of `senet insert`; its network counts.
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
@@ -74,15 +82,21 @@ def train(
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
-        resume: run folder to go on with; its own configuration counts.
+        resume: run folder to go on with; its own configuration counts. "auto": go on with --out
+            if it exists, else begin it.
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
     from senet.training.loop import Interrupted
     from senet.training.loop import resume as resume_run
     from senet.training.loop import train as train_run
+    from senet.training.ranks import leave_processes, rank
 
-    if resume is not None and config is not None:
+    if resume == Path("auto"):
+        if out is None:
+            raise UserError("--resume auto needs --out, the run folder to begin or go on with")
+        resume = out if (out / "config.toml").is_file() else None
+    elif resume is not None and config is not None:
         raise UserError("--resume goes on with the run's own configuration: leave out --config")
     options = given(se) | given(network)
     if init is not None and model is None:
@@ -90,18 +104,21 @@ def train(
 
         model = open_checkpoint(init).model.config["name"]
     run_options = named(model=model, data=data, seed=seed, out=out, init=init, train=trained)
-    run_options |= given(data_flags) | machine.run_fields()
+    run_options |= given(data_flags) | machine.run_fields() | given(step)
     try:
         with watch() as progress:
             if resume is not None:
                 refused = options | given(recipe_flags) | run_options | named(recipe=recipe)
                 result = resume_run(resume, options=refused, progress=progress)
             else:
-                chosen = _recipe(recipe, given(recipe_flags), config)
+                chosen = _recipe(recipe, given(recipe_flags), config, scale_lr)
                 settings = _settings(run_options, options, chosen)
                 result = train_run(settings, progress=progress)
     except Interrupted as stopped:
-        raise KeyboardInterrupt(str(stopped)) from stopped
+        raise StopSignal(str(stopped), stopped.number) from stopped
+    leave_processes()
+    if rank() != 0:
+        return
     from senet.examine import draw_run
 
     draw_run(result.run, result.evaluation.confusion.numpy())
@@ -117,8 +134,24 @@ def train(
     print(f"Run: {result.run}")
 
 
-def _recipe(name: str | None, changes: dict[str, Any], config: Path | None) -> "Recipe":
+def _recipe(
+    name: str | None, changes: dict[str, Any], config: Path | None, scale_lr: bool
+) -> "Recipe":
     """The recipe of that name, else that of the file's table [recipe], else quick; changed."""
+    if not scale_lr:
+        return _unscaled(name, changes, config)
+    from senet.training.recipe import scaled_lr
+
+    if "lr" in changes:
+        raise UserError(f"--scale-lr sets the learning rate: leave out --lr {changes['lr']:g}")
+    if "batch_size" not in changes:
+        raise UserError("--scale-lr needs --batch-size, to compare with the recipe's own")
+    own = {key: value for key, value in changes.items() if key != "batch_size"}
+    lr = scaled_lr(_unscaled(name, own, config), changes["batch_size"])
+    return _unscaled(name, changes | {"lr": lr}, config)
+
+
+def _unscaled(name: str | None, changes: dict[str, Any], config: Path | None) -> "Recipe":
     from senet.training.recipe import Recipe, get_recipe
 
     table = None if config is None else read_toml(config).get("recipe")

@@ -20,6 +20,7 @@ from senet.data.loaders import (
     train_loader,
     val_loader,
 )
+from senet.data.shards import BadShards
 from senet.data.sources import (
     CHECKED_LIMIT,
     DATA_SETS,
@@ -35,6 +36,7 @@ __all__ = [
     "MEMORY_LIMIT",
     "Augmentation",
     "BadImageError",
+    "BadShards",
     "Batch",
     "EpochBatchSampler",
     "FileImages",

@@ -116,7 +116,10 @@ def _read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 def _decode(path: str | os.PathLike[str], channels: int) -> Image.Image:
     """`load_image` without the guard around PIL's warnings."""
-    data = _read_bytes(path)
+    return _decode_bytes(_read_bytes(path), path, channels)
+
+
+def _decode_bytes(data: bytes, path: str | os.PathLike[str], channels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -147,6 +150,21 @@ def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
         raise ValueError(f"channels must be 1 or 3, not {channels!r}")
     with _strict_decoding:
         return _decode(path, channels)
+
+
+def decode_image(data: bytes, name: str, channels: int) -> Image.Image:
+    """As `load_image`, for the content of a file.
+
+    Args:
+        data: content of an image file.
+        name: what an error calls it.
+        channels: 1 for grey (mode L), 3 for RGB.
+
+    Raises:
+        BadImageError: as for `load_image`.
+    """
+    with _strict_decoding:
+        return _decode_bytes(data, name, channels)
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

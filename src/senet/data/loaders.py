@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -153,7 +153,8 @@ class EpochBatchSampler(Sampler[list[Key]]):
     Step k of all ranks together takes images k·batch_size·world_size onward of the epoch's
     permutation, and each rank every world_size-th of them. With `drop_last=False`, the last step
     is filled up from the permutation's start to a multiple of world_size, so that every rank gets
-    the same number of images.
+    the same number of images. A data set may have an order of its own (`ShardImages.epoch_order`):
+    a permutation of its n images from a generator.
 
     Attributes:
         epoch: whose batches the next iteration gives.
@@ -161,9 +162,17 @@ class EpochBatchSampler(Sampler[list[Key]]):
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int, rank: int, world_size: int, drop_last: bool
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
+        order: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
         self.n = n
+        self.order = order
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -188,7 +197,10 @@ class EpochBatchSampler(Sampler[list[Key]]):
     def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
         together = self.batch_size * self.world_size
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        permutation = torch.randperm(self.n, generator=generator).tolist()
+        if self.order is None:
+            permutation = torch.randperm(self.n, generator=generator).tolist()
+        else:
+            permutation = self.order(generator).tolist()
         missing = -self.n % self.world_size
         while missing > 0:  # more than once where there are more ranks than images
             permutation += permutation[:missing]
@@ -261,17 +273,20 @@ class TrainLoader(StatefulDataLoader):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue after the batch at which `state_dict` was called.
+        """Continue after the batch at which `state_dict` was called, of any number of ranks.
 
         Raises:
             UserError: the state belongs to a loader with other batches.
         """
-        expected = self.state_dict()
-        for name in ("images", "batch_size", "world_size", "seed"):
+        state_dict, expected = dict(state_dict), self.state_dict()
+        # The images of a step are those of all processes together, however many these are.
+        for facts in (state_dict, expected):
+            facts["images_a_step"] = facts["batch_size"] * facts["world_size"]
+        for name in ("images", "images_a_step", "seed"):
             if state_dict[name] != expected[name]:
                 raise UserError(
                     f"the checkpoint was made with {name} {state_dict[name]}, now it is "
-                    f"{expected[name]}: resume with the same data, batch size, processes and seed"
+                    f"{expected[name]}: resume with the same data, batch size and seed"
                 )
         self.batch_sampler.epoch = state_dict["epoch"]
         self.batch_sampler.start = self._done = state_dict["batches_done"]
@@ -354,7 +369,8 @@ def train_loader(
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be between 0 and 2^63 - 1, not {seed}")
     n = len(data.train)
-    sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last)
+    order = getattr(data.train, "epoch_order", None)
+    sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last, order)
     if len(sampler) == 0:
         raise UserError(
             f"batch_size {batch_size} × {world_size} processes exceeds the {n} training images: "

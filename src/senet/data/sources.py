@@ -13,6 +13,8 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from senet.data import embedded
+from senet.data.hugging_face import PREFIX as HUGGING_FACE
+from senet.data.hugging_face import open_hugging_face
 from senet.data.images import (
     FileImages,
     ImageSource,
@@ -20,6 +22,8 @@ from senet.data.images import (
     is_grey,
     read_all,
 )
+from senet.data.shards import PREFIX as SHARDS
+from senet.data.shards import BadShards, load_shards
 from senet.data.transforms import Preprocessing
 from senet.errors import SenetError, UserError
 
@@ -141,9 +145,14 @@ def load_data(
     val_fraction: float | None = None,
     image_size: int | None = None,
     skip_bad_images: bool = False,
+    shuffle_buffer: int | None = None,
+    bad_shards: BadShards | None = None,
     seed: int = 0,
 ) -> ImageData:
     """Open a data set by name or by folder.
+
+    `shards:PLACE` opens what `senet shard` wrote, see `senet.data.shards`; `hf:NAME` a data set of
+    Hugging Face's `datasets`, see `senet.data.hugging_face`.
 
     A folder holds `train/` and `val/` (or `test/`), each with one folder of images a class, or
     directly one folder a class, of which `val_fraction` is set aside. Up to `CHECKED_LIMIT` bytes
@@ -157,14 +166,16 @@ def load_data(
     to 64, otherwise 64 to 128 spread evenly over the training split) is.
 
     Args:
-        data: one of `DATA_SETS`, or a folder.
-        root: where torchvision's data sets lie or are downloaded to.
+        data: one of `DATA_SETS`, a folder, shards:PLACE or hf:NAME.
+        root: where torchvision's data sets lie or are downloaded to, and fetched shards.
         download: fetch a missing data set (never done unasked).
         val_fraction: part of each class set aside for evaluation, between 0 and 1; only for a
             folder without a split of its own.
         image_size: height and width of the network's input in pixels, instead of the default.
         skip_bad_images: decode every image of a folder now, leave out the broken ones and list
             them in `ImageData.skipped`; only for folders.
+        shuffle_buffer: images within which the order of shards' images is shuffled (10,000).
+        bad_shards: "fail" at a broken shard, or "skip" it; "fail" by default.
         seed: of the choice of the images set aside.
 
     Raises:
@@ -177,6 +188,14 @@ def load_data(
         raise UserError(f"image_size must be at least 1 pixel, not {image_size}")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction must be between 0 and 1, not {val_fraction}")
+    if data.startswith(SHARDS):
+        _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip_bad_images or None)
+        return _load_shards(data, Path(root), image_size, shuffle_buffer, bad_shards)
+    if shuffle_buffer is not None or bad_shards is not None:
+        raise UserError(f"shuffle_buffer and bad_shards are for shards:PLACE, not for {data}")
+    if data.startswith(HUGGING_FACE):
+        _refuse_for(data, skip_bad_images=skip_bad_images or None)
+        return _load_hugging_face(data, download, val_fraction, image_size, seed)
     if data in DATA_SETS:
         if val_fraction is not None:
             raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
@@ -204,6 +223,50 @@ def _preprocessing(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -
     """Small images whole; large ones resized in ImageNet's proportion (256 for 224) and cropped."""
     resize = size if size <= _SMALL else round(size * _IMAGENET_RESIZE / _IMAGENET_SIZE)
     return Preprocessing(image_size=size, resize=resize, mean=mean, std=std, channels=len(mean))
+
+
+def _refuse_for(data: str, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name} is not for {data}: leave it out")
+
+
+def _load_shards(
+    data: str,
+    root: Path,
+    image_size: int | None,
+    shuffle_buffer: int | None,
+    bad_shards: BadShards | None,
+) -> ImageData:
+    index, train, val, skipped = load_shards(
+        data.removeprefix(SHARDS), cache=root, buffer=shuffle_buffer, bad=bad_shards
+    )
+    preprocessing = index.preprocessing
+    if image_size is not None and image_size != preprocessing.image_size:
+        preprocessing = _preprocessing(image_size, preprocessing.mean, preprocessing.std)
+    return ImageData(data, train, val, index.classes, preprocessing, skipped)
+
+
+def _load_hugging_face(
+    data: str, download: bool, val_fraction: float | None, image_size: int | None, seed: int
+) -> ImageData:
+    train, val, classes = open_hugging_face(data.removeprefix(HUGGING_FACE), download=download)
+    if val is not None and val_fraction is not None:
+        raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
+    if val is None:
+        if val_fraction is None:
+            raise UserError(
+                f"{data} has one split only: set aside a part of it with --val-fraction 0.1"
+            )
+        kept, aside = _split(train.targets, classes, val_fraction, seed)
+        train, val = train.subset(kept), train.subset(aside)
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
+    if train.channels == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    width, height = train.first_size
+    own = width if width == height <= _SMALL else _IMAGENET_SIZE
+    return ImageData(data, train, val, classes, _preprocessing(image_size or own, mean, std))
 
 
 def _load_remote(name: str, root: Path, download: bool, image_size: int | None) -> ImageData:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
+from senet.data import BadShards
 from senet.errors import UserError
 from senet.files import atomic_write
 from senet.training.recipe import Recipe
@@ -18,7 +19,15 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Trained = Literal["all", "se", "se+head", "head"]
 CONFIG = "config.toml"
 # Where and how fast a run happens, not what comes out of it (on CPU).
-MACHINE = ("out", "data_root", "download", "num_workers", "checkpoint_steps", "device")
+MACHINE = (
+    "out",
+    "data_root",
+    "download",
+    "num_workers",
+    "checkpoint_steps",
+    "device",
+    "timeout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,8 @@ class RunConfig:
         val_fraction: share of the training images kept for validation, for data without any.
         image_size: height and width of the network's input, pixels; None: the data's own.
         skip_bad_images: leave out images that cannot be read instead of stopping.
+        shuffle_buffer: of shards, see `senet.data.load_data`.
+        bad_shards: "fail" or "skip", likewise.
         recipe: how it is trained.
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
@@ -42,10 +53,18 @@ class RunConfig:
         train: with `init`, what is trained: "all", "se" (the SE blocks alone; everything else,
             batch-norm statistics included, stays as it is), "se+head" (and the classifier) or
             "head" (the classifier alone).
+        accumulate: parts that the images of a step are taken in, one after the other, for
+            batches that do not fit into memory. Each part has batch statistics of its own.
+        sync_bn: batch norm over the images of all processes (of a part) instead of each
+            process's own, see
+            `senet.sync_bn`.
         out: the run folder; it must not exist.
         num_workers: processes that load images; 0: none beside the training process.
         checkpoint_steps: steps between checkpoints within an epoch; 0: after each epoch only.
         device: "auto" takes a GPU where there is one.
+        timeout: seconds without any step after which the run counts as hung: every process writes
+            the stacks of its threads into `logs/` and ends with exit code 1. None: no such limit,
+            beside that of PyTorch's process group (30 minutes for gloo, 10 for NCCL).
 
     Raises:
         UserError: a value outside its range.
@@ -61,12 +80,17 @@ class RunConfig:
     val_fraction: float | None = None
     image_size: int | None = None
     skip_bad_images: bool = False
+    shuffle_buffer: int | None = None
+    bad_shards: BadShards | None = None
     init: str | None = None
     train: Trained = "all"
     seed: int = 0
+    accumulate: int = 1
+    sync_bn: bool = False
     num_workers: int = 0
     checkpoint_steps: int = 0
     device: Device = "auto"
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
@@ -75,6 +99,14 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise UserError(
+                f"accumulate must be a whole number of at least 1, got {self.accumulate!r}"
+            )
+        if self.timeout is not None and not (
+            isinstance(self.timeout, int | float) and 0 < self.timeout < 2**31
+        ):
+            raise UserError(f"timeout must be a number of seconds above 0, got {self.timeout!r}")
         if self.seed >= 2**32:
             raise UserError(f"seed must be below 2**32 (NumPy's limit), got {self.seed}")
         if self.init is not None:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,7 @@ from senet.training.checkpoint import load_training_state, save_checkpoint
 from senet.training.config import CONFIG, RunConfig, flatten
 from senet.training.evaluation import Evaluation, Stopped
 from senet.training.progress import Progress, Silent
+from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
 from senet.training.session import Position, Session, choose_device, environment
 
 __all__ = ["Interrupted", "RunResult", "choose_device", "resume", "train"]
@@ -35,11 +36,13 @@ class Interrupted(SenetError):  # noqa: N818 - not an error: the answer to a sig
 
     Attributes:
         run: its folder.
+        number: the signal; SIGTERM in a process that stops because another one was told to.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, number: int = signal.SIGTERM) -> None:
         super().__init__(f"stopped; to go on exactly here: senet train --resume {run}")
         self.run = run
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,12 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
     """
     _check_new_folder(config.out)
     session = Session(config)
-    if session.accelerator.is_main_process:
-        _make_folder(config)
-    session.accelerator.wait_for_everyone()
-    return _fit(session, None, progress or Silent())
+    with ExitStack() as held:
+        if session.accelerator.is_main_process:
+            _make_folder(config)
+            held.enter_context(locked(config.out))
+        session.accelerator.wait_for_everyone()
+        return _fit(session, None, progress or Silent())
 
 
 def resume(
@@ -93,7 +98,9 @@ def resume(
 ) -> RunResult:
     """Go on with a run that was stopped in any way, exactly as if it had not been.
 
-    On the CPU, with as many threads, weights and metrics.csv end up bit-identical.
+    On the CPU, with as many threads and one or two processes, weights and metrics.csv end up
+    bit-identical. With another number of processes than before it goes on with the same images in
+    each step; batch statistics, dropout and the order of sums differ, and a note says so.
 
     Args:
         run: the run folder.
@@ -101,7 +108,8 @@ def resume(
         progress: see `train`.
 
     Raises:
-        UserError: it is no run folder, or an option differs from the run's.
+        UserError: it is no run folder, another process works on it, or an option differs from
+            the run's.
         SenetError: as `train`, or no checkpoint is intact.
     """
     run = Path(run)
@@ -109,11 +117,20 @@ def resume(
         raise UserError(f"{run} is no run folder: it has no {CONFIG}; start a run with --out")
     config = RunConfig.from_toml(run / CONFIG, out=run)
     _refuse_changes(config, options or {})
+    # Taken before the processes meet: if it is refused, the launcher ends those that wait.
+    with locked(run) if rank() == 0 else nullcontext():
+        return _resume(config, progress or Silent())
+
+
+def _resume(config: RunConfig, progress: Progress) -> RunResult:
+    run = config.out
     session = Session(config)
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
         state = load_training_state(run)
     if state is not None:
-        was, now = flatten(state["options"]), flatten(config.result_options())
+        # Runs from before these options had their defaults.
+        was = flatten({"accumulate": 1, "sync_bn": False, **state["options"]})
+        now = flatten(config.result_options())
         changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         if changed:
             raise UserError(
@@ -121,15 +138,29 @@ def resume(
                 "restore it, or start a new run from it: "
                 f"senet train --config {run / CONFIG} --out NEW_FOLDER"
             )
-    return _fit(session, state, progress or Silent())
+    return _fit(session, state, progress)
 
 
 def _fit(session: Session, state: dict[str, Any] | None, progress: Progress) -> RunResult:
     """The loop itself; `state` is that of a checkpoint, or None at the start."""
+    accelerator, run = session.accelerator, session.config.out
+    number = accelerator.process_index
+    log = RankLog(run, number) if accelerator.num_processes > 1 else None
     try:
-        with _stop_signals() as stopped, _board(session, state) as board:
-            return _epochs(session, state, progress, stopped, board)
-    except OSError as error:
+        with (
+            _stop_signals() as stopped,
+            _board(session, state) as board,
+            Watchdog(run, number, session.config.timeout) as watchdog,
+        ):
+            heard = progress if accelerator.is_main_process else Silent()
+            told = RankProgress(heard, log, watchdog.beat)
+            told.hello(number, accelerator.num_processes, str(accelerator.device))
+            return _epochs(session, state, told, stopped, board)
+    except BaseException as error:
+        if log:
+            log.write(f"ends with {type(error).__name__}: {error}")
+        if not isinstance(error, OSError):
+            raise
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise SenetError(
@@ -147,7 +178,6 @@ def _epochs(
 ) -> RunResult:
     run, recipe = session.config.out, session.config.recipe
     main, steps = session.accelerator.is_main_process, session.steps_per_epoch
-    progress = progress if main else Silent()
     at = session.restore(state) if state else Position()
     _tell(session, state, progress)
     evaluation: Evaluation | None = None
@@ -160,7 +190,7 @@ def _epochs(
 
     def stop_here() -> Interrupted:
         save("last")
-        return Interrupted(run)
+        return Interrupted(run, stopped.number)
 
     if state and main:
         _write_tables(run, at)  # a kill may have come between the checkpoint and these
@@ -225,7 +255,7 @@ def _epochs(
             _write_tables(run, at)
         progress.end_epoch(row)
         if at.epoch < recipe.epochs and session.anywhere(stopped.requested):
-            raise Interrupted(run)
+            raise Interrupted(run, stopped.number)
 
     top = max(at.history, key=lambda row: row["top1"])
     return RunResult(
@@ -245,6 +275,12 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
         progress.note(f"images that cannot be read and are left out: {skipped}")
     if classes < 5:
         progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
+    if (before := session.processes_before) is not None:
+        progress.note(
+            f"the run was made by {before} processes, now {session.accelerator.num_processes}: "
+            "each step takes the same images, but batch statistics, dropout, mixing and the order "
+            "of sums differ, so that its results differ from those of an uninterrupted run"
+        )
     was, now = (state or {}).get("environment", {}), environment()
     changed = [f"{key} {value}, now {now[key]}" for key, value in was.items() if value != now[key]]
     if changed:
@@ -322,6 +358,7 @@ class StopRequest:
     """Whether a signal asked the run to stop."""
 
     requested = False
+    number: int = signal.SIGTERM
 
 
 @contextmanager
@@ -334,7 +371,7 @@ def _stop_signals() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        request.requested = True
+        request.requested, request.number = True, number
         for each, handler in before.items():
             signal.signal(each, handler)
 

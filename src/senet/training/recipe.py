@@ -269,6 +269,19 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 
+def scaled_lr(recipe: Recipe, batch_size: int) -> float:
+    """The linear scaling rule: the recipe's learning rate times the ratio of batch sizes.
+
+    Meant with a warm-up (arXiv 1706.02677, section 2.1: k times the images, k times the rate,
+    five epochs of warm-up).
+
+    Args:
+        recipe: its `lr` belongs to its `batch_size`.
+        batch_size: images a step of the run, over all processes.
+    """
+    return recipe.lr * batch_size / recipe.batch_size
+
+
 def get_recipe(name: str, **overrides: Any) -> Recipe:
     """A named recipe, with some fields changed.
 

@@ -4,7 +4,9 @@ import dataclasses
 import math
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -20,6 +22,7 @@ import senet
 from senet.data import ImageData, load_data, train_loader, val_loader
 from senet.errors import SenetError, UserError
 from senet.models import build_model
+from senet.sync_bn import convert
 from senet.training.config import RunConfig
 from senet.training.evaluation import Evaluation, evaluate
 from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
@@ -61,6 +64,7 @@ class Session:
     def __init__(self, config: RunConfig) -> None:
         recipe = self.recipe = config.recipe
         self.config = config
+        self.processes_before: int | None = None
         self.accelerator = _accelerator(config)
         start = None if config.init is None else starting_checkpoint(config)
         if start is None:
@@ -89,6 +93,8 @@ class Session:
             )
         else:
             model = prepare_start(start, self.data, config.train)
+        if config.sync_bn:
+            convert(model)
         self.frozen_norms = freeze(model, config.train)
         self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         set_seed(config.seed + self.accelerator.process_index)  # dropout differs by process
@@ -103,6 +109,12 @@ class Session:
         if recipe.batch_size % processes:
             raise UserError(
                 f"batch_size {recipe.batch_size} must be a multiple of the {processes} processes"
+            )
+        each = recipe.batch_size // processes
+        if each % self.config.accumulate:
+            raise UserError(
+                f"accumulate {self.config.accumulate} must divide the {each} images a step of each "
+                "process"
             )
         shard = {
             "num_workers": self.config.num_workers,
@@ -148,7 +160,7 @@ class Session:
         return iter(self.train_loader)
 
     def train_step(self, images: Tensor, targets: Tensor, step: int) -> float:
-        """One step of SGD; returns the loss.
+        """One step of SGD, over `config.accumulate` parts one after the other; returns the loss.
 
         Args:
             images: (N,C,H,W), this process's part of the batch.
@@ -156,22 +168,31 @@ class Session:
             step: number of the step, from 1.
 
         Raises:
-            SenetError: the loss is not finite; nothing was changed.
+            SenetError: the loss is not finite; no weight was changed.
         """
         recipe, device = self.recipe, self.accelerator.device
         for norm in self.frozen_norms:  # `evaluate` puts the whole network back into training mode
             norm.training = False
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        logits = self.wrapped(images).float()
-        losses = F.cross_entropy(
-            logits, targets, label_smoothing=recipe.label_smoothing, reduction="none"
-        )
-        loss = losses.mean()
-        value = loss.item()
+        parts = self.config.accumulate
+        losses, hits = [], []
+        for number, (x, y) in enumerate(
+            zip(images.chunk(parts), targets.chunk(parts), strict=True), start=1
+        ):
+            # Gradients travel between processes once a step, with those of the last part.
+            alone = number < parts
+            with self.accelerator.no_sync(self.wrapped) if alone else nullcontext():
+                logits = self.wrapped(x).float()
+                each = F.cross_entropy(
+                    logits, y, label_smoothing=recipe.label_smoothing, reduction="none"
+                )
+                self.accelerator.backward(each.mean() if parts == 1 else each.mean() / parts)
+            losses.append(each.detach())
+            hits.append((logits.argmax(dim=1) == (y if y.ndim == 1 else y.argmax(dim=1))).float())
+        value = torch.cat(losses).mean().item()
         if self.anywhere(not math.isfinite(value)):
             raise self.diverged(f"loss is {value}", step)
-        self.accelerator.backward(loss)
         if recipe.grad_clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
@@ -180,9 +201,8 @@ class Session:
             self.schedule.step()
         if self.ema:
             self.ema.update_parameters(self.model)
-        labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
-        self.meters["train_loss"].update(losses.detach())
-        self.meters["train_top1"].update((logits.argmax(dim=1) == labels).float())
+        self.meters["train_loss"].update(torch.cat(losses))
+        self.meters["train_top1"].update(torch.cat(hits))
         return value
 
     def evaluate(self, progress: Progress, stop: Any) -> Evaluation:
@@ -256,19 +276,16 @@ class Session:
         """Go back to where `state` was taken; the random states follow in `restore_random`.
 
         Raises:
-            UserError: it was taken with other data or another number of processes.
+            UserError: it was taken with other data.
         """
         if state["data"] != self._data_facts():
             raise UserError(
                 f"{self.config.data} is not what it was when the run began: it had "
                 f"{state['data']}, now {self._data_facts()}; restore it, or start a new run"
             )
-        processes = state["processes"]
+        processes, index = state["processes"], self.accelerator.process_index
         if len(processes) != self.accelerator.num_processes:
-            raise UserError(
-                f"the run was made by {len(processes)} processes and cannot go on exactly with "
-                f"{self.accelerator.num_processes}: start as many"
-            )
+            self.processes_before = len(processes)
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -276,17 +293,22 @@ class Session:
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        mine = processes[self.accelerator.process_index]
+        # Each process has its own sums; of other processes than now, the main one takes all.
+        held = [processes[index]] if self.processes_before is None else processes
         for name, meter in self.meters.items():
             meter.update(torch.empty(0))  # or torchmetrics warns that it holds nothing
-            meter.merge_state({k: v.to(meter.device) for k, v in mine["meters"][name].items()})
-        if mine["loader"] is not None:
-            self.train_loader.load_state_dict(mine["loader"])
+            for each in held if self.processes_before is None or index == 0 else ():
+                meter.merge_state({k: v.to(meter.device) for k, v in each["meters"][name].items()})
+        if held[0]["loader"] is not None:
+            self.train_loader.load_state_dict(held[0]["loader"])
         return Position(**state["position"])
 
     def restore_random(self, state: dict[str, Any]) -> None:
         """Set the random number generators; after `batches`, which draws from them."""
-        mine = state["processes"][self.accelerator.process_index]["random"]
+        index = self.accelerator.process_index
+        if index >= len(state["processes"]):  # a new process keeps what `set_seed` gave it
+            return
+        mine = state["processes"][index]["random"]
         version, words, gauss = mine["python"]
         random.setstate((version, tuple(words), gauss))
         numpy_state = mine["numpy"]
@@ -352,7 +374,13 @@ def _accelerator(config: RunConfig) -> Accelerator:
     # device; it offers no public way to begin anew. The process group of torchrun stays.
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=alone)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    handlers = []
+    if config.timeout is not None:
+        # Later than the watchdog, whose stacks tell more than a collective's error.
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout + 60)))
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=handlers
+    )
 
 
 def _load(config: RunConfig) -> ImageData:
@@ -363,6 +391,8 @@ def _load(config: RunConfig) -> ImageData:
         val_fraction=config.val_fraction,
         image_size=config.image_size,
         skip_bad_images=config.skip_bad_images,
+        shuffle_buffer=config.shuffle_buffer,
+        bad_shards=config.bad_shards,
     )
     if config.recipe.normalisation == "mean":
         plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)

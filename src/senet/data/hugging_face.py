@@ -1,0 +1,145 @@
+"""Data sets of Hugging Face's `datasets` library (an extra: `pip install senet[datasets]`)."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from senet.data.images import GREY_MODES, BadImageError, decode_image, to_mode
+from senet.errors import UserError
+
+PREFIX = "hf:"
+_TRAIN, _VAL = ("train",), ("validation", "val", "test")
+
+
+class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
+    """One split, read from its Arrow files at each access.
+
+    Args:
+        rows: a `datasets.Dataset`; its image column is left undecoded.
+        image: name of the image column.
+        label: name of the class column.
+        name: what errors call it.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        BadImageError: on access, names the row that cannot be read.
+    """
+
+    def __init__(self, rows: Any, image: str, label: str, name: str, channels: int) -> None:
+        self.rows, self.image, self.name, self.channels = rows, image, name, channels
+        self.targets: Tensor = torch.tensor(rows[label][:], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._open(index, self.channels), int(self.targets[index])
+
+    def _open(self, index: int, channels: int) -> Image.Image:
+        value = self.rows[index][self.image]
+        name = f"{self.name}, row {index}"
+        if isinstance(value, Image.Image):
+            return to_mode(value, channels)
+        data = value["bytes"]
+        if data is None:
+            try:
+                data = Path(value["path"]).read_bytes()
+            except (OSError, TypeError) as error:
+                raise BadImageError(name, str(error)) from error
+        return decode_image(data, name, channels)
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """Width and height of the first image, pixels."""
+        return self._open(0, self.channels).size
+
+    def subset(self, indices: Sequence[int]) -> "HuggingFaceImages":
+        """The data set of these images, in this order."""
+        other = HuggingFaceImages.__new__(HuggingFaceImages)
+        other.__dict__.update(self.__dict__)
+        other.rows = self.rows.select(list(indices))
+        other.targets = self.targets[torch.as_tensor(indices, dtype=torch.int64)]
+        return other
+
+
+@contextmanager
+def _offline(unless: bool) -> Iterator[None]:
+    """Let `datasets` use what is on this machine only: nothing is fetched unasked."""
+    if unless:
+        yield
+        return
+    import datasets
+    import huggingface_hub.constants as hub
+
+    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+
+
+def open_hugging_face(
+    name: str, *, download: bool
+) -> tuple[HuggingFaceImages, HuggingFaceImages | None, tuple[str, ...]]:
+    """Training and evaluation images (or None) and classes of a data set.
+
+    The splits are `train`, and `validation`, `val` or `test`; the columns are found by their
+    types: one `Image`, one `ClassLabel`. Code in a data set's repository is never run.
+
+    Args:
+        name: a folder that `save_to_disk` wrote, or what `load_dataset` takes: a repository
+            (`owner/name`, with `:CONFIGURATION` where there are several) or a local folder.
+        download: whether it may be fetched; otherwise it must be in the local cache.
+
+    Raises:
+        UserError: `datasets` is not installed, it is not there, or its columns are others.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"data {PREFIX}{name} needs the library datasets: pip install 'senet[datasets]'"
+        ) from error
+    repository, _, configuration = name.partition(":")
+    try:
+        with _offline(unless=download):
+            if (Path(repository) / "dataset_dict.json").exists():
+                splits = datasets.load_from_disk(repository)
+            else:
+                splits = datasets.load_dataset(repository, configuration or None)
+    except Exception as error:  # the library raises many kinds for a name that it cannot open
+        remedy = "" if download or os.path.isdir(repository) else "; --download fetches it"  # noqa: PTH112
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot open data {PREFIX}{name}: {reason}{remedy}") from error
+    train = next((splits[key] for key in _TRAIN if key in splits), None)
+    val = next((splits[key] for key in _VAL if key in splits), None)
+    if train is None:
+        raise UserError(f"data {PREFIX}{name} has no split train, only {', '.join(splits)}")
+    features = train.features
+    images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        found = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
+        raise UserError(
+            f"data {PREFIX}{name} must have one column of images and one of classes (ClassLabel), "
+            f"it has {found}"
+        )
+    image, label = images[0], labels[0]
+    raw = datasets.Image(decode=False)
+    parts = [None if part is None else part.cast_column(image, raw) for part in (train, val)]
+    probe = train[0][image]  # decoded by the library, which tells the mode as it is stored
+    channels = 1 if probe.mode in GREY_MODES else 3
+    opened = [
+        None if part is None else HuggingFaceImages(part, image, label, f"{PREFIX}{name}", channels)
+        for part in parts
+    ]
+    assert opened[0] is not None
+    return opened[0], opened[1], tuple(features[label].names)

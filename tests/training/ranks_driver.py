@@ -1,0 +1,221 @@
+"""Trains in two processes and does to them what clusters do; a program, so that it may fork early.
+
+`ranks_driver.py kill CONFIG.toml FOLDER TIMES SEED`: kills a random process at a random moment with
+SIGKILL, resumes (killing again, half of the time) and compares with an unharmed run.
+`ranks_driver.py hang CONFIG.toml FOLDER`: the second process stops working after its third step.
+`ranks_driver.py term CONFIG.toml FOLDER`: the second process gets SIGTERM; then resumes.
+`ranks_driver.py resize CONFIG.toml FOLDER`: two processes are stopped, one goes on, and reversed.
+`ranks_driver.py sync CONFIG.toml FOLDER`: the run with batch norm over both processes.
+
+Each prints one JSON line. Processes are forked, so that PyTorch is imported once.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from crash_driver import digests
+
+from senet.training.config import RunConfig
+from senet.training.loop import Interrupted, resume, train
+from senet.training.progress import Silent
+
+PATIENCE = 60.0  # seconds for the other process to notice
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def launch(action: Callable[[int], None], world: int = 2) -> list[int]:
+    """Run `action(rank)` in forked processes that know each other; their process ids."""
+    port, children = free_port(), []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            code = 0
+            try:
+                action(rank)
+            except Interrupted as stopped:
+                code = 128 + stopped.number
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            os._exit(code)
+        children.append(child)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    """Exit codes, negative for signals; processes that outlive a failed one are killed."""
+    codes: dict[int, int] = {}
+    failed: float | None = None
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+                    if codes[child] != 0:
+                        failed = failed or time.monotonic()
+        if failed and time.monotonic() - failed > PATIENCE:
+            for child in children:
+                if child not in codes:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[child] for child in children]
+
+
+class Step(Silent):
+    """Does something at the n-th step of a process; notes are kept."""
+
+    def __init__(self, n: int = -1, action: Callable[[], Any] = lambda: None) -> None:
+        self.left, self.action = n, action
+        self.notes: list[str] = []
+
+    def step(self, images: int, loss: float, lr: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def kill(config: Callable[..., RunConfig], folder: Path, times: int, seed: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    whole = config("unharmed")
+    assert wait(launch(lambda _: (train(whole), None)[1])) == [0, 0]
+    duration = time.perf_counter() - began
+    expected = digests(whole.out)
+    clock, wrong, killed = random.Random(seed), [], {"first": 0, "again": 0}
+    for number in range(times):
+        run = config(f"killed-{number}")
+
+        def go(_: int, run: RunConfig = run) -> None:
+            if (run.out / "config.toml").exists():
+                resume(run.out)
+            else:
+                train(run)
+
+        for when in ("first", *(["again"] if clock.random() < 0.5 else [])):
+            children = launch(go)
+            victim, delay = clock.randrange(2), clock.uniform(0.05, 0.95) * duration
+            time.sleep(delay)
+            if os.waitpid(children[victim], os.WNOHANG)[0] == 0:
+                os.kill(children[victim], signal.SIGKILL)
+                killed[when] += 1
+                codes = wait(children)
+                assert codes[victim] == -signal.SIGKILL, codes
+            else:  # it was done already
+                wait([child for child in children if child != children[victim]])
+        if wait(launch(go)) != [0, 0] or digests(run.out) != expected:
+            wrong.append(number)
+    return {"runs": times, "killed": killed, "wrong": wrong, "seconds": duration}
+
+
+def hang(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
+    run = config("hung", timeout=2.0)
+
+    def go(rank: int) -> None:
+        if rank == 1:
+            import senet.training.session as session
+
+            whole, calls = session.Session.train_step, [0]
+
+            def stuck(self: Any, *arguments: Any) -> float:
+                calls[0] += 1
+                if calls[0] == 3:
+                    stuck_here()
+                return whole(self, *arguments)
+
+            session.Session.train_step = stuck  # type: ignore[method-assign]
+        train(run)
+
+    return {"codes": wait(launch(go))}
+
+
+def stuck_here() -> None:
+    time.sleep(3600)
+
+
+def term(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
+    whole, run = config("unharmed"), config("stopped", checkpoint_steps=0)
+    codes = [wait(launch(lambda _: (train(whole), None)[1]))]
+
+    def stopped(rank: int) -> None:
+        import senet.training.session as session
+
+        inner, calls = session.Session.train_step, [0]
+
+        def counting(self: Any, *arguments: Any) -> float:
+            calls[0] += 1
+            if rank == 1 and calls[0] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(self, *arguments)
+
+        session.Session.train_step = counting  # type: ignore[method-assign]
+        train(run)
+
+    codes += [wait(launch(stopped)), wait(launch(lambda _: (resume(run.out), None)[1]))]
+    return {"codes": codes, "equal": digests(run.out) == digests(whole.out)}
+
+
+def resize(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for before, after in ((2, 1), (1, 2)):
+        run = config(f"from{before}")
+
+        def stopped(rank: int, run: RunConfig = run) -> None:
+            train(run, progress=Step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+
+        def on(rank: int, run: RunConfig = run) -> None:
+            heard = Step()
+            resume(run.out, progress=heard)
+            if rank == 0:
+                (run.out / "notes.json").write_text(json.dumps(heard.notes))
+
+        codes = [wait(launch(stopped, before)), wait(launch(on, after))]
+        notes = json.loads((run.out / "notes.json").read_text())
+        rows = (run.out / "metrics.csv").read_text().splitlines()
+        result[f"{before} to {after}"] = {"codes": codes, "notes": notes, "epochs": len(rows) - 1}
+    return result
+
+
+def sync(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
+    run = config("sync", sync_bn=True, accumulate=1)
+    return {"codes": wait(launch(lambda _: (train(run), None)[1]))}
+
+
+def main(what: str, config_path: Path, folder: Path, *numbers: int) -> None:
+    base = RunConfig.from_toml(config_path).to_dict()
+
+    def config(name: str, **changes: Any) -> RunConfig:
+        return RunConfig.from_dict(base, out=folder / name, **changes)
+
+    torch.set_num_threads(1)
+    action = {"kill": kill, "hang": hang, "term": term, "resize": resize, "sync": sync}[what]
+    print(json.dumps(action(config, folder, *numbers)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
