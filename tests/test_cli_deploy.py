@@ -68,7 +68,12 @@ def test_int8_of_a_run(
 
 @pytest.mark.parametrize(
     ("file", "flags"),
-    [("a.pt2", ("--batch", 5)), ("a.onnx", ("--any-size",)), ("a.xml", ("--image-size", 24))],
+    [
+        ("a.pt2", ("--batch", 5)),
+        ("a.pt2", ("--any-size",)),
+        ("a.onnx", ("--any-size",)),
+        ("a.xml", ("--image-size", 24)),
+    ],
 )
 def test_an_exported_file_predicts_as_its_checkpoint(
     file: str,

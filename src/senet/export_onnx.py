@@ -44,7 +44,8 @@ def dimensions(batch: int | None, any_size: bool) -> tuple[dict[int, Any]] | Non
     if batch is None:
         named[0] = torch.export.Dim("batch", min=1)
     if any_size:
-        named |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+        # Not named ones: strides leave guards on a size that only these may have.
+        named |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return (named,) if named else None
 
 
