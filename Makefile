@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_FOLDER ?= runs/quick-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports unit clean
+.PHONY: help run test lint types imports unit soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ imports: $(VENV)/.dev  ## import-linter: a file imports only from lower floors
 # other on shared cores take many times as long.
 unit: $(VENV)/.dev  ## pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
+
+soak: $(VENV)/.dev  ## the long tests of faults (about ten minutes), see docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 clean:  ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -185,7 +185,7 @@ def read_described(
             held = file.metadata() or {}
             names = file.keys()
             weights = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         remedy = "" if path.suffix == ".safetensors" else "; other weights need --model NAME"
         raise UserError(
             f"{path} is not a safetensors file, or is cut short: {error}{remedy}"
@@ -196,11 +196,14 @@ def read_described(
             "network it is for; give its name: --model NAME, or in Python "
             "senet.create_model(NAME, pretrained=PATH)"
         )
-    description = json.loads(held[FORMAT])
-    if description["version"] != VERSION:
+    try:
+        description = json.loads(held[FORMAT])
+        version = description["version"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f"{path}: its {FORMAT!r} metadata are damaged: {error}") from error
+    if version != VERSION:
         raise UserError(
-            f"{path} has format version {description['version']}, this senet reads {VERSION}; "
-            "update senet"
+            f"{path} has format version {version}, this senet reads {VERSION}; update senet"
         )
     return description, weights
 

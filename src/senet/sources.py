@@ -1,7 +1,10 @@
 """Networks from anywhere by one name, and rebuilt from the configuration in a checkpoint."""
 
+import contextlib
+import hashlib
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,12 @@ _SIZE = (3, 224, 224)
 
 
 def open_source(
-    name: str, *, num_classes: int = 1000, in_channels: int = 3, **options: Any
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    named_by_user: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """A freshly initialised network by name.
 
@@ -27,6 +35,9 @@ def open_source(
         name: one of `list_models()`, `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a
             function that returns a module; it is given num_classes if it has such a parameter.
             Only name files you trust: they are run.
+        named_by_user: False where the name comes from a file that may be a stranger's: then a
+            `FILE.py` is run only if its content was named by this user before (kept by SHA-256 in
+            `~/.cache/senet/trusted_files`), or if SENET_TRUST_CODE is 1.
         num_classes: classes of the head.
         in_channels: channels of the images; 3 for torchvision and files.
         **options: for networks of this package, see `create_model`.
@@ -43,7 +54,7 @@ def open_source(
             raise UserError(f"{name} takes no options, got {', '.join(options)}")
         if in_channels != 3 and not name.startswith("timm:"):
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
-        model, size = _foreign(name, num_classes, in_channels)
+        model, size = _foreign(name, num_classes, in_channels, named_by_user)
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels}
         about = {
             "config": {**config, "options": {}},
@@ -70,6 +81,7 @@ def rebuild(config: Mapping[str, Any]) -> nn.Module:
         config["name"],
         num_classes=config["num_classes"],
         in_channels=config["in_channels"],
+        named_by_user=False,
         **config["options"],
     )
     if "inserted" in config:
@@ -83,12 +95,14 @@ def rebuild(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _foreign(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[int, ...]]:
+def _foreign(
+    name: str, num_classes: int, in_channels: int, named_by_user: bool
+) -> tuple[nn.Module, tuple[int, ...]]:
     if name.startswith("torchvision:"):
         return _torchvision(name.removeprefix("torchvision:"), num_classes), _SIZE
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), num_classes, in_channels)
-    return _from_file(name, num_classes), _SIZE
+    return _from_file(name, num_classes, named_by_user), _SIZE
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
@@ -119,10 +133,34 @@ def _close(name: str, names: list[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def _from_file(name: str, num_classes: int) -> nn.Module:
+def _trust(path: Path, named_by_user: bool) -> None:
+    """Remember a file that the user named; refuse one that only a checkpoint names.
+
+    Raises:
+        UserError: this user never named a file of this content.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    known = cache / "senet" / "trusted_files"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    trusted = known.read_text().split() if known.is_file() else []
+    if digest in trusted or os.environ.get("SENET_TRUST_CODE") == "1":
+        return
+    if not named_by_user:
+        raise UserError(
+            f"the checkpoint wants to run {path}, which you have not named before: look at it, and "
+            "if you trust it, set SENET_TRUST_CODE=1"
+        )
+    with contextlib.suppress(OSError):  # a read-only home
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with known.open("a") as file:
+            file.write(f"{digest}\n")
+
+
+def _from_file(name: str, num_classes: int, named_by_user: bool) -> nn.Module:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"model {name}: no such file: {path}")
+    _trust(Path(path), named_by_user)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -29,7 +29,7 @@ from senet.hub import CONFIG, WEIGHTS, adopt, described, read_described
 from senet.models import Network, build_model
 from senet.sources import rebuild
 from senet.weights import HUB_PREFIX, load_weights, local_file
-from senet.weights.files import read_with_description
+from senet.weights.files import UNREADABLE, read_with_description
 from senet.weights.layouts import detect
 
 STATE, MANIFEST = "training_state.pt", "manifest.json"
@@ -224,11 +224,19 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 def _read(path: Path) -> Checkpoint:
     description, weights = read_described(path)
-    model = rebuild(description["model"])
-    model.load_state_dict(weights)
-    adopt(model, description)
-    # A foreign network (see `rebuild`) has the attributes of ours that are needed.
-    return _checkpoint(cast(Network, model), description["run"], path)
+    try:
+        model = rebuild(description["model"])
+        model.load_state_dict(weights)
+        adopt(model, description)
+        # A foreign network (see `rebuild`) has the attributes of ours that are needed.
+        return _checkpoint(cast(Network, model), description["run"], path)
+    except SenetError:
+        raise
+    except (ArithmeticError, *UNREADABLE) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{path} is damaged: its weights and its description do not go together ({reason})"
+        ) from error
 
 
 def _checkpoint(model: Network, run: dict[str, Any], path: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,22 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.", "net.", "backbone.")
 
 State = dict[str, Tensor]
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,  # RecursionError is one
+    EOFError,
+    ValueError,  # of JSON and of text encodings too
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    OSError,  # of a seek to where a damaged archive points
+)
+"""What the readers of weights raise on damaged files, found by fuzzing them."""
 
 
 def read_state_dict(source: str | PathLike[str]) -> State:
@@ -48,8 +65,8 @@ def read_with_description(source: str | PathLike[str]) -> tuple[State, dict[str,
                 loaded = {name: file.get_tensor(name) for name in names}
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"weights: {path} cannot be read: {reason}") from error
     try:
         return unwrap(loaded), description
