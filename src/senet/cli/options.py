@@ -132,7 +132,7 @@ class RecipeFlags:
 @Parameter(name="*", group=RUN_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class MachineFlags:
-    """Where and how a run is carried out; none of these changes its result on a CPU."""
+    """Where and how a run is carried out; only --compile changes its result on a CPU (rounding)."""
 
     workers: Annotated[OptionalWhole, Parameter(name=("--workers", "--num-workers"))] = None
     """Processes that load images (default: 0, the training process itself)."""
@@ -140,6 +140,8 @@ class MachineFlags:
     """Steps between checkpoints within an epoch (default: 0, after each epoch only)."""
     device: Device | None = None
     """Where the network runs (default: auto)."""
+    compile: bool | None = None
+    """Train through torch.compile, which takes a minute or more to start (default: no)."""
 
     def run_fields(self) -> dict[str, Any]:
         """The flags that were given, under the names of `RunConfig`'s fields."""

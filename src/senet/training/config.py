@@ -46,6 +46,7 @@ class RunConfig:
         num_workers: processes that load images; 0: none beside the training process.
         checkpoint_steps: steps between checkpoints within an epoch; 0: after each epoch only.
         device: "auto" takes a GPU where there is one.
+        compile: train the network through torch.compile; it takes a minute or more to start.
 
     Raises:
         UserError: a value outside its range.
@@ -67,6 +68,7 @@ class RunConfig:
     num_workers: int = 0
     checkpoint_steps: int = 0
     device: Device = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
@@ -152,7 +154,10 @@ class RunConfig:
 
     def result_options(self) -> dict[str, Any]:
         """The part of `to_dict` that the result depends on."""
-        return {key: value for key, value in self.to_dict().items() if key not in MACHINE}
+        options = {key: value for key, value in self.to_dict().items() if key not in MACHINE}
+        if not self.compile:  # checkpoints of runs from before this option lack it
+            del options["compile"]
+        return options
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
