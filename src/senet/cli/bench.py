@@ -35,7 +35,7 @@ def _steps_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def bench(
-    what: Literal["ops", "train"],
+    what: Literal["ops", "train", "inference"],
     /,
     *,
     rounds: Whole = 15,
@@ -44,6 +44,7 @@ def bench(
     no_compile: Switch = False,
     results: Path | None = None,
     no_tune_allocator: Switch = False,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
     """Time senet against timm, torchvision and PyTorch, in turns in one process.
 
@@ -51,15 +52,24 @@ def bench(
 
     Args:
         what: 'ops' for the operators and a copy of the same map; 'train' for a training step of
-            (SE-)ResNet-50 and its peak memory.
+            (SE-)ResNet-50 and its peak memory; 'inference' for senet.optimize (on a GPU only:
+            --device cuda).
         rounds: measured rounds; each contestant has a turn in each.
         warmup: rounds before that.
         batch_sizes: images a training step, such as 8,16 (default: both); only with 'train'.
         no_compile: leave out the contestants that torch.compile makes, which takes minutes.
         results: CSV file that the rows are added to.
         no_tune_allocator: leave glibc's memory allocator as it is, for all contestants.
+        device: cuda times on the GPU, by its own clock, in bfloat16 and TF32.
     """
     prepare_process(tune_allocator=not no_tune_allocator)
+    if device == "cuda":
+        _bench_gpu(what, rounds, warmup, batch_sizes, not no_compile, results)
+        return
+    if what == "inference":
+        raise UserError(
+            "'inference' is timed with --device cuda; benchmarks/inference.py is for the CPU"
+        )
     from senet import benchmark, benchmark_ops, benchmark_train
 
     benchmark.check_rounds(rounds, warmup)
@@ -92,4 +102,33 @@ def bench(
     print_table(benchmark.results_table(found))
     conclude = benchmark_ops.conclusions if what == "ops" else benchmark_train.conclusions
     for line in conclude(found):
+        print(line)
+
+
+def _bench_gpu(
+    what: Literal["ops", "train", "inference"],
+    rounds: int,
+    warmup: int,
+    batch_sizes: tuple[int, ...] | None,
+    compiled: bool,
+    results: Path | None,
+) -> None:
+    """`senet bench --device cuda`."""
+    from senet import benchmark, benchmark_gpu
+
+    benchmark.check_rounds(rounds, warmup)
+    benchmark_gpu.check_device("cuda")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    cases = benchmark_gpu.cases(what, "cuda", batch_sizes, compiled=compiled)
+    found: list[Measurement] = []
+    with _steps_bar(len(cases)) as advance:
+        for case in cases:
+            advance(f"{case.benchmark} {case.name}")
+            measured = benchmark_gpu.measure(case, "cuda", rounds=rounds, warmup=warmup)
+            if results is not None:
+                where = benchmark.environment(command, "PyTorch's on the GPU", "cuda")
+                benchmark.append_results(results, measured, where)
+            found += measured
+    print_table(benchmark.results_table(found))
+    for line in benchmark_gpu.conclusions(found):
         print(line)
