@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 RUN_FOLDER ?= runs/quick-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports unit soak clean
+.PHONY: help run test lint types imports unit soak test-gpu bench-gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "senet needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -46,6 +46,14 @@ unit: $(VENV)/.dev  ## pytest
 
 soak: $(VENV)/.dev  ## the long tests of faults (about ten minutes), see docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+
+test-gpu: $(VENV)/.dev  ## the operator's tests over the Triton kernels on a GPU
+	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/triton_cases.py
+
+bench-gpu: $(VENV)/.dev  ## all benchmarks on a GPU, into gpu-results.csv
+	$(BIN)/senet bench ops --device cuda --results gpu-results.csv
+	$(BIN)/senet bench train --device cuda --results gpu-results.csv
+	$(BIN)/senet bench inference --device cuda --results gpu-results.csv
 
 clean:  ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -131,7 +131,23 @@ def summarize(
     ]
 
 
-def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
+def elapsed(run: Callable[[], object], count: int, device: str) -> float:
+    """Seconds of `count` calls one after the other; on "cuda" between two events of the GPU's."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+    began = time.perf_counter()
+    for _ in range(count):
+        run()
+    return time.perf_counter() - began
+
+
+def measure(case: Case, *, rounds: int, warmup: int, device: str = "cpu") -> list[Measurement]:
     """Time the contestants of a case in turns: A B C, A B C, …
 
     Whatever else the machine does then hits all of them alike, and the ratios of a round hold on
@@ -141,6 +157,7 @@ def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
         case: what to time.
         rounds: how often each contestant's turn comes.
         warmup: rounds before that are not counted.
+        device: "cpu", or "cuda" for the GPU's own clock.
 
     Returns:
         A measurement a contestant, in milliseconds a call.
@@ -149,9 +166,7 @@ def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
     repeats = {}
     for contestant in contestants:
         for _ in range(warmup):
-            began = time.perf_counter()
-            contestant.run()
-            seconds = time.perf_counter() - began
+            seconds = elapsed(contestant.run, 1, device)
         repeats[contestant.name] = max(1, math.ceil(_ROUND_SECONDS / seconds))
     values: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
@@ -159,10 +174,7 @@ def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
             count = repeats[contestant.name]
             if case.settle:
                 contestant.run()
-            began = time.perf_counter()
-            for _ in range(count):
-                contestant.run()
-            seconds = time.perf_counter() - began
+            seconds = elapsed(contestant.run, count, device)
             values[contestant.name].append(1e3 * seconds / count)
     return summarize(case.benchmark, case.name, "ms", dict(values))
 
@@ -189,8 +201,24 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(command: str, allocator: str) -> dict[str, str]:
-    """The columns of results.csv that say where, when and with what a row was measured."""
+def graphics_processor() -> tuple[str, str]:
+    """Name of the GPU with its memory and driver, and its architecture with the CUDA version."""
+    properties = torch.cuda.get_device_properties()
+    driver = Path("/proc/driver/nvidia/version")
+    text = driver.read_text(encoding="utf-8").splitlines()[0] if driver.exists() else ""
+    name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {text}".rstrip("; ")
+    version = torch.version.hip or torch.version.cuda
+    return name, f"{properties.major}.{properties.minor}, runtime {version}"
+
+
+def environment(command: str, allocator: str, device: str = "cpu") -> dict[str, str]:
+    """The columns of results.csv that say where, when and with what a row was measured.
+
+    On "cuda" the columns isa and cpu are those of the GPU.
+    """
+    if device == "cuda":
+        name, architecture = graphics_processor()
+        return environment(command, allocator) | {"cpu": name, "isa": architecture}
     reason = ops.implementations()["cpu"].reason
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -256,14 +284,15 @@ def run_cases(
     rounds: int,
     warmup: int,
     advance: Callable[[str], None],
+    device: str = "cpu",
 ) -> Iterator[list[Measurement]]:
     """Measure the cases one after the other.
 
     Args:
         cases: what to measure.
-        rounds, warmup: as for `measure`.
+        rounds, warmup, device: as for `measure`.
         advance: told the name of each case before it begins.
     """
     for case in cases:
         advance(f"{case.benchmark} {case.name}")
-        yield measure(case, rounds=rounds, warmup=warmup)
+        yield measure(case, rounds=rounds, warmup=warmup, device=device)

@@ -56,7 +56,7 @@ def timm_module(name: str) -> Any:
     return found
 
 
-class _Tail(nn.Module):
+class TailModule(nn.Module):
     """Ours: BN, SE, addition and ReLU through the layer that the networks use."""
 
     def __init__(self, channels: int) -> None:
@@ -65,10 +65,11 @@ class _Tail(nn.Module):
         self.se = SqueezeExcitation(channels, REDUCTION)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(SE(BN(x)) + shortcut)."""
         return residual_tail(x, shortcut, self.bn, self.se)
 
 
-class _TimmTail(nn.Module):
+class TimmTail(nn.Module):
     """The end of timm's residual blocks: their modules, and the same in-place operations."""
 
     def __init__(self, channels: int) -> None:
@@ -78,6 +79,7 @@ class _TimmTail(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(SE(BN(x)) + shortcut)."""
         y = self.se(self.bn(x))
         y += shortcut
         return self.act(y)
@@ -131,11 +133,11 @@ def tail_contestants(shape: Shape, compiled: bool) -> list[Contestant]:
     """BN → SE → add → ReLU: ours, timm's modules, the same compiled, and the copy."""
     channels = shape[1]
     found = [
-        _contestant(OURS, _Tail(channels), shape, 2),
-        _contestant("timm eager", _TimmTail(channels), shape, 2),
+        _contestant(OURS, TailModule(channels), shape, 2),
+        _contestant("timm eager", TimmTail(channels), shape, 2),
     ]
     if compiled:
-        peer = _TimmTail(channels)
+        peer = TimmTail(channels)
         found.append(_contestant("timm compiled", peer, shape, 2, compiled=True))
     return [*found, _copy(shape)]
 
@@ -170,7 +172,7 @@ def bn_relu_contestants(shape: Shape) -> list[Contestant]:
 
 def scaling_contestants(shape: Shape) -> list[Contestant]:
     """Our tail and the copy."""
-    return [_contestant(OURS, _Tail(shape[1]), shape, 2), _copy(shape)]
+    return [_contestant(OURS, TailModule(shape[1]), shape, 2), _copy(shape)]
 
 
 def shape_name(shape: Shape) -> str:

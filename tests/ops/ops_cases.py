@@ -1,5 +1,10 @@
-"""Inputs for the operator's tests, and one function that runs any implementation on them."""
+"""Inputs for the operator's tests, and one function that runs any implementation on them.
 
+SENET_TEST_TRITON=1 turns the tests of all fast implementations to the Triton kernels, and
+SENET_TEST_DEVICE=cuda to a GPU: see test_ops_triton.py.
+"""
+
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +16,9 @@ from senet import ops
 SHORTCUTS = ("none", "plain", "normalized")
 PARAMETERS = ("weight", "bias", "shortcut_weight", "shortcut_bias", "w1", "b1", "w2", "b2")
 RUNNING = ("running_mean", "running_var", "shortcut_mean", "shortcut_var")
+TRITON = os.environ.get("SENET_TEST_TRITON") == "1"
+DEVICE = os.environ.get("SENET_TEST_DEVICE", "cpu")
+FAST = ("triton",) if TRITON else ("algebra", "cpu")
 LAYOUTS = ("channels_last", "contiguous", "strided", "permuted")
 
 
@@ -48,10 +56,11 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
 
 def inputs(case: Case) -> dict[str, Tensor]:
     """Random x, shortcut, gradient of y and parameters, the maps rounded to the case's dtype."""
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator("cpu").manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+        numbers = torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
+        return numbers.to(DEVICE)
 
     C, h, shape = case.C, case.hidden, (case.N, case.C, *case.spatial)
     numbers = {

@@ -71,7 +71,7 @@ def test_meta_tensors(calls: list[str]) -> None:
 
 
 def test_unknown_implementation() -> None:
-    with pytest.raises(UserError, match=r"'cuda'.*auto, reference, algebra, cpu"):
+    with pytest.raises(UserError, match=r"'cuda'.*auto, reference, algebra, cpu, triton"):
         ops.use("cuda")
 
 

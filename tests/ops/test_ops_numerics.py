@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import PARAMETERS, Case, apply, inputs, run
+from ops_cases import FAST, PARAMETERS, Case, apply, inputs, run
 from tolerances import error
 from torch import Tensor
 
 from senet import ops
 
-FAST = ("algebra", "cpu")
 LAYOUTS = ("channels_last", "contiguous")
 
 

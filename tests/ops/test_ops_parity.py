@@ -4,14 +4,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops_cases import LAYOUTS, PARAMETERS, Case, inputs, oracle, parts, run
+from ops_cases import FAST, LAYOUTS, PARAMETERS, TRITON, Case, inputs, oracle, parts, run
 from tolerances import assert_close, error
 
 from senet import ops
 from senet.ops import GATES
 
-FAST = ("algebra", "cpu")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, *((torch.float16,) if TRITON else ()))
 
 
 @pytest.mark.parametrize("implementation", FAST)

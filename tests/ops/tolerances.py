@@ -7,6 +7,7 @@ with few correct digits in any order of summation, is measured against its map.
 from dataclasses import dataclass
 
 import torch
+from ops_cases import DEVICE, TRITON
 from torch import Tensor
 
 
@@ -31,6 +32,10 @@ TOLERANCES = {
     # 11 bits; otherwise as bfloat16.
     torch.float16: Tolerance(maps=2**-11 + 1e-5, channels=1e-5),
 }
+
+if TRITON and DEVICE == "cpu":
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest: a whole unit.
+    TOLERANCES[torch.bfloat16] = Tolerance(maps=2**-7 + 1e-5, channels=1e-5)
 
 MAPS = frozenset({"y", "x", "shortcut"})
 

@@ -200,6 +200,28 @@ def test_bf16_trains(tiny_config: Make) -> None:
     assert all(row["train_loss"] < 3 for row in result.history)
 
 
+def test_compiled_training(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """--compile puts torch.compile around the network; without Inductor the numbers stay."""
+    asked: list[dict[str, Any]] = []
+    real = torch.compile
+
+    def compiled(module: Any, **options: Any) -> Any:
+        asked.append(options)
+        return real(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain = train(tiny_config(recipe_epochs=1))
+    assert asked == []
+    config = tiny_config(recipe_epochs=1, compile=True, out=tmp_path / "compiled")
+    result = train(config)
+    assert asked == [{"dynamic": False}]
+    assert result.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], 1e-4)
+    names = load_file(config.out / "checkpoints/last/model.safetensors").keys()
+    assert not any("_orig_mod" in name for name in names)
+    assert RunConfig.from_toml(config.out / "config.toml").compile
+    assert "compile" not in tiny_config().result_options()
+
+
 def test_diverging_loss_stops_and_keeps_the_last_checkpoint(tiny_config: Make) -> None:
     config = tiny_config(
         recipe_lr=1e20,

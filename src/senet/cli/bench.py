@@ -46,6 +46,7 @@ def bench(
     no_compile: Switch = False,
     results: Path | None = None,
     no_tune_allocator: Switch = False,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
     """Time senet against timm, torchvision and PyTorch, in turns in one process.
 
@@ -64,15 +65,21 @@ def bench(
         no_compile: leave out the contestants that torch.compile makes, which takes minutes.
         results: CSV file that the rows are added to.
         no_tune_allocator: leave glibc's memory allocator as it is, for all contestants.
+        device: cuda times on the GPU, by its own clock, in bfloat16 and TF32.
     """
     prepare_process(tune_allocator=not no_tune_allocator)
+    if models is not None and what != "inference":
+        raise UserError(f"--models is an option of 'inference', not of {what!r}")
+    if device == "cuda":
+        if models is not None:
+            raise UserError("--models is for the CPU; with --device cuda 'inference' has its own")
+        _bench_gpu(what, rounds, warmup, batch_sizes, not no_compile, results)
+        return
     from senet import benchmark
 
     benchmark.check_rounds(rounds, warmup)
     if batch_sizes is not None and what == "ops":
         raise UserError("--batch-sizes is an option of 'train' and 'inference'; 'ops' has none")
-    if models is not None and what != "inference":
-        raise UserError(f"--models is an option of 'inference', not of {what!r}")
     allocator = "untuned" if no_tune_allocator else "tuned"
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     found: list[Measurement] = []
@@ -143,3 +150,32 @@ def _plan(
         models or ("se_resnet50",), batch_sizes or benchmark_inference.BATCH_SIZES, engines=engines
     )
     return _Plan(cases, benchmark_inference.conclusions)
+
+
+def _bench_gpu(
+    what: Literal["ops", "train", "inference"],
+    rounds: int,
+    warmup: int,
+    batch_sizes: tuple[int, ...] | None,
+    compiled: bool,
+    results: Path | None,
+) -> None:
+    """`senet bench --device cuda`."""
+    from senet import benchmark, benchmark_gpu
+
+    benchmark.check_rounds(rounds, warmup)
+    benchmark_gpu.check_device("cuda")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    cases = benchmark_gpu.cases(what, "cuda", batch_sizes, compiled=compiled)
+    found: list[Measurement] = []
+    with _steps_bar(len(cases)) as advance:
+        for case in cases:
+            advance(f"{case.benchmark} {case.name}")
+            measured = benchmark_gpu.measure(case, "cuda", rounds=rounds, warmup=warmup)
+            if results is not None:
+                where = benchmark.environment(command, "PyTorch's on the GPU", "cuda")
+                benchmark.append_results(results, measured, where)
+            found += measured
+    print_table(benchmark.results_table(found))
+    for line in benchmark_gpu.conclusions(found):
+        print(line)

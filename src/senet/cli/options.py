@@ -143,7 +143,7 @@ class RecipeFlags:
 @Parameter(name="*", group=RUN_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class MachineFlags:
-    """Where and how a run is carried out; none of these changes its result on a CPU."""
+    """Where and how a run is carried out; only --compile changes its result on a CPU (rounding)."""
 
     workers: Annotated[OptionalWhole, Parameter(name=("--workers", "--num-workers"))] = None
     """Processes that load images (default: 0, the training process itself)."""
@@ -154,6 +154,8 @@ class MachineFlags:
     timeout: float | None = None
     """Seconds without a step after which every process writes its stacks to logs/ and ends with
     exit code 1 (default: none)."""
+    compile: bool | None = None
+    """Train through torch.compile, which takes a minute or more to start (default: no)."""
 
     def run_fields(self) -> dict[str, Any]:
         """The flags that were given, under the names of `RunConfig`'s fields."""

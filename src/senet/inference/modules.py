@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.layers import SqueezeExcitation
+from senet.ops import triton
 
 
 def batch_norm_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -69,9 +70,11 @@ class FusedConv(nn.Module):
         shortcut: Float[Tensor, "n d a b"] | None = None,
     ) -> Float[Tensor, "n d a b"]:
         """(N,C,H,W) → (N,D,A,B); gates are known beforehand, one per image and output channel."""
-        y = F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        if _in_one_pass(x, gates, shortcut):
+            y = F.conv2d(x, self.weight, None, *options)
+            return triton.finish(y, self.bias, gates, shortcut, self.relu)
+        y = F.conv2d(x, self.weight, self.bias, *options)
         return finish(y, gates, shortcut, self.relu)
 
     def multiply(self, factor: float) -> None:
@@ -83,6 +86,20 @@ class FusedConv(nn.Module):
         """Shape, stride and what follows, as `print(model)` shows them."""
         shape = "×".join(map(str, self.weight.shape))
         return f"{shape}, stride={self.stride}, groups={self.groups}, relu={self.relu}"
+
+
+def _in_one_pass(*tensors: Tensor | None) -> bool:
+    """Whether a Triton kernel does what follows a convolution: on a GPU, in eager inference.
+
+    torch.compile fuses the formulas of `finish` itself, and graphs that leave the process hold
+    PyTorch's own operators.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    plain = all(t is None or type(t) is Tensor for t in tensors)
+    if not plain or tensors[0] is None or not triton.takes(tensors[0]):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def finish(y: Tensor, gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
@@ -131,6 +148,8 @@ class Pointwise(nn.Module):
             x = torch.addcmul(self.offset.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
         if self.factor != 1:
             x = x * self.factor
+        if _in_one_pass(x, gates, shortcut):
+            return triton.finish(x, None, gates, shortcut, self.relu)
         return finish(x, gates, shortcut, self.relu)
 
 

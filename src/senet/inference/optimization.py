@@ -189,7 +189,9 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
     convolution of its branch, whose output is then scaled, added to the shortcut and passed
     through ReLU while it is written (algebra.md section 3). On the CPU in float32 the whole
     network runs in C++ kernels with buffers that are planned once per input shape and used again;
-    elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export.
+    elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export. On a GPU
+    what follows a convolution (bias, gates, shortcut, ReLU) is one Triton kernel, and under
+    torch.compile one of the compiler's.
 
     The result takes any batch and image size, can be pickled, copied and saved, and has no
     gradients to its weights. It does not train: dropout is gone and batch norms are constants.

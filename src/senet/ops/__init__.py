@@ -1,15 +1,16 @@
 """The operator: squeeze-and-excitation at no extra memory traffic, forward and backward.
 
 `squeeze_excite` is the block alone, `bn_se_add_relu` the end of a residual branch (BN → SE → add →
-ReLU, each part optional) in the two passes over memory that its batch norm needs anyway. Three
+ReLU, each part optional) in the two passes over memory that its batch norm needs anyway. Four
 implementations agree:
 
 - `reference`: the paper's equations in plain PyTorch, the oracle; it alone has double backward.
 - `algebra`: the closed-form backward in pure PyTorch; any device, and what torch.compile fuses.
 - `cpu`: C++ and OpenMP kernels for float32, bfloat16 and float64 on the CPU.
+- `triton`: Triton kernels for CUDA and ROCm tensors; elsewhere in its interpreter, for tests.
 
-`auto`, the default, takes `cpu` where it can and `algebra` elsewhere. Choose with `use`, or with
-the environment variable SENET_OPS.
+`auto`, the default, takes `triton` or `cpu` where it can and `algebra` elsewhere. Choose with
+`use`, or with the environment variable SENET_OPS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from senet.errors import UserError
-from senet.ops import algebra, cpu, operators, reference
+from senet.ops import algebra, cpu, operators, reference, triton
 from senet.ops.reference import GATES, BatchNorm
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _NO_NORM = BatchNorm(None, None, None, None)
-_NAMES = ("auto", "reference", "algebra", "cpu")
+_NAMES = ("auto", "reference", "algebra", "cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def implementations() -> dict[str, Implementation]:
         "reference": Implementation("reference", True, "plain PyTorch, any device"),
         "algebra": Implementation("algebra", True, "closed-form PyTorch, any device"),
         "cpu": Implementation("cpu", not cpu.MISSING, reason),
+        "triton": Implementation(
+            "triton", not triton.missing(), triton.missing() or triton.description()
+        ),
     }
 
 
@@ -73,6 +77,9 @@ def _checked(name: str, source: str) -> str:
         raise UserError(f"{source} is {name!r}; choose one of {', '.join(_NAMES)}")
     if name == "cpu" and cpu.MISSING:
         raise UserError(f"{source} is 'cpu', which is not available: {cpu.MISSING}")
+    if name == "triton" and (why_not := triton.missing()):
+        raise UserError(f"{source} is 'triton', which is not available: {why_not}")
+    triton.requested = name == "triton"
     return name
 
 
@@ -83,8 +90,8 @@ def use(name: str) -> AbstractContextManager[None]:
     """Choose the implementation of the process, at once; as a context manager, until its end.
 
     Args:
-        name: "reference", "algebra", "cpu" or "auto" (the default: "cpu" for tensors that it can
-            take, otherwise "algebra").
+        name: "reference", "algebra", "cpu", "triton" or "auto" (the default: "triton" for tensors
+            on a GPU and "cpu" for those on the CPU that these can take, otherwise "algebra").
 
     Raises:
         UserError: unknown or unavailable implementation.
@@ -105,7 +112,7 @@ def _restoring(previous: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _implementation = previous
+        _implementation = _checked(previous, "the implementation")
 
 
 def _warn_missing_kernels() -> None:
@@ -126,13 +133,15 @@ def _resolve(x: Tensor) -> str:
     """The implementation for x under the current choice."""
     compiling = torch.compiler.is_compiling()
     if _implementation == "auto":
-        why_not = cpu.unsupported(x)
+        on_gpu = x.device.type == "cuda"
+        why_not = triton.unsupported(x) if on_gpu else cpu.unsupported(x)
         if why_not == cpu.MISSING != "" and x.device.type == "cpu" and not compiling:
             _warn_missing_kernels()
         if not compiling and torch._C._functorch.peek_interpreter_stack():
             why_not = why_not or "torch.func transforms cannot look into the kernels"
-        return "algebra" if why_not else "cpu"
-    if _implementation == "cpu" and (why_not := cpu.unsupported(x)):
+        return "algebra" if why_not else "triton" if on_gpu else "cpu"
+    kernels = {"cpu": cpu, "triton": triton}.get(_implementation)
+    if kernels is not None and (why_not := kernels.unsupported(x)):
         raise UserError(f'{why_not}; use senet.ops.use("auto") or "algebra"')
     return _implementation
 

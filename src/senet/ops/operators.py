@@ -1,8 +1,8 @@
 """The operators `senet::tail` and `senet::tail_backward` and their gradients.
 
 Schema, kernels, fake tensors, autograd, autocast and flops. They are opaque to torch.compile and
-torch.export: one node that calls the C++ kernels where these can take the tensors, and the formulas
-of `senet.ops.algebra` everywhere else.
+torch.export: one node that calls the C++ or the Triton kernels where these can take the tensors,
+and the formulas of `senet.ops.algebra` everywhere else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from senet.ops import algebra, cpu
+from senet.ops import algebra, cpu, triton
 
 _LIBRARY = torch.library.Library("senet", "DEF")
 _LIBRARY.define(
@@ -42,12 +42,16 @@ NO_DOUBLE_BACKWARD = (
 
 
 def _tail(x: Tensor, *rest: Any) -> algebra.TailOutput:
+    if triton.takes(x):
+        return triton.tail(x, *rest)
     if x.numel() > 0 and not cpu.unsupported(x):
         return cpu.tail(x, *rest)
     return algebra.tail(x, *rest)
 
 
 def _tail_backward(gradient: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    if triton.takes(x):
+        return triton.tail_backward(gradient, x, *rest)
     if x.numel() > 0 and not cpu.unsupported(x):
         return cpu.tail_backward(gradient, x, *rest)
     return algebra.tail_backward(gradient, x, *rest)
@@ -55,6 +59,8 @@ def _tail_backward(gradient: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 _LIBRARY.impl("tail", _tail, "CompositeExplicitAutograd")
 _LIBRARY.impl("tail_backward", _tail_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("tail", _tail, "CUDA")  # also what ROCm tensors dispatch to
+_LIBRARY.impl("tail_backward", _tail_backward, "CUDA")
 
 
 def _tail_fake(x: Tensor, *rest: Any) -> algebra.TailOutput:
@@ -214,7 +220,7 @@ def _tail_backward_flops(_: list[int], x_shape: list[int], *rest: Any, **__: Any
 
 
 class DirectTail(torch.autograd.Function):
-    """The C++ kernels without the dispatcher, for eager calls that nobody observes.
+    """The C++ or Triton kernels without the dispatcher, for eager calls that nobody observes.
 
     Takes the arguments of `senet::tail` and the momenta of both normalizations (None leaves their
     running statistics as they are), and returns y alone.
@@ -223,6 +229,14 @@ class DirectTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """y of `senet::tail`."""
+        ctx.backward_kernels = cpu.tail_backward
+        if triton.takes(inputs[0]):
+            ctx.backward_kernels = triton.tail_backward
+            momentum, shortcut_momentum = inputs[_INPUTS:]
+            momenta = {"momentum": momentum, "shortcut_momentum": shortcut_momentum}
+            y, *kept = triton.tail(*inputs[:_INPUTS], **momenta)
+            _save(ctx, inputs, y, tuple(kept))
+            return y
         y, small = cpu.tail_packed(inputs[0], inputs[1:_INPUTS], *inputs[_INPUTS:])
         _save(ctx, inputs, y, (small, None, None, None))
         return y
@@ -231,7 +245,7 @@ class DirectTail(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of all arguments for that of y."""
-        return (*gradients(ctx, cpu.tail_backward, gradient), None, None)
+        return (*gradients(ctx, ctx.backward_kernels, gradient), None, None)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

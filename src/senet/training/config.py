@@ -65,6 +65,7 @@ class RunConfig:
         timeout: seconds without any step after which the run counts as hung: every process writes
             the stacks of its threads into `logs/` and ends with exit code 1. None: no such limit,
             beside that of PyTorch's process group (30 minutes for gloo, 10 for NCCL).
+        compile: train the network through torch.compile; it takes a minute or more to start.
 
     Raises:
         UserError: a value outside its range.
@@ -91,6 +92,7 @@ class RunConfig:
     checkpoint_steps: int = 0
     device: Device = "auto"
     timeout: float | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
@@ -184,7 +186,10 @@ class RunConfig:
 
     def result_options(self) -> dict[str, Any]:
         """The part of `to_dict` that the result depends on."""
-        return {key: value for key, value in self.to_dict().items() if key not in MACHINE}
+        options = {key: value for key, value in self.to_dict().items() if key not in MACHINE}
+        if not self.compile:  # checkpoints of runs from before this option lack it
+            del options["compile"]
+        return options
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -102,6 +102,8 @@ class Session:
         optimizer = build_optimizer(model, recipe)
         self.schedule = build_schedule(optimizer, recipe, self.steps_per_epoch)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if config.compile:  # behind DDP and autocast, which then are part of the graph
+            self.wrapped = torch.compile(self.wrapped, dynamic=False)
         self.meters = self._new_meters()
 
     def _loaders(self) -> tuple[Any, Any]:

@@ -1,0 +1,113 @@
+"""Compile every launch of the operator's Triton kernels for GPUs that are not there.
+
+Run as a program, without TRITON_INTERPRET: the kernels are replaced by recorders, the operator is
+called on CPU tensors (whose numbers mean nothing), and each recorded launch is compiled by Triton's
+own compiler down to machine code.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from ops_cases import Case, inputs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from senet.ops import algebra, triton_gate, triton_kernels
+from senet.ops import triton as ours
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+Launch = tuple[JITFunction, dict[str, str], dict[str, Any]]
+
+
+class Recorder:
+    """Stands for a kernel and keeps what each launch would compile."""
+
+    def __init__(self, kernel: JITFunction, launches: dict[str, Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert 0 < grid[0] < 2**31
+
+        def launch(*arguments: Any, **options: Any) -> None:
+            values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | options
+            assert values.keys() == set(self.kernel.arg_names)
+            signature, constants = {}, {}
+            for parameter in self.kernel.params:
+                value = values[parameter.name]
+                if isinstance(value, torch.Tensor):
+                    signature[parameter.name] = TYPES[value.dtype]
+                elif parameter.is_constexpr or value is None or value == 1:
+                    signature[parameter.name] = "constexpr"
+                    constants[parameter.name] = value
+                else:
+                    signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            key = f"{self.kernel.__name__} {sorted(signature.items())} {constants}"
+            self.launches[key] = (self.kernel, signature, constants)
+
+        return launch
+
+
+def record(cases: list[Case]) -> dict[str, Launch]:
+    launches: dict[str, Launch] = {}
+    for module in (triton_kernels, triton_gate):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                setattr(module, name, Recorder(kernel, launches))
+    for case in cases:
+        t = inputs(case)
+        normalized = case.shortcut == "normalized"
+        norm = [t["weight"], t["bias"], t["running_mean"], t["running_var"]]
+        other = [t["shortcut_weight"], t["shortcut_bias"], t["shortcut_mean"], t["shortcut_var"]]
+        gate = [t["w1"], t["b1"], t["w2"], t["b2"]] if case.gated else [None] * 4
+        shortcut = None if case.shortcut == "none" else t["shortcut"]
+        kind = "batch" if case.training else "running"
+        rest = (kind, normalized, 1e-5, 1e-3, case.gate, case.relu)
+        others = other if normalized else [None] * 4
+        momenta = {"momentum": 0.1, "shortcut_momentum": 0.1} if case.training else {}
+        y, *small = ours.tail(t["x"], shortcut, *norm, *others, *gate, *rest, **momenta)
+        wanted = [True, shortcut is not None, True, True, *[normalized] * 2, *[case.gated] * 4]
+        plain = shortcut is not None and not normalized
+        ours.tail_backward(
+            *(t["gradient"], t["x"], y if plain and case.relu else None),
+            *(shortcut if normalized else None, *norm[:2], *others[:2], gate[0], gate[2], *small),
+            *(kind, normalized, case.gate, case.relu, wanted),
+        )
+    assert len(wanted) == len(algebra.GRADIENTS)
+    return launches
+
+
+def main() -> None:
+    """Print each compiled launch: kernel, target, bytes of machine code."""
+    targets = sys.argv[1:] or list(TARGETS)
+    sizes = {"N": 4, "C": 256, "spatial": (56, 56), "hidden": 16}
+    cases = [
+        Case(dtype=torch.bfloat16, shortcut="plain", **sizes),
+        Case(dtype=torch.float32, shortcut="normalized", layout="contiguous", gate="tanh", **sizes),
+        Case(dtype=torch.float64, N=3, C=21, shortcut="none", gate="hard_sigmoid", training=False),
+    ]
+    launches = record(cases)
+    for target in targets:
+        for kernel, signature, constants in launches.values():
+            name = f"{kernel.__name__} {target}"
+            source = ASTSource(kernel, signature, constants)
+            compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": 4})
+            binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco")
+            print(name, len(binary), flush=True)
+
+
+if __name__ == "__main__":
+    main()
