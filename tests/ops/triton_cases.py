@@ -57,9 +57,8 @@ def test_chunks_and_tiles_of_an_image(
     sizes = {"N": 2, "C": 9, "spatial": (29, 53), "hidden": 3, "layout": layout}
     cut = triton.tiling(2, 9, 29 * 53, layout == "channels_last", torch.float32, most)
     assert (cut.splits > 1, cut.tiles > 1) == (most == 2 or programs > 1, programs == 1)
-    for shortcut in ("plain", "normalized"):
-        case = Case(shortcut=shortcut, **sizes)
-        assert_close(run("triton", case), oracle(case), case.dtype, case)
+    case = Case(shortcut="plain" if layout == "channels_last" else "normalized", **sizes)
+    assert_close(run("triton", case), oracle(case), case.dtype, case)
     triton.tiling.cache_clear()
 
 
@@ -112,7 +111,9 @@ def test_offsets_beyond_32_bits(channels_last: bool, sizes: tuple[int, int, int]
 
 
 @NON_LEAF
-@pytest.mark.parametrize("configuration", CONFIGURATIONS[1:4:2], ids=str)
+@pytest.mark.parametrize(
+    "configuration", CONFIGURATIONS[3:4] if DEVICE == "cpu" else CONFIGURATIONS, ids=str
+)
 def test_opcheck(called: list[str], configuration: tuple[Any, ...]) -> None:
     arguments = tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in
                       tail_arguments(*configuration))  # fmt: skip
