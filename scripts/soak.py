@@ -25,7 +25,7 @@ from senet.training.recipe import Recipe
 
 TESTS = Path(__file__).parents[1] / "tests"
 KILLS, SEEDS = 10, (11, 12)
-EPOCHS = 300
+EPOCHS = 120
 FUZZ_EXAMPLES = "3000"
 
 
