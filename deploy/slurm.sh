@@ -21,14 +21,14 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 mkdir -p "$OUT.logs"
 
-# --max-restarts: a killed rank restarts all of them, and --resume auto goes on at the checkpoint.
+# A killed rank ends torchrun with 1; the job is requeued and --resume auto goes on at the checkpoint.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${GPUS_PER_NODE:-8}" \
     --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$MASTER_ADDR:29500" \
-    --max-restarts=3 \
+    --max-restarts=0 \
     --log-dir="$OUT.logs" --redirects=3 --tee=3 \
     -m senet train --resume auto --out "$OUT" --timeout 600 --checkpoint-steps 500 "$@"
 code=$?

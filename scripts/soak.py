@@ -25,8 +25,8 @@ from senet.training.recipe import Recipe
 
 TESTS = Path(__file__).parents[1] / "tests"
 KILLS, SEEDS = 10, (11, 12)
-EPOCHS = 300
-FUZZ_EXAMPLES = "3000"
+EPOCHS = 120
+FUZZ_EXAMPLES = "1000"
 
 
 def tiny_run(folder: Path, epochs: int) -> RunConfig:

@@ -65,18 +65,28 @@ def test_sigterm_has_its_exit_code(data: Path, tmp_path: Path) -> None:
     flags = [str(flag) for flag in train_flags(data, tmp_path / "run")]
     flags[flags.index("--epochs") + 1] = "300"
     command = [sys.executable, "-m", "senet", *flags, "--resume", "auto"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    process = start()
+    try:
         assert process.stdout
         assert "epoch 1/300" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        error = process.communicate()[1]
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 143
     assert f"senet train: stopped; to go on exactly here: senet train --resume {tmp_path}" in error
-    before = len((tmp_path / "run" / "metrics.csv").read_text().splitlines())
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    rows = len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) - 1
+    process = start()
+    try:
         assert process.stdout
-        assert f"epoch {before}/300" in process.stdout.readline()
+        assert f"epoch {rows + 1}/300" in process.stdout.readline()
+    finally:
         process.kill()
+        process.communicate()

@@ -5,6 +5,7 @@ SIGKILL, resumes (killing again, half of the time) and compares with an unharmed
 `ranks_driver.py hang CONFIG.toml FOLDER`: the second process stops working after its third step.
 `ranks_driver.py term CONFIG.toml FOLDER`: the second process gets SIGTERM; then resumes.
 `ranks_driver.py resize CONFIG.toml FOLDER`: two processes are stopped, one goes on, and reversed.
+`ranks_driver.py gradients CONFIG.toml FOLDER`: the fused tail with batch norm over both.
 `ranks_driver.py sync CONFIG.toml FOLDER`: the run with batch norm over both processes.
 
 Each prints one JSON line. Processes are forked, so that PyTorch is imported once.
@@ -206,6 +207,55 @@ def sync(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
     return {"codes": wait(launch(lambda _: (train(run), None)[1]))}
 
 
+def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
+    """The fused tail over two halves of a batch against one over the whole: largest differences."""
+    import torch.distributed as dist
+    from torch import nn
+
+    from senet.layers import SqueezeExcitation, residual_tail
+    from senet.sync_bn import convert
+
+    torch.manual_seed(3)
+    block = nn.ModuleDict(
+        {"bn": nn.BatchNorm2d(6), "other": nn.BatchNorm2d(6), "se": SqueezeExcitation(6, 2)}
+    ).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x, r, g = (3 + torch.randn(8, 6, 5, 4, dtype=torch.float64) for _ in range(3))
+
+    def tail(x: torch.Tensor, r: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+        x, r = x.clone().requires_grad_(), r.clone().requires_grad_()
+        block.zero_grad()
+        out = residual_tail(x, r, block["bn"], block["se"], block["other"])  # type: ignore[arg-type]
+        (out * g).sum().backward()
+        found = {"out": out.detach(), "x": x.grad, "r": r.grad}
+        found |= {f"grad {name}": p.grad for name, p in block.named_parameters()}
+        found |= {name: buffer.clone() for name, buffer in block.named_buffers()}
+        return {name: value.detach() for name, value in found.items() if value is not None}
+
+    state = {name: value.clone() for name, value in block.state_dict().items()}
+    expected = tail(x, r, g)
+    block.load_state_dict(state)
+
+    def half(rank: int) -> None:
+        dist.init_process_group("gloo")
+        convert(block)
+        part = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal
+        torch.save(tail(x[part], r[part], g[part]), folder / f"half{rank}.pt")
+        dist.destroy_process_group()
+
+    codes = wait(launch(half))
+    one, two = (torch.load(folder / f"half{rank}.pt") for rank in (0, 1))
+    differences = {}
+    for name, value in expected.items():
+        if name in ("out", "x", "r"):
+            found = torch.cat((one[name], two[name]))
+        else:
+            found = one[name] + two[name] if name.startswith("grad ") else one[name]
+        differences[name] = float((found - value).abs().max())
+    return {"codes": codes, "differences": differences}
+
+
 def main(what: str, config_path: Path, folder: Path, *numbers: int) -> None:
     base = RunConfig.from_toml(config_path).to_dict()
 
@@ -213,7 +263,14 @@ def main(what: str, config_path: Path, folder: Path, *numbers: int) -> None:
         return RunConfig.from_dict(base, out=folder / name, **changes)
 
     torch.set_num_threads(1)
-    action = {"kill": kill, "hang": hang, "term": term, "resize": resize, "sync": sync}[what]
+    action = {
+        "kill": kill,
+        "hang": hang,
+        "term": term,
+        "resize": resize,
+        "sync": sync,
+        "gradients": gradients,
+    }[what]
     print(json.dumps(action(config, folder, *numbers)))
 
 

@@ -84,13 +84,26 @@ def test_another_number_of_processes(driver: Callable[..., dict[str, Any]]) -> N
         assert any(note.startswith(said) for note in found["notes"]), found["notes"]
 
 
+def test_gradients_of_batch_norm_over_all_processes(
+    driver: Callable[..., dict[str, Any]],
+) -> None:
+    """float64: output, running statistics and every gradient are those of the whole batch."""
+    report = driver("gradients")
+    assert report["codes"] == [0, 0], report["stderr"]
+    assert len(report["differences"]) == 3 + 8 + 6
+    assert max(report["differences"].values()) < 1e-9, report["differences"]
+    assert "separate passes" not in report["stderr"]  # the tail stays fused
+
+
 def test_batch_norm_over_all_processes(
     driver: Callable[..., dict[str, Any]], tiny_config: Make, tmp_path: Path
 ) -> None:
     """Two processes with half of each batch learn what one with all of it learns."""
     plain = {"recipe_augmentation": Augmentation(crop="padded", padding=1), "recipe_epochs": 1}
     alone = train(tiny_config(out=tmp_path / "alone", **plain))
-    assert driver("sync", **plain)["codes"] == [0, 0]
+    report = driver("sync", **plain)
+    assert report["codes"] == [0, 0]
+    assert "separate passes" not in report["stderr"]
     one, two = (open_checkpoint(tmp_path / name).model.state_dict() for name in ("alone", "sync"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
