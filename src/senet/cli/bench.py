@@ -42,6 +42,8 @@ def bench(
     warmup: Whole = 3,
     batch_sizes: WholeNumbers = None,
     no_compile: Switch = False,
+    only: str | None = None,
+    no_memory: Switch = False,
     results: Path | None = None,
     no_tune_allocator: Switch = False,
 ) -> None:
@@ -56,6 +58,8 @@ def bench(
         warmup: rounds before that.
         batch_sizes: images a training step, such as 8,16 (default: both); only with 'train'.
         no_compile: leave out the contestants that torch.compile makes, which takes minutes.
+        only: leave out cases whose name does not contain this, such as 'tail' or 'alone 16x512'.
+        no_memory: leave out the peak memory of 'train'.
         results: CSV file that the rows are added to.
         no_tune_allocator: leave glibc's memory allocator as it is, for all contestants.
     """
@@ -65,6 +69,8 @@ def bench(
     benchmark.check_rounds(rounds, warmup)
     if batch_sizes is not None and what != "train":
         raise UserError("--batch-sizes is an option of 'train'; 'ops' has fixed shapes")
+    if no_memory and what != "train":
+        raise UserError("--no-memory is an option of 'train'; 'ops' measures times only")
     if batch_sizes is not None and min(batch_sizes) < 2:
         raise UserError(f"--batch-sizes must be at least 2, got {batch_sizes}")
     allocator = "untuned" if no_tune_allocator else "tuned"
@@ -79,12 +85,14 @@ def bench(
 
     sizes = batch_sizes or benchmark_train.BATCH_SIZES
     if what == "ops":
-        cases, steps = benchmark_ops.cases(compiled=not no_compile), 0
+        cases = benchmark_ops.cases(compiled=not no_compile)
     else:
         cases = benchmark_train.cases(sizes, compiled=not no_compile)
-        steps = len(sizes) * (len(benchmark_train.NETWORKS) - 1)
+    cases = benchmark.chosen(cases, only)
+    memory_sizes = sizes if what == "train" and not no_memory else ()
+    steps = len(memory_sizes) * (len(benchmark_train.NETWORKS) - 1)
     with _steps_bar(len(cases) + steps) as advance:
-        for size in sizes if what == "train" else ():
+        for size in memory_sizes:
             tuned = not no_tune_allocator
             record(benchmark_train.measure_memory(size, tuned=tuned, advance=advance))
         for measured in benchmark.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
