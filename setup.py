@@ -11,8 +11,6 @@ OPS = "src/senet/ops"
 INFERENCE = "src/senet/inference"
 OPTIONS = [
     "-std=c++17",
-    "-O2",
-    "-ftree-vectorize",
     "-g0",
     "-fopenmp",
     "-ffp-contract=fast",
@@ -35,14 +33,14 @@ setup(
             "senet.ops._cpu",
             sources=[f"{OPS}/cpu.cpp"],
             depends=OPS_HEADERS,
-            extra_compile_args=OPTIONS,
+            extra_compile_args=["-O3", *OPTIONS],  # -O2 leaves loops of unknown length scalar
             optional=True,
         ),
         Extension(
             "senet.inference._kernels",
             sources=[f"{INFERENCE}/kernels.cpp"],
             depends=OPS_HEADERS + INFERENCE_HEADERS,
-            extra_compile_args=OPTIONS,
+            extra_compile_args=["-O2", "-ftree-vectorize", *OPTIONS],
             optional=True,
         ),
     ]

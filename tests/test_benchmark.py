@@ -56,6 +56,15 @@ def test_quantiles_and_ratios_of_the_same_round() -> None:
     assert math.isnan(benchmark.geometric_mean([]))
 
 
+def test_cases_are_chosen_by_name() -> None:
+    cases = [Case("tail", "2×16×4×4", list), Case("SE alone", "2×16×4×4", list)]
+    assert benchmark.chosen(cases, None) == cases
+    assert benchmark.chosen(cases, "tail") == cases[:1]
+    assert benchmark.chosen(cases, "alone 2x16") == cases[1:]
+    with pytest.raises(UserError, match=r"'tai1' matches no case; there are: tail 2×16×4×4, SE"):
+        benchmark.chosen(cases, "tai1")
+
+
 def test_results_file(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     values = {"ours": (1.0,), "theirs": (2.5,)}

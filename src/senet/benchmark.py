@@ -92,6 +92,20 @@ class Measurement:
     rounds: int
 
 
+def chosen(cases: Sequence[Case], only: str | None) -> list[Case]:
+    """The cases whose benchmark and name contain `only` (`x` matches `×`); all for None.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [f"{case.benchmark} {case.name}" for case in cases]
+    wanted = (only or "").replace("×", "x")
+    found = [c for c, name in zip(cases, names, strict=True) if wanted in name.replace("×", "x")]
+    if not found:
+        raise UserError(f"--only {only!r} matches no case; there are: {', '.join(names)}")
+    return found
+
+
 def check_rounds(rounds: int, warmup: int) -> None:
     """Raise UserError unless there is something to measure."""
     if rounds < 1:

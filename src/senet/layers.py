@@ -228,6 +228,34 @@ def bn_relu(x: Float[Tensor, "n c *s"], bn: nn.Module) -> Float[Tensor, "n c *s"
     return residual_tail(x, None, bn)
 
 
+def bn_relu_into(
+    x: Float[Tensor, "n c *s"],
+    bn: nn.Module,
+    consumer: nn.Module,
+    se: SqueezeExcitation | None = None,
+) -> Tensor:
+    """consumer(relu(SE(BN(x)))), without keeping the consumer's input for the backward pass.
+
+    A convolution keeps its input for the gradient of its weights. Here it is computed again from
+    x, which the batch norm keeps anyway: one more pass, one map less in memory. Only where the C++
+    kernels run eagerly, and without SE.
+
+    Args:
+        x: (N,C,*).
+        bn: batch norm.
+        consumer: a convolution or pooling layer that takes (N,C,*).
+        se: SE block in between, or None.
+
+    Returns:
+        The consumer's output.
+    """
+    y = residual_tail(x, None, bn, se)
+    if torch.compiler.is_compiling():
+        return consumer(y)
+    with ops.recomputed(y):
+        return consumer(y)
+
+
 def residual_tail(
     x: Float[Tensor, "n c *s"],
     shortcut: Float[Tensor, "n c *s"] | None,

@@ -88,8 +88,16 @@ def test_same_bits_every_time(layout: str) -> None:
             assert all(map(torch.equal, maps(case), first))
 
 
-def test_batch_statistics_do_not_depend_on_the_number_of_threads() -> None:
-    case = Case(N=5, C=72, spatial=(30, 31), hidden=33, shortcut="normalized")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(N=5, C=72, spatial=(30, 31), hidden=33, shortcut="normalized"),
+        # With given statistics images are worked on in groups, whose size does depend on it: here
+        # one image for one thread, all for five.
+        Case(N=5, C=128, spatial=(64, 64), hidden=33, shortcut="none", training=False),
+    ],
+)
+def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     threads = torch.get_num_threads()
     results = []
     try:

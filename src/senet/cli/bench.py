@@ -44,6 +44,8 @@ def bench(
     warmup: Whole = 3,
     batch_sizes: WholeNumbers = None,
     no_compile: Switch = False,
+    only: str | None = None,
+    no_memory: Switch = False,
     results: Path | None = None,
     no_tune_allocator: Switch = False,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -63,6 +65,8 @@ def bench(
         batch_sizes: images at a time, such as 8,16 (default: both for 'train', 1,16 for
             'inference'); not with 'ops'.
         no_compile: leave out the contestants that torch.compile makes, which takes minutes.
+        only: leave out cases whose name does not contain this, such as 'tail' or 'alone 16x512'.
+        no_memory: leave out the peak memory of 'train'.
         results: CSV file that the rows are added to.
         no_tune_allocator: leave glibc's memory allocator as it is, for all contestants.
         device: cuda times on the GPU, by its own clock, in bfloat16 and TF32.
@@ -70,9 +74,12 @@ def bench(
     prepare_process(tune_allocator=not no_tune_allocator)
     if models is not None and what != "inference":
         raise UserError(f"--models is an option of 'inference', not of {what!r}")
+    if no_memory and what != "train":
+        raise UserError(f"--no-memory is an option of 'train', not of {what!r}")
     if device == "cuda":
-        if models is not None:
-            raise UserError("--models is for the CPU; with --device cuda 'inference' has its own")
+        for flag, given in (("models", models), ("only", only), ("no-memory", no_memory or None)):
+            if given is not None:
+                raise UserError(f"--{flag} is for the CPU; --device cuda measures fixed cases")
         _bench_gpu(what, rounds, warmup, batch_sizes, not no_compile, results)
         return
     from senet import benchmark
@@ -91,15 +98,16 @@ def bench(
         found.extend(measurements)
 
     plan = _plan(what, models, batch_sizes, compiled=not no_compile)
-    with _steps_bar(len(plan.cases) + plan.memory_steps) as advance:
-        for size in plan.memory_sizes:
+    cases = benchmark.chosen(plan.cases, only)
+    memory_sizes = () if no_memory else plan.memory_sizes
+    steps = len(memory_sizes) * plan.memory_networks
+    with _steps_bar(len(cases) + steps) as advance:
+        for size in memory_sizes:
             from senet import benchmark_train
 
             tuned = not no_tune_allocator
             record(benchmark_train.measure_memory(size, tuned=tuned, advance=advance))
-        for measured in benchmark.run_cases(
-            plan.cases, rounds=rounds, warmup=warmup, advance=advance
-        ):
+        for measured in benchmark.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
             record(measured)
     print_table(benchmark.results_table(found))
     for line in plan.conclude(found):
@@ -113,7 +121,7 @@ class _Plan:
     cases: "Sequence[Case]"
     conclude: "Callable[[Sequence[Measurement]], list[str]]"
     memory_sizes: Sequence[int] = ()  # batches whose peak memory is measured first
-    memory_steps: int = 0
+    memory_networks: int = 0  # how many networks that is for each batch
 
 
 def _plan(
@@ -137,7 +145,7 @@ def _plan(
             benchmark_train.cases(sizes, compiled=compiled),
             benchmark_train.conclusions,
             sizes,
-            len(sizes) * (len(benchmark_train.NETWORKS) - 1),
+            len(benchmark_train.NETWORKS) - 1,
         )
     from senet import benchmark_inference
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu, residual_tail
+from senet.layers import SqueezeExcitation, bn_relu, bn_relu_into, residual_tail
 from senet.models.network import SEOptions
 
 
@@ -151,7 +151,7 @@ class BasicBlock(ResidualBlock):
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
         out = self.conv1(self.before_branch(x))
-        out = self.conv2(residual_tail(out, None, self.bn1, self.se_at("3x3")))
+        out = bn_relu_into(out, self.bn1, self.conv2, self.se_at("3x3"))
         se = self.se_at("standard")
         if se is None or not self.relu_before_se:
             return self.finish(out, self.bn2, x)
@@ -185,9 +185,9 @@ class Bottleneck(ResidualBlock):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
-        out = bn_relu(self.conv1(self.before_branch(x)), self.bn1)
-        out = residual_tail(self.conv2(out), None, self.bn2, self.se_at("3x3"))
-        return self.finish(self.conv3(out), self.bn3, x)
+        out = bn_relu_into(self.conv1(self.before_branch(x)), self.bn1, self.conv2)
+        out = bn_relu_into(out, self.bn2, self.conv3, self.se_at("3x3"))
+        return self.finish(out, self.bn3, x)
 
 
 class PreActivationBlock(ResidualBlock):
@@ -231,7 +231,7 @@ class PreActivationBasicBlock(PreActivationBlock):
 
     def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
-        return self.conv2(residual_tail(self.conv1(x), None, self.bn2, self.se_at("3x3")))
+        return bn_relu_into(self.conv1(x), self.bn2, self.conv2, self.se_at("3x3"))
 
 
 class PreActivationBottleneck(PreActivationBlock):
@@ -249,5 +249,5 @@ class PreActivationBottleneck(PreActivationBlock):
 
     def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
-        x = self.conv2(bn_relu(self.conv1(x), self.bn2))
-        return self.conv3(residual_tail(x, None, self.bn3, self.se_at("3x3")))
+        x = bn_relu_into(self.conv1(x), self.bn2, self.conv2)
+        return bn_relu_into(x, self.bn3, self.conv3, self.se_at("3x3"))

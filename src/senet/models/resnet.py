@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu
+from senet.layers import SqueezeExcitation, bn_relu, bn_relu_into
 from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.residual import (
@@ -168,9 +168,13 @@ class ResNet(Network):
     def forward_stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f a b"]:
         """What the first stage gets of images x (N, in_channels, H, W)."""
         x = self.conv1(x)
-        if not self.preactivation:
-            x = bn_relu(x, self.bn1)
-        return x if self.maxpool is None else self.maxpool(x)
+        if self.preactivation:
+            return x if self.maxpool is None else self.maxpool(x)
+        return (
+            bn_relu(x, self.bn1)
+            if self.maxpool is None
+            else bn_relu_into(x, self.bn1, self.maxpool)
+        )
 
     def forward_stage(self, stage: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """The output of `stage` for the output x of the stage before."""

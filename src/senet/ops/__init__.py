@@ -27,6 +27,7 @@ from torch import Tensor
 
 from senet.errors import UserError
 from senet.ops import algebra, cpu, operators, reference, triton
+from senet.ops.operators import recomputed
 from senet.ops.reference import GATES, BatchNorm
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Implementation",
     "bn_se_add_relu",
     "implementations",
+    "recomputed",
     "squeeze_excite",
     "use",
 ]

@@ -26,7 +26,7 @@ from senet.ops.reference import GATES, accumulator
 ISAS = ("avx512", "avx2", "baseline")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _ACCUMULATORS = {dtype: accumulator(dtype) for dtype in STORAGE}
-_NORMALIZATIONS = {"none": 0, "running": 1, "batch": 2}
+_NORMALIZATIONS = {"none": 0, "running": 1, "batch": 2, "given": 3}
 _GATES = {name: index for index, name in enumerate(GATES)}
 
 
@@ -248,6 +248,24 @@ def tail_packed(
     places = _places(small.data_ptr(), small.element_size(), N, C, rows, hidden, gated)
     _forward(x, rest, (y.data_ptr(), *places), momentum, shortcut_momentum)
     return y, small
+
+
+def relu_of_normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor
+) -> Tensor:
+    """relu(norm(x)) to the bit as `tail_packed` computed it, without a gate and a shortcut.
+
+    Args:
+        x: the same map.
+        weight, bias: (C,) or None, of its normalization.
+        statistics: what `tail_packed` returned beside y.
+    """
+    x = _dense(x)
+    y = torch.empty_like(x)
+    absent = (None,) * 6
+    rest = (None, weight, bias, *absent, *absent[:4], "given", False, 0.0, 0.0, "sigmoid", True)
+    _forward(x, rest, (y.data_ptr(), statistics.data_ptr(), 0, 0, 0), None, None)
+    return y
 
 
 def _places(

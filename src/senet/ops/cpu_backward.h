@@ -6,6 +6,7 @@ template <class A>
 struct BackwardBuffers {
   A *partial, *g1, *g2, *dt, *z, *dz, *dhidden, *scale, *offset;
   A *slope, *shortcut_slope, *shortcut_offset;
+  double* common;  // what batch statistics take from every pixel of a channel
   AffineBuffers<A> affine;
 };
 
@@ -122,8 +123,8 @@ void merge_reductions(const Plan& plan, const TailArguments& a, const BackwardBu
     for (int64_t i = 0; i < width; ++i) {
       const int64_t c = c0 + i;
       const double weight = total[1][i] * double(other.inv_std[c]), bias = total[0][i];
-      if (dweight) dweight[c] = A(weight) + (first ? dweight[c] : A(0));
-      if (dbias) dbias[c] = A(bias) + (first ? dbias[c] : A(0));
+      if (dweight) dweight[c] = A(weight);
+      if (dbias) dbias[c] = A(bias);
       const double scale = double(other.scale(c));
       b.shortcut_slope[c] = batch ? A(-scale * double(other.inv_std[c]) * weight / M) : A(0);
       b.shortcut_offset[c] = batch ? A(-scale * bias / M) : A(0);
@@ -131,7 +132,8 @@ void merge_reductions(const Plan& plan, const TailArguments& a, const BackwardBu
   }
 }
 
-// Back through the gate, from the gradient of s to that of the squeeze, b.dz; all threads take part.
+// Back through the gate of images [first, last), from the gradient of s to that of the squeeze, b.dz;
+// all threads take part.
 template <class A>
 void gate_backward(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
                    const Norm<A>& norm, int64_t first, int64_t last, const Share& channels,
@@ -139,67 +141,110 @@ void gate_backward(const Plan& plan, const TailArguments& a, const BackwardBuffe
   const int64_t C = plan.C, H = a.H, images = last - first;
   const A *gates = static_cast<const A*>(a.gates), *hidden = static_cast<const A*>(a.hidden);
   const A *w1 = static_cast<const A*>(a.w1), *w2 = static_cast<const A*>(a.w2);
-  A *dw1 = static_cast<A*>(a.dw1), *dw2 = static_cast<A*>(a.dw2);
-  A *db1 = static_cast<A*>(a.db1), *db2 = static_cast<A*>(a.db2);
-  const bool more = first > 0;  // a later group adds to the gradients of the parameters
-
-  fill_squeeze(norm, static_cast<const A*>(a.squeezed), C, first, last, channels, b.z);
-  if (db2 && !more) std::fill(db2 + channels.begin, db2 + channels.end, A(0));
-  for (int64_t n = first; n < last; ++n)
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      const int64_t i = n * C + c;
-      const A ds = norm.scale(c) * b.g2[i] + norm.shift(c) * b.g1[i];
-      b.dt[i] = ds * gate_slope(gates[i], int(a.gate));
-      if (db2) db2[c] += b.dt[i];
+  for_blocks(norm, channels, [&](int64_t c, int64_t width, const NormBlock<A>& block) {
+    for (int64_t n = first; n < last; ++n) {
+      const A *g1 = b.g1 + n * C + c, *g2 = b.g2 + n * C + c;
+      A* dt = b.dt + n * C + c;
+      for (int64_t i = 0; i < width; ++i) dt[i] = block.scale[i] * g2[i] + block.shift[i] * g1[i];
+      scale_by_slope(dt, gates + n * C + c, width, int(a.gate));
     }
+  });
 #pragma omp barrier
-  const A *dt = b.dt + first * C, *z = b.z + first * C;
-  if (dw2)
-    combine(dt + channels.begin, 1, C, hidden + first * H, dw2 + channels.begin * H,
-            channels.end - channels.begin, images, H, 0, H, more);
   A* dhidden = b.dhidden + first * H;
-  combine(dt, C, 1, w2, dhidden, images, C, H, units.begin, units.end, false);
-  if (db1 && !more) std::fill(db1 + units.begin, db1 + units.end, A(0));
+  combine(b.dt + first * C, C, 1, w2, dhidden, images, C, H, units.begin, units.end);
   for (int64_t n = 0; n < images; ++n)
-    for (int64_t j = units.begin; j < units.end; ++j) {
+    for (int64_t j = units.begin; j < units.end; ++j)
       if (hidden[(first + n) * H + j] <= 0) dhidden[n * H + j] = 0;
-      if (db1) db1[j] += dhidden[n * H + j];
-    }
 #pragma omp barrier
-  if (dw1) combine(dhidden, 1, H, z, dw1, H, images, C, channels.begin, channels.end, more);
-  combine(dhidden, H, 1, w1, b.dz + first * C, images, H, C, channels.begin, channels.end, false);
+  combine(dhidden, H, 1, w1, b.dz + first * C, images, H, C, channels.begin, channels.end);
 }
 
-// Gradients of the normalization's parameters, and the coefficients of dx.
+// Gradients of the gate's parameters, from all images at once: how these were grouped changes no bit.
 template <class A>
-void norm_backward(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
-                   const Norm<A>& norm, int64_t first, int64_t last, const Share& share) {
-  const int64_t C = plan.C, step = a.H ? C : 0;
+void gate_parameters(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
+                     const Norm<A>& norm, const Share& channels, const Share& units) {
+  const int64_t N = plan.N, C = plan.C, H = a.H;
+  const auto sum_images = [N](const A* from, int64_t width, const Share& share, void* to) {
+    if (!to) return;
+    A* sums = static_cast<A*>(to);
+    std::fill(sums + share.begin, sums + share.end, A(0));
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = share.begin; i < share.end; ++i) sums[i] += from[n * width + i];
+  };
+  sum_images(b.dt, C, channels, a.db2);
+  sum_images(b.dhidden, H, units, a.db1);
+  if (a.dw2)
+    combine(b.dt + channels.begin, 1, C, static_cast<const A*>(a.hidden),
+            static_cast<A*>(a.dw2) + channels.begin * H, channels.end - channels.begin, N, H, 0, H);
+  if (!a.dw1) return;
+  fill_squeeze(norm, static_cast<const A*>(a.squeezed), C, 0, N, channels, b.z);
+  combine(b.dhidden, 1, H, b.z, static_cast<A*>(a.dw1), H, N, C, channels.begin, channels.end);
+}
+
+// Gradients of the normalization's parameters, and with batch statistics what they add to dx; all
+// images at once.
+template <class A>
+void norm_parameters(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
+                     const Norm<A>& norm, const Share& share) {
+  const int64_t C = plan.C;
   const double M = double(plan.N) * double(plan.P);
   const bool batch = a.normalization == kBatchStatistics;
-  const A *gates = static_cast<const A*>(a.gates), *squeezed = static_cast<const A*>(a.squeezed);
   A *dweight = static_cast<A*>(a.dweight), *dbias = static_cast<A*>(a.dbias);
-  for (int64_t c = share.begin; c < share.end; ++c) {
-    double bias = 0, weight = 0;
-    const A inv_std = norm.mean ? norm.inv_std[c] : A(1), scale = norm.scale(c);
-    for (int64_t n = first; n < last; ++n) {
-      const int64_t i = n * C + c;
-      const double s = a.H ? double(gates[i]) : 1.0, dz = a.H ? double(b.dz[i]) : 0.0;
-      bias += s * double(b.g1[i]) + dz;
-      weight += s * double(b.g2[i]);
-      if (a.H) weight += dz * double(squeezed[i] - norm.centre(c));
+  // Blocks of channels, images outside: the other way round every load is a row of C numbers away
+  // from the one before, and all fall into the same few lines of the cache.
+  for_blocks(norm, share, [&](int64_t c0, int64_t width, const NormBlock<A>& block) {
+    double bias[NormBlock<A>::kSize] = {}, weight[NormBlock<A>::kSize] = {};
+    for (int64_t n = 0; n < plan.N; ++n) {
+      const int64_t at = n * C + c0;
+      const A *g1 = b.g1 + at, *g2 = b.g2 + at;
+      if (!a.H) {
+        for (int64_t i = 0; i < width; ++i) bias[i] += double(g1[i]), weight[i] += double(g2[i]);
+        continue;
+      }
+      const A *s = static_cast<const A*>(a.gates) + at, *dz = b.dz + at;
+      const A* mean = static_cast<const A*>(a.squeezed) + at;
+      for (int64_t i = 0; i < width; ++i) {
+        bias[i] += double(s[i]) * double(g1[i]) + double(dz[i]);
+        weight[i] += double(s[i]) * double(g2[i]) + double(dz[i]) * double(mean[i] - block.centre[i]);
+      }
     }
-    weight *= double(inv_std);
-    if (dweight) dweight[c] = A(weight) + (first ? dweight[c] : A(0));
-    if (dbias) dbias[c] = A(bias) + (first ? dbias[c] : A(0));
-    if (batch) b.slope[c] = A(-double(scale) * double(inv_std) * weight / M);
-    const double common = batch ? bias / M : 0.0;
-    for (int64_t n = a.H ? first : 0; n < (a.H ? last : 1); ++n) {
-      const double dz = a.H ? double(b.dz[n * C + c]) : 0.0;
-      b.scale[n * step + c] = scale * (a.H ? gates[n * C + c] : A(1));
-      b.offset[n * step + c] = A(double(scale) * (dz / double(plan.P) - common));
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t c = c0 + i;
+      const double inv_std = norm.mean ? double(norm.inv_std[c]) : 1.0;
+      if (dweight) dweight[c] = A(weight[i] * inv_std);
+      if (dbias) dbias[c] = A(bias[i]);
+      b.slope[c] = batch ? A(-double(block.scale[i]) * inv_std * inv_std * weight[i] / M) : A(0);
+      b.common[c] = batch ? bias[i] / M : 0.0;
     }
+  });
+}
+
+// Coefficients of dx for images [first, last); b.common as norm_parameters leaves it, or zero.
+template <class A>
+void input_coefficients(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
+                        const Norm<A>& norm, int64_t first, int64_t last, const Share& share) {
+  const int64_t C = plan.C;
+  const A* gates = a.H ? static_cast<const A*>(a.gates) : nullptr;
+  if (!gates) {
+    for (int64_t c = share.begin; c < share.end; ++c) {
+      b.scale[c] = norm.scale(c);
+      b.offset[c] = A(-double(norm.scale(c)) * b.common[c]);
+    }
+    return;
   }
+  const double share_of_pixel = 1.0 / double(plan.P);
+  for_blocks(norm, share, [&](int64_t c, int64_t width, const NormBlock<A>& block) {
+    const double* common = b.common + c;
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t at = n * C + c;
+      const A *s = gates + at, *dz = b.dz + at;
+      A *scale = b.scale + at, *offset = b.offset + at;
+      for (int64_t i = 0; i < width; ++i) {
+        scale[i] = block.scale[i] * s[i];
+        offset[i] = A(double(block.scale[i]) * (double(dz[i]) * share_of_pixel - common[i]));
+      }
+    }
+  });
 }
 
 template <class T>
@@ -227,7 +272,8 @@ int backward(const TailArguments* arguments) {
   const int64_t gated_map = H ? map : 0;
   const int64_t sizes[] = {partial_size, map, map, gated_map, gated_map, gated_map, N * H,
                            rows_pq * C, rows_pq * C, C, C, C,  // until shortcut_offset
-                           rows_pq * C, rows_pq * C, C, C};    // affine
+                           rows_pq * C, rows_pq * C, C, C,     // affine
+                           C * int64_t(sizeof(double) / sizeof(A))};
   constexpr int kPieces = sizeof sizes / sizeof *sizes;
   int64_t total = 0;
   for (int64_t size : sizes) total += (size + 15) / 16 * 16;
@@ -240,13 +286,14 @@ int backward(const TailArguments* arguments) {
   }
   const BackwardBuffers<A> b{piece[0], piece[1], piece[2], piece[3],  piece[4],  piece[5], piece[6],
                              piece[7], piece[8], piece[9], piece[10], piece[11],
+                             reinterpret_cast<double*>(piece[16]),
                              {piece[12], piece[13], piece[14], piece[15], step}};
   const A* statistics = a.normalization == kNone ? nullptr : static_cast<const A*>(a.statistics);
   const Norm<A> norm = norm_of(a.norm, statistics, C);
   const Norm<A> other = norm_of(a.shortcut_norm, norm_shortcut ? statistics + 3 * C : nullptr, C);
   const A* gates = H ? static_cast<const A*>(a.gates) : nullptr;
   const int64_t maps_read = plain_shortcut ? 4 : norm_shortcut ? 3 : 2;
-  const int64_t group = batch || !reduces ? N : plan.group(maps_read * sizeof(T), threads);
+  const int64_t group = batch || norm_shortcut || !reduces ? N : plan.group(maps_read * sizeof(T), threads);
   const bool streams_written = writes && may_stream(plan, sizeof(T), a.dshortcut);
   const bool streams = may_stream(plan, sizeof(T), a.dx) && may_stream(plan, sizeof(T), a.dshortcut);
 
@@ -257,24 +304,22 @@ int backward(const TailArguments* arguments) {
     if (norm_shortcut)
       for (int64_t c = channels.begin; c < channels.end; ++c)
         b.shortcut_slope[c] = b.shortcut_offset[c] = 0;
-    fill_affine(norm, other, gates, C, 0, N, channels, b.affine);
-    if (!reduces)
-      for (int64_t n = 0; n < rows_pq; ++n)
-        for (int64_t c = channels.begin; c < channels.end; ++c) {
-          b.scale[n * step + c] = norm.scale(c) * (gates ? gates[n * C + c] : A(1));
-          b.offset[n * step + c] = 0;
-        }
+    // Only a mask that is recomputed needs them for each image.
+    const bool every_image = mask == kMaskFromX || mask == kMaskFromBoth;
+    fill_affine(norm, other, gates, C, 0, every_image ? N : 1, channels, b.affine);
+    if (!batch) std::fill(b.common + channels.begin, b.common + channels.end, 0.0);
+    if (!reduces) input_coefficients(plan, a, b, norm, 0, N, channels);
 #pragma omp barrier
     for (int64_t first = 0; first < N; first += group) {
       const int64_t last = std::min(N, first + group);
       const Share tasks((last - first) * plan.chunks, id, size);
       if (reduces) {
         reduce_choice<T>(mask, norm_shortcut, writes, plan, a, b, first, tasks, streams_written);
-        finish_streams();
 #pragma omp barrier
         merge_reductions(plan, a, b, norm_shortcut, other, first, last, channels);
         if (gate) gate_backward(plan, a, b, norm, first, last, channels, units);
-        if (parameters || a.dx) norm_backward(plan, a, b, norm, first, last, channels);
+        if (batch && (parameters || a.dx)) norm_parameters(plan, a, b, norm, channels);
+        if (a.dx) input_coefficients(plan, a, b, norm, first, last, channels);
 #pragma omp barrier
       }
       if (final_pass) {
@@ -287,6 +332,9 @@ int backward(const TailArguments* arguments) {
                                     streams);
       }
     }
+    // After the map, which is in the cache: nobody waits for these.
+    if (!batch && parameters) norm_parameters(plan, a, b, norm, channels);
+    if (gate && parameters) gate_parameters(plan, a, b, norm, channels, units);
     finish_streams();
   }
   return 0;

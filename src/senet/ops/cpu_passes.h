@@ -3,6 +3,13 @@
 // channels, or over a contiguous plane, where a vector spans pixels of one channel.
 // Included once per instruction set.
 
+// Fetches the cache line at `p` into the second-level cache; p may lie beyond the map, a prefetch
+// does not fault.
+template <class T>
+SENET_INLINE void fetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // How coefficient c of a per-channel array fills a vector.
 struct AlongChannels {
   template <int W, class A>
@@ -17,12 +24,17 @@ struct OneChannel {
   }
 };
 
+// Groups of rows that are summed in registers are read in R places at a time, which the processor's
+// own prefetching does not follow well: the group after is asked for explicitly.
 template <class Op, int W, int R>
 SENET_INLINE void row_group_lanes(const Op& op, int64_t C, int64_t row, int64_t c,
                                   typename Op::A* sums) {
   const auto k = op.template coefficients<W, AlongChannels>(c);
   Vector<typename Op::A, W> sum[Op::kSums + 1] = {};
-  for (int u = 0; u < R; ++u) op.template step<W>(k, sum, (row + u) * C + c);
+  for (int u = 0; u < R; ++u) {
+    if constexpr (R > 1 && W > 1) op.prefetch((row + R + u) * C + c);
+    op.template step<W>(k, sum, (row + u) * C + c);
+  }
   for (int j = 0; j < Op::kSums; ++j)
     store(sums + j * C + c, load<W>(sums + j * C + c) + sum[j]);
 }
@@ -35,11 +47,15 @@ SENET_INLINE void row_group(const Op& op, int64_t C, int64_t row, typename Op::A
   for (; c < C; ++c) row_group_lanes<Op, 1, R>(op, C, row, c, sums);
 }
 
-// Rows [begin, end) of one image in channels_last; adds to sums[kSums][C].
+// Rows [begin, end) of one image in channels_last; adds to sums[kSums][C]. A pass that also writes
+// goes through short rows one by one: so many places at once cost it more than the sums in registers
+// save.
 template <class Op>
 void rows(const Op& op, int64_t C, int64_t begin, int64_t end, typename Op::A* sums) {
+  constexpr int64_t kShortRow = 512;
   int64_t row = begin;
-  for (; row + Op::kRows <= end; row += Op::kRows) row_group<Op, Op::kRows>(op, C, row, sums);
+  if (!Op::kWrites || C > kShortRow)
+    for (; row + Op::kRows <= end; row += Op::kRows) row_group<Op, Op::kRows>(op, C, row, sums);
   for (; row < end; ++row) row_group<Op, 1>(op, C, row, sums);
 }
 
@@ -68,6 +84,7 @@ template <class T>
 struct Statistics {
   using A = Accumulator<T>;
   static constexpr int kSums = 2, kRows = 4;
+  static constexpr bool kWrites = false;
   const T* x;
   const A* pivot;
   template <int W>
@@ -84,6 +101,7 @@ struct Statistics {
     sum[0] += d;
     sum[1] += d * d;
   }
+  SENET_INLINE void prefetch(int64_t i) const { fetch(x + i); }
 };
 
 // The value before the relu: p * (x - mean) + q, + shortcut or + p' * (shortcut - mean'). Centred, so
@@ -94,27 +112,36 @@ struct Affine {
   using A = Accumulator<T>;
   const T *x, *shortcut;
   const A *mean, *p, *q, *shortcut_mean, *shortcut_p;
+  // Coefficients are built in place, member by member: where one struct of vectors is copied into
+  // another, GCC takes the copy through memory, at several times the cost of the arithmetic.
   template <int W>
-  struct Coefficients {
+  struct Plain {
+    Vector<A, W> mean, p, q;
+  };
+  template <int W>
+  struct Both {
     Vector<A, W> mean, p, q, shortcut_mean, shortcut_p;
   };
   template <int W, class L>
-  SENET_INLINE Coefficients<W> coefficients(int64_t c) const {
-    Coefficients<W> k{L::template get<W>(mean, c), L::template get<W>(p, c),
-                      L::template get<W>(q, c), {}, {}};
-    if constexpr (kShortcut == kNormalizedShortcut) {
-      k.shortcut_mean = L::template get<W>(shortcut_mean, c);
-      k.shortcut_p = L::template get<W>(shortcut_p, c);
-    }
-    return k;
+  SENET_INLINE auto coefficients(int64_t c) const {
+    if constexpr (kShortcut == kNormalizedShortcut)
+      return Both<W>{L::template get<W>(mean, c), L::template get<W>(p, c), L::template get<W>(q, c),
+                     L::template get<W>(shortcut_mean, c), L::template get<W>(shortcut_p, c)};
+    else
+      return Plain<W>{L::template get<W>(mean, c), L::template get<W>(p, c),
+                      L::template get<W>(q, c)};
   }
-  template <int W>
-  SENET_INLINE Vector<A, W> value(const Coefficients<W>& k, int64_t i) const {
+  template <int W, class K>
+  SENET_INLINE Vector<A, W> value(const K& k, int64_t i) const {
     Vector<A, W> v = k.p * (load<W>(x + i) - k.mean) + k.q;
     if constexpr (kShortcut == kPlainShortcut) v += load<W>(shortcut + i);
     if constexpr (kShortcut == kNormalizedShortcut)
       v += k.shortcut_p * (load<W>(shortcut + i) - k.shortcut_mean);
     return v;
+  }
+  SENET_INLINE void prefetch(int64_t i) const {
+    fetch(x + i);
+    if constexpr (kShortcut != kNoShortcut) fetch(shortcut + i);
   }
 };
 
@@ -123,6 +150,7 @@ template <class T, int kShortcut>
 struct Apply {
   using A = Accumulator<T>;
   static constexpr int kSums = 0, kRows = 1;
+  static constexpr bool kWrites = true;
   Affine<T, kShortcut> affine;
   T* y;
   bool relus, streams;
@@ -136,6 +164,7 @@ struct Apply {
     if (relus) v = relu(v);
     store(y + i, v, W == kLanes<A> && streams);
   }
+  SENET_INLINE void prefetch(int64_t i) const { affine.prefetch(i); }
 };
 
 // g' = gradient * [y > 0], with the mask from where kMask says.
@@ -151,6 +180,11 @@ struct Masked {
       return affine.template coefficients<W, L>(c);
     else
       return 0;
+  }
+  SENET_INLINE void prefetch(int64_t i) const {
+    fetch(gradient + i);
+    if constexpr (kMask == kMaskFromY) fetch(y + i);
+    if constexpr (kMask == kMaskFromX || kMask == kMaskFromBoth) affine.prefetch(i);
   }
   template <int W, class K>
   SENET_INLINE Vector<A, W> get(const K& k, int64_t i) const {
@@ -168,22 +202,36 @@ template <class T, int kMask, bool kBoth, bool kWrite>
 struct Reduce {
   using A = Accumulator<T>;
   static constexpr int kSums = kBoth ? 3 : 2, kRows = 4;
+  static constexpr bool kWrites = kWrite;
   Masked<T, kMask> masked;
   const T *x, *shortcut;
   const A *mean, *shortcut_mean;
   T* written;
   bool streams;
-  template <int W, class M>
-  struct Coefficients {
+  template <class M, class V>
+  struct Plain {
     M masked;
-    Vector<A, W> mean, shortcut_mean;
+    V mean;
+  };
+  template <class M, class V>
+  struct Both {
+    M masked;
+    V mean, shortcut_mean;
   };
   template <int W, class L>
   SENET_INLINE auto coefficients(int64_t c) const {
-    const auto m = masked.template coefficients<W, L>(c);
-    Coefficients<W, std::remove_const_t<decltype(m)>> k{m, L::template get<W>(mean, c), Vector<A, W>{}};
-    if constexpr (kBoth) k.shortcut_mean = L::template get<W>(shortcut_mean, c);
-    return k;
+    using M = decltype(masked.template coefficients<W, L>(c));
+    if constexpr (kBoth)
+      return Both<M, Vector<A, W>>{masked.template coefficients<W, L>(c), L::template get<W>(mean, c),
+                                   L::template get<W>(shortcut_mean, c)};
+    else
+      return Plain<M, Vector<A, W>>{masked.template coefficients<W, L>(c),
+                                    L::template get<W>(mean, c)};
+  }
+  SENET_INLINE void prefetch(int64_t i) const {
+    masked.prefetch(i);
+    if constexpr (kMask == kNoMask || kMask == kMaskFromY) fetch(x + i);
+    if constexpr (kBoth && kMask != kMaskFromBoth) fetch(shortcut + i);
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i) const {
@@ -204,20 +252,23 @@ struct MapGradient {
   const A *mean, *scale, *slope, *offset;
   T* out;
   template <int W>
-  struct Coefficients {
-    Vector<A, W> mean, scale, slope, offset;
+  struct Constant {
+    Vector<A, W> scale, offset;
+  };
+  template <int W>
+  struct Batch {
+    Vector<A, W> scale, offset, mean, slope;
   };
   template <int W, class L>
-  SENET_INLINE Coefficients<W> coefficients(int64_t c) const {
-    Coefficients<W> k{{}, L::template get<W>(scale, c), {}, L::template get<W>(offset, c)};
-    if constexpr (kBatch) {
-      k.mean = L::template get<W>(mean, c);
-      k.slope = L::template get<W>(slope, c);
-    }
-    return k;
+  SENET_INLINE auto coefficients(int64_t c) const {
+    if constexpr (kBatch)
+      return Batch<W>{L::template get<W>(scale, c), L::template get<W>(offset, c),
+                      L::template get<W>(mean, c), L::template get<W>(slope, c)};
+    else
+      return Constant<W>{L::template get<W>(scale, c), L::template get<W>(offset, c)};
   }
-  template <int W>
-  SENET_INLINE Vector<A, W> value(const Coefficients<W>& k, Vector<A, W> g, int64_t i) const {
+  template <int W, class K>
+  SENET_INLINE Vector<A, W> value(const K& k, Vector<A, W> g, int64_t i) const {
     Vector<A, W> v = k.scale * g + k.offset;
     if constexpr (kBatch) v += k.slope * (load<W>(x + i) - k.mean);
     return v;
@@ -229,22 +280,33 @@ template <class T, int kMask, bool kBatch, int kShortcutGradient>
 struct Gradient {
   using A = Accumulator<T>;
   static constexpr int kSums = 0, kRows = 1;
+  static constexpr bool kWrites = true;
   Masked<T, kMask> masked;
   MapGradient<T, kBatch> input, shortcut;
   bool wants_input, streams;
-  template <int W, class M>
+  template <class M, class I, class S>
   struct Coefficients {
     M masked;
-    typename MapGradient<T, kBatch>::template Coefficients<W> input, shortcut;
+    I input;
+    S shortcut;
   };
   template <int W, class L>
   SENET_INLINE auto coefficients(int64_t c) const {
-    const auto m = masked.template coefficients<W, L>(c);
-    Coefficients<W, std::remove_const_t<decltype(m)>> k{m, {}, {}};
-    if (wants_input) k.input = input.template coefficients<W, L>(c);
+    using M = decltype(masked.template coefficients<W, L>(c));
+    using I = decltype(input.template coefficients<W, L>(c));
     if constexpr (kShortcutGradient == kNormalizedShortcut)
-      k.shortcut = shortcut.template coefficients<W, L>(c);
-    return k;
+      return Coefficients<M, I, I>{masked.template coefficients<W, L>(c),
+                                   input.template coefficients<W, L>(c),
+                                   shortcut.template coefficients<W, L>(c)};
+    else
+      return Coefficients<M, I, int>{masked.template coefficients<W, L>(c),
+                                     input.template coefficients<W, L>(c), 0};
+  }
+  SENET_INLINE void prefetch(int64_t i) const {
+    masked.prefetch(i);
+    if constexpr (kBatch && (kMask == kNoMask || kMask == kMaskFromY)) fetch(input.x + i);
+    if constexpr (kBatch && kShortcutGradient == kNormalizedShortcut && kMask != kMaskFromBoth)
+      fetch(shortcut.x + i);
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i) const {

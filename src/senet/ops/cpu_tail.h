@@ -217,6 +217,29 @@ Norm<A> norm_of(const NormArguments& a, const A* statistics, int64_t C) {
           statistics ? statistics + C : nullptr};
 }
 
+// A normalization's numbers for a block of channels, with its null pointers resolved once.
+template <class A>
+struct NormBlock {
+  static constexpr int64_t kSize = 64;
+  A scale[kSize], shift[kSize], centre[kSize];
+  NormBlock(const Norm<A>& norm, int64_t begin, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) {
+      scale[i] = norm.scale(begin + i);
+      shift[i] = norm.shift(begin + i);
+      centre[i] = norm.centre(begin + i);
+    }
+  }
+};
+
+// Calls f(first channel, width, block of the normalization) over a thread's share of channels.
+template <class A, class F>
+SENET_INLINE void for_blocks(const Norm<A>& norm, const Share& share, const F& f) {
+  for (int64_t c = share.begin; c < share.end; c += NormBlock<A>::kSize) {
+    const int64_t width = std::min(NormBlock<A>::kSize, share.end - c);
+    f(c, width, NormBlock<A>(norm, c, width));
+  }
+}
+
 // Coefficients of Affine: p and q have rows of C entries, `step` apart per image.
 template <class A>
 struct AffineBuffers {
@@ -227,17 +250,27 @@ struct AffineBuffers {
 template <class A>
 void fill_affine(const Norm<A>& norm, const Norm<A>& other, const A* gates, int64_t C, int64_t first,
                  int64_t last, const Share& share, const AffineBuffers<A>& to) {
-  for (int64_t c = share.begin; c < share.end; ++c) {
-    to.shortcut_p[c] = other.scale(c);
-    to.zeros[c] = 0;
-  }
   if (!gates) first = 0, last = 1;
-  for (int64_t n = first; n < last; ++n)
-    for (int64_t c = share.begin; c < share.end; ++c) {
-      const A s = gates ? gates[n * C + c] : A(1);
-      to.p[n * to.step + c] = s * norm.scale(c);
-      to.q[n * to.step + c] = s * norm.shift(c) + other.shift(c);
+  for_blocks(norm, share, [&](int64_t c, int64_t width, const NormBlock<A>& block) {
+    const NormBlock<A> added(other, c, width);
+    for (int64_t i = 0; i < width; ++i) to.shortcut_p[c + i] = added.scale[i], to.zeros[c + i] = 0;
+    for (int64_t n = first; n < last; ++n) {
+      A *p = to.p + n * to.step + c, *q = to.q + n * to.step + c;
+      if (gates) {
+        const A* s = gates + n * C + c;
+        for (int64_t i = 0; i < width; ++i) {
+          const A gate = s[i];
+          p[i] = gate * block.scale[i];
+          q[i] = gate * block.shift[i] + added.shift[i];
+        }
+      } else {
+        for (int64_t i = 0; i < width; ++i) {
+          p[i] = block.scale[i];
+          q[i] = block.shift[i] + added.shift[i];
+        }
+      }
     }
+  });
 }
 
 template <class T, int kShortcut>
@@ -308,9 +341,14 @@ void update_running(const NormArguments& norm, int64_t C, const Share& share, co
 template <class A>
 void fill_squeeze(const Norm<A>& norm, const A* squeezed, int64_t C, int64_t first, int64_t last,
                   const Share& share, A* z) {
-  for (int64_t n = first; n < last; ++n)
-    for (int64_t c = share.begin; c < share.end; ++c)
-      z[n * C + c] = norm.scale(c) * (squeezed[n * C + c] - norm.centre(c)) + norm.shift(c);
+  for_blocks(norm, share, [&](int64_t c, int64_t width, const NormBlock<A>& block) {
+    for (int64_t n = first; n < last; ++n) {
+      const A* mean = squeezed + n * C + c;
+      A* to = z + n * C + c;
+      for (int64_t i = 0; i < width; ++i)
+        to[i] = block.scale[i] * (mean[i] - block.centre[i]) + block.shift[i];
+    }
+  });
 }
 
 template <class T>

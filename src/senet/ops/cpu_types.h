@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SENET_X86
@@ -46,7 +47,8 @@ SENET_INLINE float widen(bfloat16 v) {
 
 // Shared with cpu.py.
 enum Gate { kSigmoid, kTanh, kRelu, kHardSigmoid, kIdentitySigmoid };
-enum Normalization { kNone, kRunningStatistics, kBatchStatistics };
+// Given: as an earlier forward pass left them in `statistics`; forward only.
+enum Normalization { kNone, kRunningStatistics, kBatchStatistics, kGivenStatistics };
 enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
 // Where the backward pass knows from which elements the relu let through.
 enum Mask { kNoMask, kMaskFromY, kMaskFromX, kMaskFromBoth };
@@ -71,7 +73,7 @@ struct TailArguments {
 };
 
 // Bytes of a group of images that are read twice, per thread: a share of the last-level cache.
-constexpr int64_t kGroupBytes = 1 << 20;
+constexpr int64_t kGroupBytes = 4 << 20;
 // Above this size of a map its lines have left the cache before anybody reads them: do not keep them.
 constexpr int64_t kStreamBytes = 24 << 20;
 

@@ -103,7 +103,7 @@ SENET_INLINE A horizontal_sum(Vector<A, W> v) {
   A lane[W];
   std::memcpy(lane, &v, sizeof v);
   for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    for (int i = 0; i < half; ++i) lane[i] = lane[2 * i] + lane[2 * i + 1];
   return lane[0];
 }
 

@@ -8,6 +8,7 @@ and the formulas of `senet.ops.algebra` everywhere else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -246,6 +247,52 @@ class DirectTail(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of all arguments for that of y."""
         return (*gradients(ctx, ctx.backward_kernels, gradient), None, None)
+
+
+class _Again:
+    """y = relu(norm(x)) of a `DirectTail` without gate and shortcut, to be computed once more.
+
+    Keeps what the operator's own backward pass keeps anyway. PyTorch refuses that pass when one of
+    these tensors has been changed in between, so a wrong y cannot go unnoticed.
+    """
+
+    def __init__(self, saved: tuple[Tensor, ...]) -> None:
+        x, weight, bias, self.statistics = saved[0], saved[3], saved[4], saved[9]
+        self.x, self.weight, self.bias = x.detach(), weight, bias
+
+    def __call__(self) -> Tensor:
+        return cpu.relu_of_normalized(self.x, self.weight, self.bias, self.statistics)
+
+
+def recomputed(y: Tensor) -> AbstractContextManager[Any]:
+    """Operations in this context that would keep y for their backward pass compute it again there.
+
+    Costs one pass (y from x) and saves the map. For y from the C++ kernels' BN → ReLU; for any
+    other one, and where somebody else already decides what is kept (torch.utils.checkpoint,
+    torch.autograd.graph.save_on_cpu), nothing changes.
+    """
+    node: Any = y.grad_fn
+    autograd: Any = torch._C._autograd
+    is_tail = isinstance(node, DirectTail._backward_cls)
+    if (
+        not is_tail
+        or not autograd._saved_tensors_hooks_is_enabled()
+        or autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return nullcontext()
+    saved = node.saved_tensors
+    _, _, _, relu = node.options
+    if not relu or saved[1] is not None or saved[2] is not None or saved[7] is not None:
+        return nullcontext()
+    again, address, shape = _Again(saved), y.data_ptr(), y.shape
+
+    def pack(t: Tensor) -> Tensor | _Again:
+        return again if t.data_ptr() == address and t.shape == shape else t
+
+    def unpack(kept: Tensor | _Again) -> Tensor:
+        return kept() if isinstance(kept, _Again) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
