@@ -120,7 +120,8 @@ def test_bad_config_file(
         capsys, "train", "--config", path, "--model", "resnet8_cifar", "--out", tmp_path / "run",
         "--no-tune-allocator",
     )  # fmt: skip
-    found.refused("train", *words)
+    place = [] if "not a TOML file" in words else [f"{path}, line {len(content.splitlines())}: "]
+    found.refused("train", *place, *words)
     assert not (tmp_path / "run").exists()
 
 

@@ -15,6 +15,7 @@ from typing import TextIO
 from cyclopts import CycloptsError
 
 from senet.cli import COMMANDS, app
+from senet.cli.options import config_place
 from senet.errors import SenetError, StopSignal, UserError
 
 NAMES = {command.__name__ for command in COMMANDS}
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"{command}: {message(error)}", file=sys.stderr)
+        text = message(error)
+        print(f"{command}: {config_place(tokens, text)}{text}", file=sys.stderr)
         return code
     return result if isinstance(result, int) else 0
 

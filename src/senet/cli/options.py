@@ -1,5 +1,6 @@
 """Flags that several commands share, their types, and defaults from a TOML file."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -243,6 +244,32 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not a TOML file ({error})") from error
+
+
+def config_place(tokens: Sequence[str], text: str) -> str:
+    """Where the key that an error names stands in the file of --config: "FILE, line N: ", or "".
+
+    Args:
+        tokens: command and flags.
+        text: the error; names the key as [key] or 'key', or begins with it.
+    """
+    for token, value in zip(tokens, [*tokens[1:], ""], strict=True):
+        if token == "--config" or token.startswith("--config="):
+            path = Path(token.partition("=")[2] or value)
+            break
+    else:
+        return ""
+    if not path.is_file():
+        return ""
+    named = re.split("did you mean", text, flags=re.IGNORECASE)[0]
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        assignment = re.match(r"\s*([\w-]+)\s*=", line)
+        if assignment is None:
+            continue
+        key = re.escape(assignment[1])
+        if re.search(rf"\[{key}\]|'{key}'|^{key}\b", named):
+            return f"{path}, line {number + 1}: "
+    return ""
 
 
 def prepare_process(*, tune_allocator: bool) -> None:
