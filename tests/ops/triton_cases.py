@@ -15,7 +15,7 @@ from senet.errors import UserError
 from senet.factory import create_model
 from senet.inference import optimize
 from senet.inference.modules import FusedConv
-from senet.ops import operators, triton
+from senet.ops import operators, triton, triton_tiling
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache")
 
@@ -51,15 +51,15 @@ def test_chunks_and_tiles_of_an_image(
     monkeypatch: pytest.MonkeyPatch, layout: str, programs: int, most: int
 ) -> None:
     """A pass in several programs an image, in several tiles a program, and in both."""
-    monkeypatch.setattr(triton, "_PROGRAMS", programs)
-    monkeypatch.setattr(triton, "_MOST_TILES", most)
-    triton.tiling.cache_clear()
+    monkeypatch.setattr(triton_tiling, "_PROGRAMS", programs)
+    monkeypatch.setattr(triton_tiling, "_MOST_TILES", most)
+    triton_tiling.tiling.cache_clear()
     sizes = {"N": 2, "C": 9, "spatial": (29, 53), "hidden": 3, "layout": layout}
-    cut = triton.tiling(2, 9, 29 * 53, layout == "channels_last", torch.float32, most)
+    cut = triton_tiling.tiling(2, 9, 29 * 53, layout == "channels_last", torch.float32, most)
     assert (cut.splits > 1, cut.tiles > 1) == (most == 2 or programs > 1, programs == 1)
     case = Case(shortcut="plain" if layout == "channels_last" else "normalized", **sizes)
     assert_close(run("triton", case), oracle(case), case.dtype, case)
-    triton.tiling.cache_clear()
+    triton_tiling.tiling.cache_clear()
 
 
 def test_float64_in_unusual_strides() -> None:
@@ -81,7 +81,7 @@ def test_tiles_cover_any_map_within_the_limits() -> None:
     for C in (1, 3, 64, 2048, 300_000):
         for P in (1, 49, 3136, 12_544, 2**24):
             for order in (True, False):
-                cut = triton.tiling(7, C, P, order, torch.bfloat16)
+                cut = triton_tiling.tiling(7, C, P, order, torch.bfloat16)
                 block_p, block_c = cut.constants["BLOCK_P"], cut.constants["BLOCK_C"]
                 assert block_p * block_c <= 2048
                 assert cut.tiles <= 32
