@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -64,7 +65,10 @@ def read_with_description(source: str | PathLike[str]) -> tuple[State, dict[str,
                 names = file.keys()
                 loaded = {name: file.get_tensor(name) for name in names}
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # A remark on the pickle's protocol, of no use beside the error or the weights.
+                warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"weights: {path} cannot be read: {reason}") from error
