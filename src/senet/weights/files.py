@@ -66,8 +66,9 @@ def read_with_description(source: str | PathLike[str]) -> tuple[State, dict[str,
                 loaded = {name: file.get_tensor(name) for name in names}
         else:
             with warnings.catch_warnings():
-                # A remark on the pickle's protocol, of no use beside the error or the weights.
-                warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+                # Remarks on the pickle's protocol and storage types say nothing beside the error or
+                # the weights.
+                warnings.simplefilter("ignore", UserWarning)
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
