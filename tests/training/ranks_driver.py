@@ -120,7 +120,7 @@ def kill(config: Callable[..., RunConfig], folder: Path, times: int, seed: int) 
 
         for when in ("first", *(["again"] if clock.random() < 0.5 else [])):
             children = launch(go)
-            victim, delay = clock.randrange(2), clock.uniform(0.05, 0.75) * duration
+            victim, delay = clock.randrange(2), clock.uniform(0.05, 0.95) * duration
             time.sleep(delay)
             if os.waitpid(children[victim], os.WNOHANG)[0] == 0:
                 os.kill(children[victim], signal.SIGKILL)
