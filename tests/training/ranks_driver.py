@@ -16,6 +16,7 @@ Each prints one JSON line. Processes are forked, so that PyTorch is imported onc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -259,24 +260,29 @@ def shard(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
             json.loads((run.out / f"held{rank}.json").read_text()) for rank in range(2)
         ]
     result["differences"]["fsdp"] = difference(runs["ddp"].out, runs["fsdp"].out)
-    moves = {"fsdp-fsdp": 2, "fsdp-ddp": 2, "ddp-fsdp": 2, "fsdp-alone": 1}
-    for name, processes in moves.items():
-        first, then = name.split("-")
-        run = config(name, parallel=first)
-        options = {"parallel": "fsdp" if then == "fsdp" else "ddp"}
+    for first in runs:
+        run = config(f"stopped-{first}", parallel=first)
 
         def stopped(_: int, run: RunConfig = run) -> None:
             train(run, progress=Step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
 
-        def on(rank: int, run: RunConfig = run, options: dict[str, str] = options) -> None:
-            heard = Step()
-            resume(run.out, options=options, progress=heard)
-            if rank == 0:
-                (run.out / "notes.json").write_text(json.dumps(heard.notes))
+        result["codes"].append(wait(launch(stopped)))
+    moves = {"fsdp-fsdp": 2, "fsdp-ddp": 2, "ddp-fsdp": 2, "fsdp-alone": 1}
+    for name, processes in moves.items():
+        first, then = name.split("-")
+        place = folder / name
+        shutil.copytree(folder / f"stopped-{first}", place)
+        options = {"parallel": "fsdp" if then == "fsdp" else "ddp"}
 
-        result["codes"] += [wait(launch(stopped)), wait(launch(on, processes))]
-        result["differences"][name] = difference(runs["ddp"].out, run.out)
-        result[name] = json.loads((run.out / "notes.json").read_text())
+        def on(rank: int, place: Path = place, options: dict[str, str] = options) -> None:
+            heard = Step()
+            resume(place, options=options, progress=heard)
+            if rank == 0:
+                (place / "notes.json").write_text(json.dumps(heard.notes))
+
+        result["codes"].append(wait(launch(on, processes)))
+        result["differences"][name] = difference(runs["ddp"].out, place)
+        result[name] = json.loads((place / "notes.json").read_text())
     result["equal"] = digests(folder / "fsdp-fsdp") == digests(runs["fsdp"].out)
     return result
 

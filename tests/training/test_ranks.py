@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,7 @@ def test_fsdp_learns_what_ddp_learns(
     for image in sorted((data / "val").glob("*/*.png"))[::4]:
         image.unlink()
     report = driver("shard", data=str(data), accumulate=2)
-    assert report["codes"] == [[0, 0], [0, 0], *[[143, 143], [0, 0]] * 3, [143, 143], [0]]
+    assert report["codes"] == [[0, 0], [0, 0], *[[143, 143]] * 2, *[[0, 0]] * 3, [0]]
     for kind, whole in report["held"]["ddp"][0].items():
         both = [held[kind] for held in report["held"]["fsdp"]]
         assert sum(both) == whole, kind
@@ -294,6 +296,33 @@ def test_the_command_under_torchrun(tiny_data: Path, tmp_path: Path) -> None:
     again = train_in_this_process(flags)
     assert again.returncode == 0, again.stderr
     assert "the run was made by 2 processes, now 1" in again.stderr + again.stdout
+
+
+def test_torchrun_starts_killed_processes_anew(tiny_config: Make, tmp_path: Path) -> None:
+    """`--max-restarts`, with the setting of docs/cluster.md: SIGKILL to one of two processes."""
+    run = tmp_path / "run"
+    tiny_config(recipe_epochs=30).to_toml(tmp_path / "config.toml")
+    flags = ["--config", str(tmp_path / "config.toml"), "--resume", "auto", "--out", str(run)]
+    with subprocess.Popen(
+        [*TORCHRUN, "--max-restarts=1", "-m", "senet", "train", *flags],
+        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launched:
+        log = run / "logs" / "rank1.log"
+        while not (run / "checkpoints/last/manifest.json").exists():
+            assert launched.poll() is None
+            time.sleep(0.02)
+        _, _, victim, *_ = log.read_text().split()
+        os.kill(int(victim), signal.SIGKILL)
+        out, errors = launched.communicate(timeout=60)
+    assert launched.returncode == 0, errors[-3000:]
+    assert out.count("best top-1") == 1
+    begun = [line.split() for line in log.read_text().splitlines() if "rank 1 of 2" in line]
+    assert len(begun) == 2
+    assert begun[1][2] != victim
+    assert len((run / "metrics.csv").read_text().splitlines()) == 31
 
 
 def train_in_this_process(flags: list[str]) -> subprocess.CompletedProcess[str]:

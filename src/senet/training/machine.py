@@ -60,8 +60,8 @@ def accelerator_of(config: RunConfig) -> Accelerator:
     )
     if config.parallel == "fsdp" and accelerator.num_processes == 1:
         raise UserError(
-            "parallel 'fsdp' shards a network over several processes, and this is one: begin with "
-            "torchrun --nproc-per-node=N -m senet train, or give --parallel ddp"
+            "FSDP shards a network over several processes, and this is one: begin with torchrun "
+            "--nproc-per-node=N -m senet train, or give --parallel ddp"
         )
     return accelerator
 
