@@ -11,6 +11,7 @@ Prints a JSON line a round, then medians and spreads; `docs/cluster.md` records 
 import argparse
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -29,6 +31,7 @@ from senet.allocator import tune_allocator
 from senet.training.config import RunConfig
 from senet.training.recipe import get_recipe
 from senet.training.session import Session
+from senet.training.sharding import local
 
 # name: processes, threads of each, what is special
 CASES = {
@@ -76,6 +79,16 @@ def measure(given: argparse.Namespace, rank: int, threads: int, special: str) ->
         with quiet():
             session.train_step(images, targets, step + 1)
     found = {"step": (time.perf_counter() - began) / given.steps}
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
+    held: dict[str, float] = {
+        "parameters": sum(local(p).nbytes for p in session.model.parameters()),
+        "momentum": sum(
+            local(entry["momentum_buffer"]).nbytes for entry in session.optimizer.state.values()
+        ),
+        "resident": psutil.Process().memory_info().rss,
+        "peak": usage,
+    }
+    found |= {f"{name} MB": value / 1e6 for name, value in held.items()}
     if special == "" and dist.is_initialized():
         size = sum(p.numel() for p in session.model.parameters())
         for name, count in (("gradients", size), ("1 number", 1), ("64 MiB", 2**24)):
@@ -122,8 +135,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--no-tune-allocator", action="store_true")
     given = parser.parse_args()
-    tune_allocator()
+    if not given.no_tune_allocator:
+        tune_allocator()
     torch.set_num_threads(1)
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -140,6 +155,8 @@ def main() -> None:
         rates = [given.batch_size / r[case]["step"] for r in rounds]
         ratios = [r[base]["step"] / r[case]["step"] for r in rounds]
         print(f"{case}: {spread(rates, 0)} images/s, {spread(ratios)} of {base}")
+        kinds = ("parameters MB", "momentum MB", "resident MB", "peak MB")
+        print("   ", ", ".join(f"{k} {spread([r[case][k] for r in rounds], 1)}" for k in kinds))
     for name in ("gradients", "1 number", "64 MiB"):
         times = [1e3 * r["2 processes"][name] for r in rounds if "2 processes" in r]
         if times:
