@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 
 from senet.data import Augmentation
 from senet.errors import UserError
+from senet.insertion import insert
 from senet.models import build_model
 from senet.training.checkpoint import open_checkpoint
 from senet.training.config import RunConfig
@@ -164,14 +167,31 @@ def test_fsdp_with_other_options(
     assert all(".se." in name or name.startswith("fc.") for name in moved), moved
 
 
-@pytest.mark.parametrize("name", ["se_resnet164_cifar", "se_mobilenet", "se_shufflenet_g3"])
-def test_fsdp_gathers_what_a_network_reads(name: str) -> None:
+def inserted_vgg() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.vgg11_bn(num_classes=4, dropout=0.0)
+    model.classifier = torch.nn.Linear(512 * 49, 4)  # 100 million parameters fewer
+    insert(model, example_input=torch.zeros(1, 3, 32, 32))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(build_model, "se_resnet164_cifar", num_classes=4),
+        partial(build_model, "se_mobilenet", num_classes=4),
+        partial(build_model, "se_shufflenet_g3", num_classes=4),
+        inserted_vgg,
+    ],
+    ids=["se_resnet164_cifar", "se_mobilenet", "se_shufflenet_g3", "inserted"],
+)
+def test_fsdp_gathers_what_a_network_reads(make: Callable[[], torch.nn.Module]) -> None:
     """Parameters that a block reads outside its own forward would be refused by PyTorch."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        plain, spread = (build_model(name, num_classes=4) for _ in range(2))
+        plain, spread = make(), make()
         spread.load_state_dict(plain.state_dict())
         shard(spread, torch.device("cpu"), 1)
         x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)

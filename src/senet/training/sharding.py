@@ -19,19 +19,28 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from senet.layers import SqueezeExcitation
+
 
 def units(model: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one at a time: the blocks; what is left goes with the root.
 
     A block is the outermost module with a forward of its own: containers are looked into, single
     layers belong to the root, because `senet.layers` reads the parameters of some without calling
-    them.
+    them. So does SE that stands alone: it is small, and `senet.insert` puts some behind
+    activations that work in place, which PyTorch refuses on the input of a gathered module.
     """
+    gates = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, SqueezeExcitation)
+        for p in module.parameters()
+    }
     found = []
     for child in model.children():
         if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             found += units(child)
-        elif any(child.children()) and any(True for _ in child.parameters()):
+        elif any(child.children()) and any(id(p) not in gates for p in child.parameters()):
             found.append(child)
     return found
 
