@@ -173,6 +173,9 @@ class StepFlags:
     """Parts that a process takes its images of a step in, to save memory (default: 1)."""
     sync_bn: bool | None = None
     """Batch norm over the images of all processes instead of each process's own."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """What each of several processes holds of the network: all of it (ddp), or a part of its
+    parameters, gradients and momentum (fsdp, for networks that do not fit) (default: ddp)."""
 
 
 NO_SE = SEFlags()

@@ -82,8 +82,8 @@ def train(
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
-        resume: run folder to go on with; its own configuration counts. "auto": go on with --out
-            if it exists, else begin it.
+        resume: run folder to go on with; its own configuration counts, but for --parallel.
+            "auto": go on with --out if it exists, else begin it.
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
