@@ -129,6 +129,11 @@ class Session:
                 f"accumulate {self.config.accumulate} must divide the {each} images a step of each "
                 "process"
             )
+        if self.config.parallel == "fsdp" and len(self.data.val) < processes:
+            raise UserError(  # its forward pass needs every process
+                f"parallel 'fsdp' needs an evaluation image for each of the {processes} processes, "
+                f"{self.config.data} has {len(self.data.val)}: give --parallel ddp"
+            )
         shard = {
             "num_workers": self.config.num_workers,
             "rank": self.accelerator.process_index,
