@@ -10,7 +10,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .data import FileImages, ImageData, ImageSource, Preprocessing, val_loader
+from .data import (
+    FileImages,
+    ImageData,
+    ImageSource,
+    Preprocessing,
+    check_decoder,
+    val_loader,
+)
 from .data.embedded import read_embedded
 from .errors import UserError
 from .evaluate import check_classes, open_data, resized
@@ -108,7 +115,9 @@ def _open_images(
         if not inner:
             paths = [str(path) for path in find_images([folder])]
             labels = torch.zeros(len(paths), dtype=torch.int64)
-            return FileImages(paths, labels, checkpoint.preprocessing.channels), None
+            decoder = check_decoder(data_options.get("decode", "pillow"))
+            channels = checkpoint.preprocessing.channels
+            return FileImages(paths, labels, channels, decoder), None
     data = open_data(checkpoint, data_name, data_options)
     check_classes(checkpoint, data)
     return data.train, data

@@ -55,6 +55,7 @@ WholeNumbers = Annotated[
 ]
 Names = Annotated[tuple[str, ...] | None, Parameter(converter=names, n_tokens=1, negative="")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Decode = Literal["pillow", "turbo"] | None
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 Config = Annotated[
     Path | None,
@@ -124,6 +125,9 @@ class DataFlags:
     bad_shards: Literal["fail", "skip"] | None = None
     """shards: stop at a broken one, or read all before the start and leave out the broken ones
     (default: fail)."""
+    decode: Decode = None
+    """Who decodes JPEG: pillow, or turbo (the libjpeg-turbo in torchvision); Pillow decodes all
+    else (default: pillow)."""
 
 
 @Parameter(name="*", group=RECIPE_GROUP)

@@ -4,6 +4,9 @@
 one image of any kind, and `Preprocessing.transform` makes it the network's input.
 """
 
+from senet.data.decoders import Decoder, check_decoder
+from senet.data.folders import CHECKED_LIMIT, MEMORY_LIMIT
+from senet.data.image_data import ImageData
 from senet.data.images import (
     BadImageError,
     FileImages,
@@ -21,13 +24,7 @@ from senet.data.loaders import (
     val_loader,
 )
 from senet.data.shards import BadShards
-from senet.data.sources import (
-    CHECKED_LIMIT,
-    DATA_SETS,
-    MEMORY_LIMIT,
-    ImageData,
-    load_data,
-)
+from senet.data.sources import DATA_SETS, load_data
 from senet.data.transforms import Augmentation, Preprocessing
 
 __all__ = [
@@ -38,6 +35,7 @@ __all__ = [
     "BadImageError",
     "BadShards",
     "Batch",
+    "Decoder",
     "EpochBatchSampler",
     "FileImages",
     "ImageData",
@@ -46,6 +44,7 @@ __all__ = [
     "MemoryImages",
     "Preprocessing",
     "TrainLoader",
+    "check_decoder",
     "load_data",
     "load_image",
     "to_mode",

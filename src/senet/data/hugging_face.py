@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from senet.data.decoders import Decoder
 from senet.data.images import GREY_MODES, BadImageError, decode_image, to_mode
 from senet.errors import UserError
 
@@ -27,13 +28,23 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
         label: name of the class column.
         name: what errors call it.
         channels: 1 (grey) or 3 (RGB).
+        decoder: as for `senet.data.load_image`.
 
     Raises:
         BadImageError: on access, names the row that cannot be read.
     """
 
-    def __init__(self, rows: Any, image: str, label: str, name: str, channels: int) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        image: str,
+        label: str,
+        name: str,
+        channels: int,
+        decoder: Decoder = "pillow",
+    ) -> None:
         self.rows, self.image, self.name, self.channels = rows, image, name, channels
+        self.decoder = decoder
         self.targets: Tensor = torch.tensor(rows[label][:], dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -53,7 +64,7 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
                 data = Path(value["path"]).read_bytes()
             except (OSError, TypeError) as error:
                 raise BadImageError(name, str(error)) from error
-        return decode_image(data, name, channels)
+        return decode_image(data, name, channels, self.decoder)
 
     @property
     def first_size(self) -> tuple[int, int]:
@@ -87,7 +98,7 @@ def _offline(unless: bool) -> Iterator[None]:
 
 
 def open_hugging_face(
-    name: str, *, download: bool
+    name: str, *, download: bool, decoder: Decoder = "pillow"
 ) -> tuple[HuggingFaceImages, HuggingFaceImages | None, tuple[str, ...]]:
     """Training and evaluation images (or None) and classes of a data set.
 
@@ -98,6 +109,7 @@ def open_hugging_face(
         name: a folder that `save_to_disk` wrote, or what `load_dataset` takes: a repository
             (`owner/name`, with `:CONFIGURATION` where there are several) or a local folder.
         download: whether it may be fetched; otherwise it must be in the local cache.
+        decoder: as for `senet.data.load_image`.
 
     Raises:
         UserError: `datasets` is not installed, it is not there, or its columns are others.
@@ -137,8 +149,9 @@ def open_hugging_face(
     parts = [None if part is None else part.cast_column(image, raw) for part in (train, val)]
     probe = train[0][image]  # decoded by the library, which tells the mode as it is stored
     channels = 1 if probe.mode in GREY_MODES else 3
+    where = f"{PREFIX}{name}"
     opened = [
-        None if part is None else HuggingFaceImages(part, image, label, f"{PREFIX}{name}", channels)
+        None if part is None else HuggingFaceImages(part, image, label, where, channels, decoder)
         for part in parts
     ]
     assert opened[0] is not None

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from senet.data.image_data import ImageData
 from senet.data.images import BadImageError, ImageSource, MemoryImages
-from senet.data.sources import ImageData
 from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
 from senet.errors import UserError
 

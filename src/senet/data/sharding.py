@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from senet.data.image_data import ImageData
 from senet.data.images import FileImages, ImageSource, MemoryImages
-from senet.data.shards import INDEX, Shard, ShardIndex
-from senet.data.sources import ImageData
+from senet.data.shard_index import INDEX, Shard, ShardIndex
 from senet.errors import UserError
 from senet.files import atomic_write, sync_folder
 

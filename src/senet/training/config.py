@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
-from senet.data import BadShards
+from senet.data import BadShards, Decoder
 from senet.errors import UserError
 from senet.files import atomic_write
 from senet.training.recipe import Recipe
@@ -46,6 +46,7 @@ class RunConfig:
         skip_bad_images: leave out images that cannot be read instead of stopping.
         shuffle_buffer: of shards, see `senet.data.load_data`.
         bad_shards: "fail" or "skip", likewise.
+        decode: "pillow" (None) or "turbo", likewise.
         recipe: how it is trained.
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
@@ -83,6 +84,7 @@ class RunConfig:
     skip_bad_images: bool = False
     shuffle_buffer: int | None = None
     bad_shards: BadShards | None = None
+    decode: Decoder | None = None
     init: str | None = None
     train: Trained = "all"
     seed: int = 0

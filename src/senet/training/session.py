@@ -395,6 +395,7 @@ def _load(config: RunConfig) -> ImageData:
         skip_bad_images=config.skip_bad_images,
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
+        decode=config.decode,
     )
     if config.recipe.normalisation == "mean":
         plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
