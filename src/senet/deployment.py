@@ -16,6 +16,7 @@ from .data import (
     ImageSource,
     Preprocessing,
     check_decoder,
+    map_style,
     val_loader,
 )
 from .data.embedded import read_embedded
@@ -83,12 +84,12 @@ def export_checkpoint(
     evaluation: Batches | None = None
     if int8 or data_name is not None:
         train, val = _open_images(checkpoint, data_name, data_options)
-        pictures = train if val is None else val.val
+        pictures = train if val is None else map_style(val.val, "senet export")
         if int8:
             chosen = _sample(train, calibration_images)
             calibration = [images for images, _ in _batches(chosen, preprocessing)]
             if val is not None:
-                evaluation = _batches(val.val, preprocessing)
+                evaluation = _batches(pictures, preprocessing)
     few = _sample(pictures, batch or 2)
     return export(
         checkpoint.model,
@@ -120,7 +121,7 @@ def _open_images(
             return FileImages(paths, labels, channels, decoder), None
     data = open_data(checkpoint, data_name, data_options)
     check_classes(checkpoint, data)
-    return data.train, data
+    return map_style(data.train, "senet export"), data
 
 
 def _sample(source: ImageSource, count: int) -> ImageSource:

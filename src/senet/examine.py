@@ -90,6 +90,7 @@ def open_run_data(config: RunConfig) -> ImageData:
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
         decode=config.decode,
+        epoch_size=config.epoch_size,
     )
 
 

@@ -298,7 +298,7 @@ def test_shards_behind_an_address(address: str, shards: Path, tmp_path: Path) ->
 
 
 def test_options_that_do_not_belong(shards: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match="shuffle_buffer and bad_shards are for shards:PLACE"):
+    with pytest.raises(UserError, match="shuffle_buffer is for shards:PLACE and hf-stream:NAME"):
         load_data(str(folder), shuffle_buffer=10)
     with pytest.raises(UserError, match="val_fraction is not for shards:"):
         opened(shards, val_fraction=0.5)

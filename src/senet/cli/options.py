@@ -121,7 +121,10 @@ class DataFlags:
     skip_bad_images: bool | None = None
     """Leave out images that cannot be read and count them, instead of stopping."""
     shuffle_buffer: OptionalWhole = None
-    """shards: images within which the order of an epoch is shuffled (default: 10000)."""
+    """Images within which the order of an epoch is shuffled, of shards (default: 10000) or a stream
+    (default: 1000, held in memory as files)."""
+    epoch_size: OptionalWhole = None
+    """hf-stream: images of an epoch (default: all, where the data set says how many)."""
     bad_shards: Literal["fail", "skip"] | None = None
     """shards: stop at a broken one, or read all before the start and leave out the broken ones
     (default: fail)."""

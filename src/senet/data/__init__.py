@@ -6,7 +6,8 @@ one image of any kind, and `Preprocessing.transform` makes it the network's inpu
 
 from senet.data.decoders import Decoder, check_decoder
 from senet.data.folders import CHECKED_LIMIT, MEMORY_LIMIT
-from senet.data.image_data import ImageData
+from senet.data.hf_stream import StreamedImages
+from senet.data.image_data import ImageData, map_style
 from senet.data.images import (
     BadImageError,
     FileImages,
@@ -15,14 +16,8 @@ from senet.data.images import (
     load_image,
     to_mode,
 )
-from senet.data.loaders import (
-    Batch,
-    EpochBatchSampler,
-    Key,
-    TrainLoader,
-    train_loader,
-    val_loader,
-)
+from senet.data.loaders import Batch, TrainLoader, train_loader, val_loader
+from senet.data.samplers import EpochBatchSampler, Key
 from senet.data.shards import BadShards
 from senet.data.sources import DATA_SETS, load_data
 from senet.data.transforms import Augmentation, Preprocessing
@@ -43,10 +38,12 @@ __all__ = [
     "Key",
     "MemoryImages",
     "Preprocessing",
+    "StreamedImages",
     "TrainLoader",
     "check_decoder",
     "load_data",
     "load_image",
+    "map_style",
     "to_mode",
     "train_loader",
     "val_loader",

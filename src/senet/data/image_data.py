@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from senet.data.hf_stream import StreamedImages
 from senet.data.images import ImageSource
 from senet.data.transforms import Preprocessing
+from senet.errors import UserError
 
 SMALL = 64
 """Pixels up to which an image is used whole instead of resized and cropped."""
@@ -17,7 +19,7 @@ class ImageData:
 
     Attributes:
         name: what was asked for (`load_data`'s `data`).
-        train: training images, a map-style data set of (PIL image, class index).
+        train: training images, a map-style data set of (PIL image, class index), or a stream.
         val: evaluation images, likewise.
         classes: name of each class.
         preprocessing: how its images become the network's input.
@@ -25,8 +27,8 @@ class ImageData:
     """
 
     name: str
-    train: ImageSource
-    val: ImageSource
+    train: ImageSource | StreamedImages
+    val: ImageSource | StreamedImages
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()
@@ -45,3 +47,21 @@ def natural_preprocessing(size: int, channels: int) -> Preprocessing:
     if channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     return preprocessing_for(size, mean, std)
+
+
+def map_style(source: ImageSource | StreamedImages, what: str) -> ImageSource:
+    """The source itself, for work that opens images at any place and in any order.
+
+    Args:
+        source: a split.
+        what: the work, for the error.
+
+    Raises:
+        UserError: it is a stream.
+    """
+    if isinstance(source, StreamedImages):
+        raise UserError(
+            f"{what} opens images in its own order, {source.name} gives them in one only: use "
+            "hf:NAME instead of hf-stream:NAME"
+        )
+    return source

@@ -13,6 +13,8 @@ from torchvision import datasets
 from senet.data import embedded
 from senet.data.decoders import Decoder, check_decoder
 from senet.data.folders import load_folder, stratified_split
+from senet.data.hf_stream import PREFIX as HUGGING_FACE_STREAM
+from senet.data.hf_stream import StreamedImages, open_stream
 from senet.data.hugging_face import PREFIX as HUGGING_FACE
 from senet.data.hugging_face import open_hugging_face
 from senet.data.image_data import (
@@ -123,12 +125,14 @@ def load_data(
     shuffle_buffer: int | None = None,
     bad_shards: BadShards | None = None,
     decode: Decoder | None = None,
+    epoch_size: int | None = None,
     seed: int = 0,
 ) -> ImageData:
     """Open a data set by name or by folder.
 
     `shards:PLACE` opens what `senet shard` wrote, see `senet.data.shards`; `hf:NAME` a data set of
-    Hugging Face's `datasets`, see `senet.data.hugging_face`.
+    Hugging Face's `datasets`, see `senet.data.hugging_face`, and `hf-stream:NAME` the same as a
+    stream that is not kept on the disk, see `senet.data.hf_stream`.
 
     A folder holds `train/` and `val/` (or `test/`), each with one folder of images a class, or
     directly one folder a class, of which `val_fraction` is set aside. Up to `CHECKED_LIMIT` bytes
@@ -142,7 +146,7 @@ def load_data(
     to 64, otherwise 64 to 128 spread evenly over the training split) is.
 
     Args:
-        data: one of `DATA_SETS`, a folder, shards:PLACE or hf:NAME.
+        data: one of `DATA_SETS`, a folder, shards:PLACE, hf:NAME or hf-stream:NAME.
         root: where torchvision's data sets lie or are downloaded to, and fetched shards.
         download: fetch a missing data set (never done unasked).
         val_fraction: part of each class set aside for evaluation, between 0 and 1; only for a
@@ -150,11 +154,14 @@ def load_data(
         image_size: height and width of the network's input in pixels, instead of the default.
         skip_bad_images: decode every image of a folder now, leave out the broken ones and list
             them in `ImageData.skipped`; only for folders.
-        shuffle_buffer: images within which the order of shards' images is shuffled (10,000).
+        shuffle_buffer: images within which the order of an epoch is shuffled: of shards (10,000
+            by default), or of a stream, which holds them in memory (1,000).
         bad_shards: "fail" at a broken shard, or "skip" it; "fail" by default.
         decode: "pillow" (default), or "turbo": JPEG through torchvision's decoder, see
             `senet.data.decoders`; not for sets that come as pixels (embedded, CIFAR,
             Fashion-MNIST).
+        epoch_size: training images of an epoch of a stream, where its card does not say how many
+            there are, or where an epoch should have fewer.
         seed: of the choice of the images set aside.
 
     Raises:
@@ -168,11 +175,30 @@ def load_data(
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction must be between 0 and 1, not {val_fraction}")
     decoder = check_decoder(decode or "pillow")
+    if data.startswith(HUGGING_FACE_STREAM):
+        _refuse_for(
+            data,
+            val_fraction=val_fraction,
+            skip_bad_images=skip_bad_images or None,
+            bad_shards=bad_shards,
+        )
+        name = data.removeprefix(HUGGING_FACE_STREAM)
+        streams = open_stream(
+            name, download=download, epoch_size=epoch_size, buffer=shuffle_buffer, decoder=decoder
+        )
+        return _load_stream(data, *streams, image_size)
+    if epoch_size is not None:
+        raise UserError(f"epoch_size is for hf-stream:NAME, not for {data}")
     if data.startswith(SHARDS):
         _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip_bad_images or None)
         return _load_shards(data, Path(root), image_size, shuffle_buffer, bad_shards, decoder)
-    if shuffle_buffer is not None or bad_shards is not None:
-        raise UserError(f"shuffle_buffer and bad_shards are for shards:PLACE, not for {data}")
+    if shuffle_buffer is not None:
+        raise UserError(
+            f"shuffle_buffer is for shards:PLACE and hf-stream:NAME, not for {data}, which is "
+            "shuffled as a whole"
+        )
+    if bad_shards is not None:
+        raise UserError(f"bad_shards is for shards:PLACE, not for {data}")
     if data.startswith(HUGGING_FACE):
         _refuse_for(data, skip_bad_images=skip_bad_images or None)
         return _load_hugging_face(data, download, val_fraction, image_size, seed, decoder)
@@ -248,10 +274,26 @@ def _load_hugging_face(
             )
         kept, aside = stratified_split(train.targets, classes, val_fraction, seed)
         train, val = train.subset(kept), train.subset(aside)
-    width, height = train.first_size
-    own = width if width == height <= SMALL else IMAGENET_SIZE
-    preprocessing = natural_preprocessing(image_size or own, train.channels)
-    return ImageData(data, train, val, classes, preprocessing)
+    size = image_size or _size_for(train.first_size)
+    return ImageData(data, train, val, classes, natural_preprocessing(size, train.channels))
+
+
+def _load_stream(
+    data: str,
+    train: StreamedImages,
+    val: StreamedImages,
+    classes: tuple[str, ...],
+    first_size: tuple[int, int],
+    image_size: int | None,
+) -> ImageData:
+    size = image_size or _size_for(first_size)
+    return ImageData(data, train, val, classes, natural_preprocessing(size, train.channels))
+
+
+def _size_for(first: tuple[int, int]) -> int:
+    """Side of the network's input, by width and height of the first image."""
+    width, height = first
+    return width if width == height <= SMALL else IMAGENET_SIZE
 
 
 def _load_remote(

@@ -396,6 +396,7 @@ def _load(config: RunConfig) -> ImageData:
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
         decode=config.decode,
+        epoch_size=config.epoch_size,
     )
     if config.recipe.normalisation == "mean":
         plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
