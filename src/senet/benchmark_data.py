@@ -27,7 +27,7 @@ COUNT = 192
 BATCH = 16
 _SIZE = 500, 375  # width and height, pixels: the commonest in ImageNet
 _OCTAVES = (3, 60), (12, 36), (48, 16), (190, 7)  # cells across the picture, amplitude
-_NOISE = 3.2  # with it, a file has about the 110 kB that ImageNet's training images have on average
+_NOISE = 8.0  # with it, a file has about the 110 kB of ImageNet's training images on average
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -129,8 +129,8 @@ class DataFlags:
     """shards: stop at a broken one, or read all before the start and leave out the broken ones
     (default: fail)."""
     decode: Decode = None
-    """Who decodes JPEG: pillow, or turbo (the libjpeg-turbo in torchvision); Pillow decodes all
-    else (default: pillow)."""
+    """Who decodes JPEG: pillow, or turbo (the libjpeg-turbo in torchvision, for a Pillow without
+    one); Pillow decodes all else (default: pillow)."""
 
 
 @Parameter(name="*", group=RECIPE_GROUP)
