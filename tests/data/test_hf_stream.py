@@ -4,6 +4,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import pickle
 import threading
 import warnings
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from senet.data import (
     train_loader,
     val_loader,
 )
+from senet.data.hf_stream import StreamKey
 from senet.errors import SenetError, UserError
 
 datasets = pytest.importorskip("datasets")
@@ -363,11 +365,25 @@ def test_what_does_not_belong(folder: Path, tmp_path: Path) -> None:
         load_data("embedded", epoch_size=5)
     with pytest.raises(UserError, match=r"cannot open data hf-stream:nobody/nothing: .*--download"):
         load_data("hf-stream:nobody/nothing")
+    for prefix in ("hf:", "hf-stream:"):
+        with pytest.raises(UserError, match=f"data {prefix} lacks a name: give {prefix}NAME"):
+            load_data(prefix)
     with pytest.raises(UserError, match=r"opens images in its own order.*use hf:NAME"):
         map_style(opened(folder).train, "this")
     rows(range(4)).to_parquet(str(tmp_path / "train.parquet"))
     with pytest.raises(UserError, match=r"a stream is not divided: use hf:.* with --val-fraction"):
         opened(tmp_path)
+
+
+def test_workers_get_no_stream(folder: Path) -> None:
+    """Where workers are not forked, the source is pickled for them."""
+    source = opened(folder).train
+    assert isinstance(source, StreamedImages)
+    row = next(source.rows())
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.stream is None
+    image, label = copy.open(StreamKey(0, 0, 0, row))
+    assert (image.getpixel((0, 0)), label) == ((0, 0, 0), 0)
 
 
 def test_abandoned_epochs_leave_no_threads(folder: Path) -> None:

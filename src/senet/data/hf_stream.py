@@ -79,6 +79,9 @@ class StreamedImages:
         self.channels, self.images, self.buffer = channels, images, buffer
         self.decoder = decoder
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"stream": None}  # loader workers decode, they do not read
+
     def __len__(self) -> int:
         """Images of an epoch.
 

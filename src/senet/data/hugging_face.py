@@ -146,6 +146,8 @@ def open_splits(where: str, name: str, *, download: bool, streaming: bool) -> tu
             f"data {where} needs the library datasets: pip install 'senet[datasets]'"
         ) from error
     repository, _, configuration = name.partition(":")
+    if not repository:
+        raise UserError(f"data {where} lacks a name: give {where}NAME")
     try:
         with _offline(unless=download):
             if (Path(repository) / "dataset_dict.json").exists():
