@@ -351,6 +351,21 @@ def test_a_bad_row_and_a_broken_file_are_named(tmp_path: Path, workers: int) -> 
         collect(make(data, PLAIN, batch_size=3, num_workers=workers))
 
 
+@pytest.mark.parametrize("secret", [-1, None])
+def test_images_without_a_class_are_refused(tmp_path: Path, secret: int | None) -> None:
+    features = rows([0]).features
+    images = [{"bytes": png(number), "path": None} for number in range(3)]
+    columns = {"picture": images, "label": [0, 1, secret]}
+    hidden = datasets.Dataset.from_dict(columns, features=features)
+    splits = datasets.DatasetDict({"train": rows(range(4)), "test": hidden})
+    splits.save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match=r"split .*, row 2 has the class -1, which is none of"):
+        load_data(f"hf:{tmp_path}")
+    data = opened(tmp_path)
+    with pytest.raises(UserError, match=f"has the class {secret}, which is none of"):
+        collect(val_loader(data, batch_size=3, num_workers=0))
+
+
 def test_what_does_not_belong(folder: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"val_fraction": 0.5}, "val_fraction is not for hf-stream:"),

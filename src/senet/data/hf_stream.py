@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from senet.data.decoders import Decoder
-from senet.data.hugging_face import find_columns, open_splits, undecoded
+from senet.data.hugging_face import find_columns, no_class, open_splits, undecoded
 from senet.data.images import GREY_MODES, BadImageError, decode_image
 from senet.data.samplers import EpochBatchSampler
 from senet.errors import SenetError, UserError
@@ -78,6 +78,7 @@ class StreamedImages:
         self.stream, self.image, self.label, self.name = rows, image, label, name
         self.channels, self.images, self.buffer = channels, images, buffer
         self.decoder = decoder
+        self.classes = len(rows.features[label].names)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"stream": None}  # loader workers decode, they do not read
@@ -110,6 +111,7 @@ class StreamedImages:
             epoch: each has its own order.
 
         Raises:
+            UserError: an image has no class.
             SenetError: it cannot be read any further.
         """
         from datasets.distributed import split_dataset_by_node
@@ -132,7 +134,9 @@ class StreamedImages:
             ) from error
 
     def _row(self, row: Mapping[str, Any]) -> Row:
-        value, label = row[self.image], int(row[self.label])
+        value, label = row[self.image], row[self.label]
+        if label is None or not 0 <= label < self.classes:
+            raise no_class(f"{self.name}, split {self.stream.split or 'unnamed'}", label)
         if value is None:
             return Row(label, b"", None)  # an error when it is opened, as for an empty file
         content, path = value["bytes"], value["path"]

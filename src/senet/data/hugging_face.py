@@ -31,6 +31,7 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
         decoder: as for `senet.data.load_image`.
 
     Raises:
+        UserError: an image has no class.
         BadImageError: on access, names the row that cannot be read.
     """
 
@@ -45,7 +46,12 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
     ) -> None:
         self.rows, self.image, self.name, self.channels = rows, image, name, channels
         self.decoder = decoder
-        self.targets: Tensor = torch.tensor(rows[label][:], dtype=torch.int64)
+        labels = [-1 if value is None else value for value in rows[label][:]]
+        self.targets: Tensor = torch.tensor(labels, dtype=torch.int64)
+        wrong = (self.targets < 0) | (self.targets >= len(rows.features[label].names))
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise no_class(f"{name}, split {rows.split or 'unnamed'}, row {row}", labels[row])
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -164,6 +170,14 @@ def open_splits(where: str, name: str, *, download: bool, streaming: bool) -> tu
     if train is None:
         raise UserError(f"data {where} has no split train, only {', '.join(splits)}")
     return train, next((splits[key] for key in _VAL if key in splits), None)
+
+
+def no_class(where: str, label: object) -> UserError:
+    """The error about an image whose class is none of the data set's."""
+    return UserError(
+        f"{where} has the class {label}, which is none of the data set's (test splits often keep "
+        "theirs secret): use data with labelled train and validation splits"
+    )
 
 
 def find_columns(features: Any, where: str) -> tuple[str, str]:
