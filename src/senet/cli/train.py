@@ -71,8 +71,9 @@ def train(
     Args:
         model: network; `senet models` lists them.
         data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images
-            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address) or hf:NAME
-            (Hugging Face's datasets; a name or a local folder) (default: embedded).
+            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address), hf:NAME
+            (Hugging Face's datasets; a name or a local folder) or hf-stream:NAME (the same,
+            streaming) (default: embedded).
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
         recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).

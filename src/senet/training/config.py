@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
-from senet.data import BadShards
+from senet.data import BadShards, Decoder
 from senet.errors import UserError
 from senet.files import atomic_write
 from senet.training.recipe import Recipe
@@ -46,8 +46,10 @@ class RunConfig:
         val_fraction: share of the training images kept for validation, for data without any.
         image_size: height and width of the network's input, pixels; None: the data's own.
         skip_bad_images: leave out images that cannot be read instead of stopping.
-        shuffle_buffer: of shards, see `senet.data.load_data`.
+        shuffle_buffer: of shards and streams, see `senet.data.load_data`.
         bad_shards: "fail" or "skip", likewise.
+        decode: "pillow" (None) or "turbo", likewise.
+        epoch_size: images of an epoch of a stream, likewise.
         recipe: how it is trained.
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
@@ -88,6 +90,8 @@ class RunConfig:
     skip_bad_images: bool = False
     shuffle_buffer: int | None = None
     bad_shards: BadShards | None = None
+    decode: Decoder | None = None
+    epoch_size: int | None = None
     init: str | None = None
     train: Trained = "all"
     seed: int = 0

@@ -361,6 +361,8 @@ def _load(config: RunConfig) -> ImageData:
         skip_bad_images=config.skip_bad_images,
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
+        decode=config.decode,
+        epoch_size=config.epoch_size,
     )
     if config.recipe.normalisation == "mean":
         plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
