@@ -25,7 +25,7 @@ OPS_HEADERS = [
 ]
 INFERENCE_HEADERS = [
     f"{INFERENCE}/kernels_{part}.h"
-    for part in ("product", "convolution", "winograd", "passes", "program")
+    for part in ("product", "convolution", "winograd", "excitation", "passes", "program")
 ]
 
 setup(

@@ -1,6 +1,7 @@
 """senet.optimize on whole networks and on models it does not know."""
 
 import copy
+import math
 import pickle
 import threading
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from senet.errors import SenetError
 from senet.factory import create_model
-from senet.inference import OptimizedModel, optimize
+from senet.inference import OptimizedModel, optimize, rounding
 from senet.inference.modules import SqueezeGate
 from senet.inference.optimization import MAX_PROGRAMS, OptimizedPart
 from senet.layers import SqueezeExcitation
@@ -70,6 +71,28 @@ def test_every_network_gives_the_same(name: str) -> None:
     assert not optimized.report.left
     assert difference(optimized(x), wanted) <= limit
     assert difference(optimized.network.graph_module(x), wanted) <= limit
+
+
+class Cancels(nn.Module):
+    """(x + large) - large: the larger, the more of x is lost."""
+
+    def __init__(self, large: float) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.tensor(large))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.large) - self.large
+
+
+@torch.no_grad()
+def test_rounding_is_allowed_for_and_nothing_else() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    for large, least, most in [(1.0, 1e-4, 1e-4), (1e5, 1e-3, 1e-1), (math.nan, 1e-4, 1e-4)]:
+        model = Cancels(large)
+        assert least <= rounding.allowed(model, x, model(x), 1e-4) <= most
+    assert rounding.difference(x, x) == 0
+    assert rounding.difference([x, x + 1], [x, x]) > 0.1
+    assert rounding.difference(x / 0, x) == math.inf
 
 
 @torch.no_grad()

@@ -109,6 +109,34 @@ def test_convolution_and_its_tail(name: str, tail: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_small_excitations_run_image_by_image(kernel: int, threads: int) -> None:
+    """One thread takes an image from its squeeze to its gates while another is at the next."""
+    model = Tail(nn.Conv2d(24, 40, kernel, padding=kernel // 2), True, True, True)
+    x = torch.randn(9, 24, 13, 11)
+    program = Program(Rewriter(model.eval()).run(), x, threads, {})
+    assert sum(step.kind == kernels.Kind.IMAGES for step in program.parts[0].steps) == 1
+    first = program.run(x)
+    assert all(torch.equal(program.run(x), first) for _ in range(20))
+    assert error(first, model, x) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [1, 2, 7])
+def test_excitation_is_summed_in_float64(images: int) -> None:
+    """Means of 1000 whose weighted sum is near 0: sums in float32 fail this by two digits."""
+    model = SqueezeExcitation(512, hidden=96)
+    signs = torch.tensor([1.0, -1.0]).repeat(256)
+    model.fc1.weight.mul_(0.05).add_(signs)
+    x = 1000 + torch.randn(images, 512, 1, 1)  # one pixel: means are exact
+    found = native(nn.Sequential(model), x)
+    hidden = model.double().fc1(x.double().mean((2, 3)))
+    assert hidden.abs().max() < 500  # of 512,000 that are added up
+    assert error(found, model, x) < 1e-6
+
+
+@torch.no_grad()
 def test_winograd_rounds_little() -> None:
     """Root mean square error of F(4×4, 3×3): 1.2e-6 with the points ±1/√2, ±√2.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,10 @@ from senet.ops.reference import GATES
 
 # Rows of a task that passes over a map once.
 _PASS_ROWS = 256
+# Weights of an excitation that stay in a core's cache from image to image.
+_CACHED_WEIGHTS = 1 << 15
+# Images whose gates a task computes with one panel of weights.
+_EXCITATION_IMAGES = 8
 Constants = dict[tuple[object, ...], Tensor]
 Maps = Mapping[str, Map | Buffer | None]
 
@@ -241,18 +246,32 @@ class Builder:
     def linear(self, name: str, module: nn.Linear, x: Map, y: Map) -> None:
         """y = W x + b for vectors."""
         bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
-        self._matrix(name, module.weight, bias, x, y, kernels.LINEAR)
+        packed = self._matrix(name, module.weight, bias)
+        self._product({"x": x, "y": y}, *packed, kernels.LINEAR, Geometry())
 
-    def _matrix(
-        self, name: str, weight: Tensor, bias: Tensor, x: Map, y: Map, activation: int
-    ) -> None:
-        self._product(
-            {"x": x, "y": y},
+    def _matrix(self, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (outputs, inputs) and bias (outputs,) in the kernels' order."""
+        return (
             self.constant((name, "panels"), lambda: packing.panels(weight[None])),
             self.constant((name, "panel bias"), lambda: packing.panel_bias(bias, 1)),
-            activation,
-            Geometry(),
         )
+
+    @contextmanager
+    def _image_by_image(self, x: Map, y: Map) -> Iterator[None]:
+        """Let one thread run the steps that are added here for an image, then for another one."""
+        start = len(self.steps)
+        self.emit(Kind.IMAGES, {"x": x, "y": y}, {})
+        yield
+        last = len(self.steps) - 1
+        first = self.steps[start]
+        assert isinstance(first, NativeStep)
+        first.fields["rows"] = last - start
+        for step in self.steps[start:]:  # images are at different steps at the same time
+            assert isinstance(step, NativeStep)
+            for where in step.maps.values():
+                buffer = where if isinstance(where, Buffer) else where.buffer
+                buffer.use(start)
+                buffer.use(last)
 
     def means(self, x: Map, geometry: Geometry, y: Map) -> None:
         """y (N, taps · C): mean of what each tap sees of x."""
@@ -263,6 +282,8 @@ class Builder:
         parts = new_map((N * blocks, 1, 1, C))
         self.emit(Kind.SUMS, {"x": x, "y": parts}, {"rows": rows})
         OH, OW = geometry.output(H, W)
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        self.scratch = max(self.scratch, C * (2 * taps + 1))  # sums in float64, and a line
         self.emit(
             Kind.MEANS,
             {"x": x, "weights": parts, "y": y},
@@ -271,6 +292,15 @@ class Builder:
 
     def gates(self, name: str, module: SqueezeGate, x: Map, y: Map) -> None:
         """The gates y (N,C) of an SE block that `native_gate` accepts."""
+        weights = module.weight1.numel() + module.weight2.numel()
+        if x.shape[0] >= 2 * self.threads and weights <= _CACHED_WEIGHTS:
+            with self._image_by_image(x, y):
+                self._gates(name, module, x, y, images=1)
+        else:
+            self._gates(name, module, x, y, images=_EXCITATION_IMAGES)
+
+    def _gates(self, name: str, module: SqueezeGate, x: Map, y: Map, images: int) -> None:
+        """`gates` with so many images a task of the products."""
         geometry = Geometry()
         if module.geometry is not None:
             kernel, padding, dilation = module.geometry
@@ -279,9 +309,18 @@ class Builder:
         squeezed = new_map((N, 1, 1, depth))
         hidden = new_map((N, 1, 1, module.weight1.shape[0]))
         self.means(x, geometry, squeezed)
-        self._matrix(f"{name}.fc1", module.weight1, module.bias1, squeezed, hidden, kernels.RELU)
         gate = kernels.FIRST_GATE + GATES.index(module.gate_name)
-        self._matrix(f"{name}.fc2", module.weight2, module.bias2, hidden, y, gate)
+        for part, weight, bias, source, target, activation in (
+            ("fc1", module.weight1, module.bias1, squeezed, hidden, kernels.RELU),
+            ("fc2", module.weight2, module.bias2, hidden, y, gate),
+        ):
+            packed, packed_bias = self._matrix(f"{name}.{part}", weight, bias)
+            self.emit(
+                Kind.EXCITATION,
+                {"x": source, "y": target},
+                {"activation": activation, "rows": images},
+                {"weights": packed, "bias": packed_bias},
+            )
 
     def pointwise(
         self,

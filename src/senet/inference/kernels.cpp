@@ -27,6 +27,8 @@ enum Kind {
   kSums,
   kMeans,
   kPointwise,
+  kExcitation,
+  kImages,
 };
 
 // One step of a program. Maps are channels_last: element (n, h, w, c) of x lies at
@@ -64,6 +66,7 @@ namespace {
 #include "kernels_product.h"
 #include "kernels_convolution.h"
 #include "kernels_winograd.h"
+#include "kernels_excitation.h"
 #include "kernels_passes.h"
 #include "kernels_program.h"
 }  // namespace
@@ -83,6 +86,7 @@ namespace {
 #include "kernels_product.h"
 #include "kernels_convolution.h"
 #include "kernels_winograd.h"
+#include "kernels_excitation.h"
 #include "kernels_passes.h"
 #include "kernels_program.h"
 }  // namespace
@@ -101,6 +105,7 @@ namespace {
 #include "kernels_product.h"
 #include "kernels_convolution.h"
 #include "kernels_winograd.h"
+#include "kernels_excitation.h"
 #include "kernels_passes.h"
 #include "kernels_program.h"
 }  // namespace

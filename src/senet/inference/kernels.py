@@ -27,6 +27,8 @@ class Kind(IntEnum):
     SUMS = 8
     MEANS = 9
     POINTWISE = 10
+    EXCITATION = 11
+    IMAGES = 12
 
 
 # Activations of a step: none, ReLU, and from here on the gates of senet.ops in their order.

@@ -44,23 +44,36 @@ void pool(const Step& s, int64_t task) {
 // Sums over parts of an image: x → y[N][blocks][y_ld], a task is one part of one image.
 SENET_INLINE int64_t sum_blocks(const Step& s) { return ceil_div(s.H * s.W, s.rows); }
 
+// Rows are added in runs, and the runs to each other: fewer additions one behind the other round less.
 template <int kVectors>
 SENET_INLINE void sum_columns(const float* x, int64_t ld, int64_t rows, float* to, int64_t columns) {
-  V sum[2][kVectors] = {};
-  int64_t r = 0;
-  for (; r + 2 <= rows; r += 2)
-    for (int u = 0; u < 2; ++u)
-      for (int v = 0; v < kVectors; ++v) sum[u][v] += load<kWidth>(x + (r + u) * ld + v * kWidth);
-  if (r < rows)
-    for (int v = 0; v < kVectors; ++v) sum[0][v] += load<kWidth>(x + r * ld + v * kWidth);
-  for (int v = 0; v < kVectors; ++v)
-    store_columns(to + v * kWidth, sum[0][v] + sum[1][v], columns - v * kWidth);
+  constexpr int kSums = 8 / kVectors;  // of each column: they hide the latency of an addition
+  constexpr int64_t kRun = 64;
+  V total[kVectors] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRun) {
+    const int64_t end = std::min(rows, begin + kRun);
+    V sum[kSums][kVectors] = {};
+    int64_t r = begin;
+    for (; r + kSums <= end; r += kSums)
+      for (int u = 0; u < kSums; ++u)
+        for (int v = 0; v < kVectors; ++v)
+          sum[u][v] += load<kWidth>(x + (r + u) * ld + v * kWidth);
+    for (; r < end; ++r)
+      for (int v = 0; v < kVectors; ++v) sum[0][v] += load<kWidth>(x + r * ld + v * kWidth);
+    for (int half = kSums / 2; half > 0; half /= 2)
+      for (int u = 0; u < half; ++u)
+        for (int v = 0; v < kVectors; ++v) sum[u][v] += sum[u + half][v];
+    for (int v = 0; v < kVectors; ++v) total[v] += sum[0][v];
+  }
+  for (int v = 0; v < kVectors; ++v) store_columns(to + v * kWidth, total[v], columns - v * kWidth);
 }
 
 void sum_rows(const float* x, int64_t ld, int64_t rows, float* to, int64_t columns) {
   int64_t c = 0;
   for (; c + 4 * kWidth <= columns; c += 4 * kWidth)
     sum_columns<4>(x + c, ld, rows, to + c, columns - c);
+  for (; c + 2 * kWidth <= columns; c += 2 * kWidth)
+    sum_columns<2>(x + c, ld, rows, to + c, columns - c);
   for (; c < columns; c += kWidth) sum_columns<1>(x + c, ld, rows, to + c, columns - c);
 }
 
@@ -70,35 +83,56 @@ void sums(const Step& s, int64_t task) {
   sum_rows(s.x + (n * pixels + begin) * s.x_ld, s.x_ld, end - begin, s.y + task * s.y_ld, s.C);
 }
 
-// The part of a sum that tap (i, j) of a convolution of stride 1 does not see, taken off `total`.
-void take_off_border(const Step& s, const float* image, int64_t i, int64_t j, float* total) {
-  const int64_t h0 = std::max<int64_t>(0, i * s.dilation_h - s.pad_h);
-  const int64_t h1 = std::min(s.H, s.OH + i * s.dilation_h - s.pad_h);
-  const int64_t w0 = std::max<int64_t>(0, j * s.dilation_w - s.pad_w);
-  const int64_t w1 = std::min(s.W, s.OW + j * s.dilation_w - s.pad_w);
-  for (int64_t h = 0; h < s.H; ++h) {
-    const bool seen = h >= h0 && h < h1;
-    for (int64_t w = 0; w < s.W; ++w) {
-      if (seen && w == w0) w = std::max(w0, w1);  // jump over the columns that are seen
-      if (w >= s.W) break;
-      const float* x = image + (h * s.W + w) * s.x_ld;
-      for (int64_t c = 0; c < s.C; ++c) total[c] -= x[c];
-    }
-  }
+// Which lines of the input, of `size` along one axis, tap `i` of a convolution of stride 1 does see.
+struct Seen {
+  int64_t begin, end;
+};
+SENET_INLINE Seen seen(int64_t i, int64_t size, int64_t outputs, int64_t dilation, int64_t padding) {
+  const int64_t first = i * dilation - padding;
+  const int64_t begin = std::min(size, std::max<int64_t>(0, first));
+  return {begin, std::max(begin, std::min(size, outputs + first))};
+}
+
+// Calls `line` for each line that a tap does not see.
+template <class F>
+SENET_INLINE void each_unseen(const Seen& part, int64_t size, const F& line) {
+  for (int64_t i = 0; i < part.begin; ++i) line(i);
+  for (int64_t i = part.end; i < size; ++i) line(i);
 }
 
 // Means per tap: `weights` is [N][blocks][C] from `sums`, x the map; y[N][kernel_h * kernel_w * C].
-void means(const Step& s, int64_t task) {
-  const int64_t taps = s.kernel_h * s.kernel_w, n = task / taps, tap = task % taps;
-  const int64_t blocks = sum_blocks(s);
-  float* to = s.y + n * s.y_ld + tap * s.C;
-  const float* part = s.weights + n * blocks * s.gates_ld;
-  copy(to, part, s.C);
-  for (int64_t b = 1; b < blocks; ++b)
-    for (int64_t c = 0; c < s.C; ++c) to[c] += part[b * s.gates_ld + c];
-  take_off_border(s, s.x + n * s.H * s.W * s.x_ld, tap / s.kernel_w, tap % s.kernel_w, to);
-  const float share = 1.0f / float(s.OH * s.OW);
-  for (int64_t c = 0; c < s.C; ++c) to[c] *= share;
+// A tap's sum is that of all pixels, less the rows and less the columns that it does not see, plus
+// the pixels that were taken off twice.
+void means(const Step& s, int64_t n, float* scratch) {
+  const int64_t blocks = sum_blocks(s), C = s.C, taps = s.kernel_h * s.kernel_w;
+  double* sums = reinterpret_cast<double*>(scratch);  // [kernel_h][kernel_w][C]
+  float* line = scratch + 2 * taps * C;
+  const auto tap = [&](int64_t i, int64_t j) { return sums + (i * s.kernel_w + j) * C; };
+  const auto add = [C](double* to, const float* from, double factor) {
+    for (int64_t c = 0; c < C; ++c) to[c] += factor * from[c];
+  };
+  const auto pixel = [&](int64_t h, int64_t w) { return s.x + ((n * s.H + h) * s.W + w) * s.x_ld; };
+  const auto rows = [&](int64_t i) { return seen(i, s.H, s.OH, s.dilation_h, s.pad_h); };
+  const auto columns = [&](int64_t j) { return seen(j, s.W, s.OW, s.dilation_w, s.pad_w); };
+  std::fill_n(sums, C, 0.0);
+  for (int64_t b = 0; b < blocks; ++b) add(sums, s.weights + (n * blocks + b) * s.gates_ld, 1);
+  for (int64_t t = 1; t < taps; ++t) std::copy_n(sums, C, sums + t * C);
+  for (int64_t i = 0; i < s.kernel_h; ++i)
+    each_unseen(rows(i), s.H, [&](int64_t h) {
+      sum_rows(pixel(h, 0), s.x_ld, s.W, line, C);
+      for (int64_t j = 0; j < s.kernel_w; ++j) add(tap(i, j), line, -1);
+    });
+  for (int64_t j = 0; j < s.kernel_w; ++j)
+    each_unseen(columns(j), s.W, [&](int64_t w) {
+      sum_rows(pixel(0, w), s.W * s.x_ld, s.H, line, C);
+      for (int64_t i = 0; i < s.kernel_h; ++i) {
+        add(tap(i, j), line, -1);
+        each_unseen(rows(i), s.H, [&](int64_t h) { add(tap(i, j), pixel(h, w), 1); });
+      }
+    });
+  const double share = 1.0 / double(s.OH * s.OW);
+  float* to = s.y + n * s.y_ld;
+  for (int64_t c = 0; c < taps * C; ++c) to[c] = float(sums[c] * share);
 }
 
 // y = activation(gates * (x * weights + bias) + shortcut), each part optional; a task is `rows` rows

@@ -15,11 +15,25 @@ int64_t task_count(const Step& s) {
     case kSums:
       return s.N * sum_blocks(s);
     case kMeans:
-      return s.N * s.kernel_h * s.kernel_w;
+    case kImages:
+      return s.N;
     case kPointwise:
       return s.N * ceil_div(s.H * s.W, s.rows);
+    case kExcitation:
+      return excitation_tasks(s);
     default:  // depthwise convolution, pooling
       return s.N * s.OH;
+  }
+}
+
+void run_task(const Step& s, int64_t task, float* scratch);
+
+// The `rows` steps behind this one, for one image: their tasks are in the order of images, as many
+// for each. What one writes is in the cache for the next, and no thread waits between them.
+void images(const Step& s, int64_t image, float* scratch) {
+  for (const Step* step = &s + 1; step <= &s + s.rows; ++step) {
+    const int64_t tasks = task_count(*step) / s.N;
+    for (int64_t t = image * tasks; t < (image + 1) * tasks; ++t) run_task(*step, t, scratch);
   }
 }
 
@@ -39,9 +53,13 @@ void run_task(const Step& s, int64_t task, float* scratch) {
     case kSums:
       return sums(s, task);
     case kMeans:
-      return means(s, task);
+      return means(s, task, scratch);
     case kPointwise:
       return pointwise(s, task);
+    case kExcitation:
+      return excitation(s, task);
+    case kImages:
+      return images(s, task, scratch);
     case kDepthwise:
       return depthwise(s, task);
     case kMaxPool:
@@ -80,6 +98,7 @@ void run(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t sc
         __atomic_fetch_add(&s.done, 1, __ATOMIC_RELEASE);
       }
       wait_until_done(s, tasks);
+      if (s.kind == kImages) i += s.rows;
     }
   }
 }

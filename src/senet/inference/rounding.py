@@ -1,0 +1,56 @@
+"""How far another order of summation may be from a network's own result."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# How much further off than the network's own rounding a result may be.
+_FACTOR = 10
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """Largest difference of two outputs, relative to the largest number in the second.
+
+    Args:
+        found: tensors in any nesting of containers.
+        wanted: the same nesting.
+
+    Returns:
+        inf if anything is not finite.
+    """
+    first, second = torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(wanted)
+    assert len(first) == len(second)
+    worst = 0.0
+    for x, y in zip(first, second, strict=True):
+        if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
+            scale = max(float(y.abs().max()), torch.finfo(y.dtype).tiny)
+            found = float((x - y).abs().max()) / scale
+            worst = max(worst, found) if math.isfinite(found) else math.inf
+    return worst
+
+
+@torch.no_grad()
+def allowed(model: nn.Module, x: Tensor, wanted: Any, tolerance: float) -> float:
+    """The largest difference from `wanted` that rounding explains.
+
+    A deep network with fresh weights may amplify rounding a thousandfold: then its own result is as
+    far from the exact one as any other order of summation. That is measured in float64, on the CPU.
+
+    Args:
+        model: network in evaluation mode.
+        x: input of it.
+        wanted: what it returns for x.
+        tolerance: what is allowed in any case.
+
+    Returns:
+        `tolerance`, or ten times the network's own distance from float64 where that is more.
+    """
+    exact = copy.deepcopy(model).cpu().double()(x.cpu().double())
+    on_cpu = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.cpu().double(), wanted)
+    own = difference(on_cpu, exact)
+    return max(tolerance, _FACTOR * own) if math.isfinite(own) else tolerance
