@@ -25,7 +25,10 @@ OPS_HEADERS = [
 ]
 INFERENCE_HEADERS = [
     f"{INFERENCE}/kernels_{part}.h"
-    for part in ("product", "convolution", "winograd", "excitation", "passes", "program")
+    for part in (
+        *("product", "convolution", "winograd", "grouped"),
+        *("excitation", "passes", "program"),
+    )
 ]
 
 setup(

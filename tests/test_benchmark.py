@@ -12,7 +12,9 @@ import torch
 from cli_tools import run
 from senet import benchmark, benchmark_inference, benchmark_ops, benchmark_train
 from senet.benchmark import Case, Contestant
+from senet.data import Preprocessing
 from senet.errors import SenetError, UserError
+from senet.factory import create_model
 
 TINY = (2, 16, 4, 4)
 
@@ -207,6 +209,33 @@ def test_inference_of_all_engines_but_the_slow_to_start(
     lines = [line for line in found.out.splitlines() if "SE costs" in line]
     assert len(lines) == 2
     assert "as fast as the fastest peer (eager " in lines[0]
+
+
+def test_inference_of_the_users_own_networks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchmark, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark_inference, "ENGINES", ("eager",))
+    trained = tmp_path / "trained"
+    model = create_model("se_resnet8_cifar", num_classes=3, in_channels=1)
+    model.preprocessing = Preprocessing(28, None, (0.5,), (0.5,), channels=1).to_dict()
+    model.save_pretrained(trained)
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "from torch import nn\n"
+        "def small():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 8), nn.AvgPool2d(28), nn.Flatten())\n"
+    )
+    names = f"{trained},{code}:small"
+    flags = ("--models", names, "--batch-sizes", 2, "--rounds", 1, "--warmup", 1, "--no-compile")
+    found = run(capsys, "bench", "inference", *flags, "--no-tune-allocator")
+    assert found.code == 0, found.err
+    ours, other = found.out.splitlines()[-2:]
+    assert ours.startswith(f"{trained}, batch 2: senet.optimize: SE costs ")
+    assert f"the fastest plain peer (eager resnet8_cifar for {trained})" in ours
+    assert other.startswith(f"{code}:small, batch 2: senet.optimize: ")
+    assert other.endswith(f"as fast as the fastest peer (eager {code}:small)")
+    assert "SE costs" not in other
 
 
 def test_peers_of_inference_are_timms_networks() -> None:

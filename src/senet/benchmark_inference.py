@@ -23,7 +23,7 @@ from senet.export_onnx import write_onnx
 from senet.export_runtimes import onnx_session, open_exported, openvino_session, optional
 from senet.factory import create_model
 from senet.inference import optimize
-from senet.models import entry
+from senet.models import entry, list_models
 
 BATCH_SIZES = (1, 16)
 # timm's names of the same networks; CIFAR networks have no counterpart there.
@@ -92,44 +92,55 @@ def _engines(
     return found
 
 
-def _plain_name(name: str) -> str:
-    """The network without SE of a network."""
-    found = entry(name)
-    return found.twin if found.se else name
+def _without_se(name: str, model: nn.Module) -> _Subject | None:
+    """The same network without SE; None where there is no saying which that is."""
+    if name in list_models():
+        twin = entry(name).twin
+        return _Subject(twin, create_model(twin))
+    config = getattr(model, "config", {})
+    known = config.get("name", "")
+    if known not in list_models() or not entry(known).se or "inserted" in config:
+        return None
+    sizes = {key: config[key] for key in ("num_classes", "in_channels")}
+    twin = entry(known).twin
+    return _Subject(f"{twin} for {name}", create_model(twin, **sizes))
 
 
 def contestants(
-    name: str, batch: int, *, engines: Sequence[str] = ENGINES, plain_peers: bool = True
+    name: str,
+    batch: int,
+    *,
+    engines: Sequence[str] = ENGINES,
+    plain_peers: bool = True,
+    open_model: Callable[[str], nn.Module] = create_model,
 ) -> list[Contestant]:
     """Ours and the peers' for a network and its plain one; ours first."""
     torch.manual_seed(0)
-    model, plain = create_model(name).eval(), create_model(_plain_name(name)).eval()
-    x = torch.randn(batch, *model.input_size)
+    model = open_model(name).cpu().float().eval()
+    plain = _without_se(name, model)
+    x = torch.randn(batch, *getattr(model, "input_size", (3, 224, 224)))
     folder = Path(tempfile.mkdtemp(prefix="senet-bench-"))
+    subjects = [_Subject(name, model), *([] if plain is None else [plain])]
     found = [
-        Contestant(f"{OURS} {name}", _guarded(optimize(model, x), x)),
-        Contestant(f"{OURS} {_plain_name(name)}", _guarded(optimize(plain, x), x)),
+        Contestant(f"{OURS} {s.label}", _guarded(optimize(s.model.eval(), x), x)) for s in subjects
     ]
     if EXPORTED in engines:
         exported = folder / "ours.onnx"
         report = export(model, exported, example_input=x, batch=batch)
         run = open_exported(exported).run
         found.append(Contestant(f"senet.export {name} ({report.form})", lambda: run(x)))
-    subjects = _subjects(name, model, plain)
-    for subject in subjects if plain_peers else subjects[:1]:
+    peers = [_as_timm(subject) for subject in subjects]
+    for subject in peers if plain_peers else peers[:1]:
         found += _engines(subject, x, folder, engines)
     return found
 
 
-def _subjects(name: str, model: nn.Module, plain: nn.Module) -> list[_Subject]:
-    """What the peers run: timm's networks where it has them, else ours."""
-    if name not in PEERS:
-        return [_Subject(name, model), _Subject(_plain_name(name), plain)]
-    timm = optional("timm")
-    peers = [PEERS[name]]
-    if _plain_name(name) in PEERS:
-        peers.append(PEERS[_plain_name(name)])
-    return [_Subject(f"timm {peer}", timm.create_model(peer)) for peer in peers]
+def _as_timm(subject: _Subject) -> _Subject:
+    """What the peers run: timm's network where it has the same, else ours."""
+    if subject.label not in PEERS:
+        return subject
+    peer = PEERS[subject.label]
+    return _Subject(f"timm {peer}", optional("timm").create_model(peer))
 
 
 def cases(
@@ -138,14 +149,16 @@ def cases(
     *,
     engines: Sequence[str] = ENGINES,
     plain_peers: bool = True,
+    open_model: Callable[[str], nn.Module] = create_model,
 ) -> list[Case]:
     """A case for each network and batch.
 
     Args:
-        models: names of our networks with SE.
+        models: names of our networks with SE, or anything else that `open_model` takes.
         batch_sizes: images of a batch.
         engines: some of `ENGINES`, beside `senet.optimize`.
         plain_peers: whether the peers run the plain network too; ours does in any case.
+        open_model: gives the network of a name, once for each batch.
 
     Raises:
         UserError: unknown network, one without SE, an unknown engine, or a batch below 1.
@@ -156,13 +169,20 @@ def cases(
     if min(batch_sizes) < 1:
         raise UserError(f"--batch-sizes must be at least 1, got {tuple(batch_sizes)}")
     for name in models:
-        if not entry(name).se:
+        if name in list_models() and not entry(name).se:
             raise UserError(f"{name} has no SE blocks: name {entry(name).twin} instead")
     return [
         Case(
             "inference",
             f"{name}, batch {batch}",
-            functools.partial(contestants, name, batch, engines=engines, plain_peers=plain_peers),
+            functools.partial(
+                contestants,
+                name,
+                batch,
+                engines=engines,
+                plain_peers=plain_peers,
+                open_model=open_model,
+            ),
         )
         for name in models
         for batch in batch_sizes
@@ -174,12 +194,14 @@ def conclusions(measurements: Sequence[Measurement]) -> list[str]:
     lines = []
     for case in dict.fromkeys(m.case for m in measurements):
         rows = [m for m in measurements if m.case == case]
-        name = case.partition(",")[0]
-        plain = _plain_name(name)
-        price = next(1 / m.ratio for m in rows if m.contestant == f"{OURS} {plain}")
+        prices = [m for m in rows if m.contestant.startswith(f"{OURS} ")][1:]
+        parts = []
+        plain = ""
+        if prices:
+            plain = prices[0].contestant.removeprefix(f"{OURS} ")
+            parts.append(f"SE costs {100 * (1 / prices[0].ratio - 1):+.1f}%")
         peers = [m for m in rows if not m.contestant.startswith("senet.")]
         without = [m for m in peers if m.contestant.endswith(f" {PEERS.get(plain, plain)}")]
-        parts = [f"SE costs {100 * (price - 1):+.1f}%"]
         if without:
             best = min(without, key=lambda m: m.ratio)
             parts.append(f"{best.ratio:.2f}× as fast as the fastest plain peer ({best.contestant})")

@@ -1,5 +1,6 @@
 """`senet bench`: our speed against the peers', on this machine."""
 
+import copy
 import itertools
 import shlex
 import sys
@@ -18,6 +19,8 @@ from senet.units import print_table
 from .options import Names, Switch, Whole, WholeNumbers, prepare_process
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from senet.benchmark import Case, Measurement
 
 
@@ -58,8 +61,9 @@ def bench(
         what: 'ops' for the operators and a copy of the same map; 'train' for a training step of
             (SE-)ResNet-50 and its peak memory; 'inference' for senet.optimize and senet.export
             against timm, torch.compile, ONNX Runtime and OpenVINO.
-        models: networks with SE, with commas between them (default: se_resnet50); only with
-            'inference', which runs the network without SE too.
+        models: what to run, with commas between them (default: se_resnet50): networks with SE, run
+            folders or checkpoints of yours, 'torchvision:NAME', 'timm:NAME' or 'FILE.py:FUNCTION';
+            only with 'inference', which runs the network without SE too where it is known.
         rounds: measured rounds; each contestant has a turn in each.
         warmup: rounds before that.
         batch_sizes: images at a time, such as 8,16 (default: both for 'train', 1,16 for
@@ -154,10 +158,29 @@ def _plan(
         for engine in benchmark_inference.ENGINES
         if compiled or engine != benchmark_inference.COMPILED
     ]
+    models = models or ("se_resnet50",)
+    opened = {name: _open_model(name) for name in models}  # a wrong name is told before all work
     cases = benchmark_inference.cases(
-        models or ("se_resnet50",), batch_sizes or benchmark_inference.BATCH_SIZES, engines=engines
+        models,
+        batch_sizes or benchmark_inference.BATCH_SIZES,
+        engines=engines,
+        open_model=lambda name: copy.deepcopy(opened[name]),
     )
     return _Plan(cases, benchmark_inference.conclusions)
+
+
+def _open_model(name: str) -> "nn.Module":
+    """A network of the user's, or of a name."""
+    if Path(name).exists():
+        from senet.training.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(Path(name))
+        found = checkpoint.preprocessing  # its images, which may be others than the network's own
+        checkpoint.model.input_size = (found.channels, found.image_size, found.image_size)
+        return checkpoint.model
+    from senet.sources import open_source
+
+    return open_source(name)
 
 
 def _bench_gpu(

@@ -17,6 +17,7 @@ from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.schedule import (
     Geometry,
     convolution_tasks,
+    narrow_groups,
     row_stride,
     winograd_tasks,
     winograd_tile,
@@ -156,7 +157,12 @@ class Builder:
         tile = winograd_tile(geometry, C, y.shape[3], H, W)
         maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
         if geometry.groups == C == y.shape[3] and C > 1:
-            self._depthwise(name, module, geometry, maps, activation)
+            taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
+            self._by_rows(Kind.DEPTHWISE, name, module, taps, geometry, maps, activation)
+            return None
+        if narrow_groups(geometry, C, y.shape[3]):
+            taps = self.constant((name, "taps"), lambda: packing.grouped(module.weight))
+            self._by_rows(Kind.GROUPED, name, module, taps, geometry, maps, activation)
             return None
         if tile:
             return self._winograd(name, module, geometry, maps, activation, tile, sums)
@@ -242,18 +248,21 @@ class Builder:
             self.emit(Kind.WINOGRAD, maps, fields, constants)
         return summed
 
-    def _depthwise(
+    def _by_rows(
         self,
+        kind: Kind,
         name: str,
         module: FusedConv,
+        taps: Tensor,
         geometry: Geometry,
         maps: Maps,
         activation: int,
     ) -> None:
+        """A convolution in rows of the output, and what follows it in a pass of its own."""
         x, y = maps["x"], maps["y"]
         assert isinstance(y, Map)
         constants = {
-            "weights": self.constant((name, "taps"), lambda: packing.depthwise(module.weight)),
+            "weights": taps,
             "bias": self.constant((name, "bias"), lambda: module.bias),
         }
         alone = maps["gates"] is None and maps["shortcut"] is None
@@ -262,7 +271,7 @@ class Builder:
             "activation": activation if alone else kernels.LINEAR,
         }
         target = y if alone else new_map(y.shape)
-        self.emit(Kind.DEPTHWISE, {"x": x, "y": target}, fields, constants)
+        self.emit(kind, {"x": x, "y": target}, fields, constants)
         if not alone:
             rest = {key: maps[key] for key in ("gates", "shortcut")}
             self.emit(

@@ -29,6 +29,7 @@ enum Kind {
   kPointwise,
   kExcitation,
   kImages,
+  kGrouped,
 };
 
 // One step of a program. Maps are channels_last: element (n, h, w, c) of x lies at
@@ -67,6 +68,7 @@ namespace {
 #include "kernels_product.h"
 #include "kernels_convolution.h"
 #include "kernels_winograd.h"
+#include "kernels_grouped.h"
 #include "kernels_excitation.h"
 #include "kernels_passes.h"
 #include "kernels_program.h"
@@ -87,6 +89,7 @@ namespace {
 #include "kernels_product.h"
 #include "kernels_convolution.h"
 #include "kernels_winograd.h"
+#include "kernels_grouped.h"
 #include "kernels_excitation.h"
 #include "kernels_passes.h"
 #include "kernels_program.h"
@@ -106,6 +109,7 @@ namespace {
 #include "kernels_product.h"
 #include "kernels_convolution.h"
 #include "kernels_winograd.h"
+#include "kernels_grouped.h"
 #include "kernels_excitation.h"
 #include "kernels_passes.h"
 #include "kernels_program.h"

@@ -29,6 +29,7 @@ class Kind(IntEnum):
     POINTWISE = 10
     EXCITATION = 11
     IMAGES = 12
+    GROUPED = 13
 
 
 # Activations of a step: none, ReLU, and from here on the gates of senet.ops in their order.

@@ -21,7 +21,7 @@ int64_t task_count(const Step& s) {
       return s.N * ceil_div(s.H * s.W, s.rows);
     case kExcitation:
       return excitation_tasks(s);
-    default:  // depthwise convolution, pooling
+    default:  // depthwise and grouped convolution, pooling
       return s.N * s.OH;
   }
 }
@@ -60,6 +60,8 @@ void run_task(const Step& s, int64_t task, float* scratch) {
       return excitation(s, task);
     case kImages:
       return images(s, task, scratch);
+    case kGrouped:
+      return grouped(s, task);
     case kDepthwise:
       return depthwise(s, task);
     case kMaxPool:

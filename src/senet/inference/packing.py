@@ -88,3 +88,8 @@ def winograd(weight: Tensor, tile: int) -> Tensor:
 def depthwise(weight: Tensor) -> Tensor:
     """Weight (C, 1, kh, kw) → (kh × kw, C)."""
     return weight.flatten(1).t().contiguous()
+
+
+def grouped(weight: Tensor) -> Tensor:
+    """Weight (C, C/groups, kh, kw) → (kh, kw, C/groups, C)."""
+    return weight.permute(2, 3, 1, 0).contiguous()

@@ -126,6 +126,15 @@ def winograd_tile(geometry: Geometry, C: int, OC: int, H: int, W: int) -> int:
     return best if cost[best] < 0.7 * 9 * height * width else 0
 
 
+def narrow_groups(geometry: Geometry, C: int, OC: int) -> bool:
+    """Whether a 3×3 convolution's groups are narrower than a vector."""
+    if geometry.kernel != (3, 3) or geometry.dilation != (1, 1) or OC != C:
+        return False
+    lanes = kernels.PANEL // 2
+    width = C // geometry.groups
+    return geometry.stride in ((1, 1), (2, 2)) and width in (2, 4, 8) and 8 <= lanes >= width
+
+
 def winograd_tasks(tile: int, tiles: int, C: int, panels: int, threads: int) -> tuple[Tasks, bool]:
     """The tasks of a Winograd convolution; whether patches come first, for all threads."""
     points, ld = (tile + 2) ** 2, row_stride(C)
