@@ -184,7 +184,8 @@ class Lowering:
         match module:
             case FusedConv() | Pointwise():
                 gates, shortcut = (*maps[1:], None, None)[:2]
-                y = self._over(node, shortcut, x)
+                in_place = isinstance(module, Pointwise) and shortcut is None
+                y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)
                 if isinstance(module, FusedConv):
                     squeezed = self._feeds_gate(node)
                     sums = self.builder.convolution(
