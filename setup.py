@@ -20,7 +20,8 @@ OPTIONS = [
     "-Wno-psabi",
 ]
 OPS_HEADERS = [
-    f"{OPS}/cpu_{part}.h" for part in ("types", "vector", "passes", "gate", "tail", "backward")
+    f"{OPS}/cpu_{part}.h"
+    for part in ("types", "vector", "passes", "gate", "tail", "backward", "join")
 ]
 INFERENCE_HEADERS = [
     f"{INFERENCE}/kernels_{part}.h"

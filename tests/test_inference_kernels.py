@@ -229,6 +229,73 @@ def test_concat_of_parts_from_kernels_and_from_pytorch() -> None:
     assert error(program.run(x), model, x) < TOLERANCE
 
 
+class SqueezedBranches(nn.Module):
+    """As an Inception module: convolutions of several kinds and pooling, joined, SE, a reader."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(20, 21, 1), nn.Conv2d(20, 48, 3, padding=1)
+        self.c = nn.Conv2d(20, wide, (1, 3), padding=(0, 1))
+        self.se = SqueezeExcitation(21 + 48 + wide + 20, 4)
+        self.d = nn.Conv2d(self.se.channels, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.nn.functional.max_pool2d(x, 3, 1, 1)
+        parts = [torch.relu(self.a(x)), torch.relu(self.b(x)), torch.relu(self.c(pooled)), pooled]
+        return self.d(self.se(torch.cat(parts, 1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "wide"), [((40, 37), 16), ((6, 5), 300), ((1, 1), 16)])
+@pytest.mark.parametrize("images", [1, 3, 7])
+def test_se_alone_behind_branches(size: tuple[int, int], wide: int, images: int) -> None:
+    """Convolutions write where the concat lies and add up what they write; nothing is copied."""
+    model = SqueezedBranches(wide).eval()
+    nn.init.normal_(model.se.fc2.weight)
+    x, graph = torch.randn(images, 20, *size), Rewriter(model).run()
+    for threads in (1, 2):
+        program = Program(graph, x, threads, {})
+        (part,) = program.parts
+        kinds = [kernels.Kind(step.kind) for step in part.steps]
+        groups = kinds.count(kernels.Kind.INPUT)  # of images
+        assert sum(bool(step.sums) for step in part.steps) == 3 * groups
+        assert kinds.count(kernels.Kind.SUMS) == groups  # the pooled branch
+        assert kinds.count(kernels.Kind.POINTWISE) == groups  # the scaling
+        assert error(program.run(x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_branches_in_groups_of_images() -> None:
+    class Grouped(SqueezedBranches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean((2, 3))
+
+    model = Grouped(16).eval()
+    x = torch.randn(4, 20, 160, 160)
+    program = Program(Rewriter(model).run(), x, 2, {})
+    steps = program.parts[0].steps
+    assert sum(step.kind == kernels.Kind.INPUT for step in steps) > 1
+    assert sum(bool(step.sums) for step in steps) > 3
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_scaling_spares_a_map_that_is_read_again() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.se = nn.Conv2d(8, 20, 1), SqueezeExcitation(20, 4)
+            self.after = nn.Conv2d(20, 20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.conv(x))
+            return self.after(self.se(y)) + self.after(y)
+
+    model = Twice().eval()
+    x = torch.randn(2, 8, 9, 9)
+    assert error(native(model, x), model, x) < TOLERANCE
+
+
 @torch.no_grad()
 def test_groups_of_images_give_the_same_as_the_whole_batch() -> None:
     model = nn.Sequential(

@@ -203,8 +203,8 @@ class SqueezeExcitation(nn.Module):
         """
         if not torch.jit.is_tracing():  # a trace would take the comparisons for constants
             self._check(x, mask)
-        if mask is None and not _leaves_process(x) and _fusable(self):
-            return ops.squeeze_excite(x, *_gate_parameters(self), self.gate_name)
+        if mask is None and not leaves_process(x) and fusable(self):
+            return ops.squeeze_excite(x, *gate_parameters(self), self.gate_name)
         return x * self.excite(x, None if mask is None else mask != 0).to(x.dtype)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
@@ -281,7 +281,7 @@ def residual_tail(
     Returns:
         (N,C,*), dtype of x.
     """
-    if _leaves_process(x) or not _fusable(bn, se, shortcut_bn):
+    if leaves_process(x) or not fusable(bn, se, shortcut_bn):
         out = bn(x)
         if se is not None:
             out = se(out)
@@ -291,18 +291,18 @@ def residual_tail(
     assert isinstance(bn, _BatchNorm)
     shortcut_norm = None
     if isinstance(shortcut_bn, _BatchNorm) and shortcut is not None:
-        if _own_statistics(bn) == _own_statistics(shortcut_bn):
-            shortcut, shortcut_norm = _step_norm(shortcut_bn, shortcut)
+        if own_statistics(bn) == own_statistics(shortcut_bn):
+            shortcut, shortcut_norm = step_norm(shortcut_bn, shortcut)
         else:  # one of them is frozen
             shortcut = shortcut_bn(shortcut)
-    x, norm = _step_norm(bn, x)
-    gate_parameters = (None,) * 4 if se is None else _gate_parameters(se)
+    x, norm = step_norm(bn, x)
+    gate = (None,) * 4 if se is None else gate_parameters(se)
     return ops.bn_se_add_relu(
         x,
         shortcut,
         *norm[:4],
-        *gate_parameters,
-        training=_own_statistics(bn),
+        *gate,
+        training=own_statistics(bn),
         momentum=norm.momentum,
         eps=norm.eps,
         gate="sigmoid" if se is None else se.gate_name,
@@ -314,12 +314,12 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)
 _said: set[str] = set()
 
 
-def _leaves_process(x: object) -> bool:
+def leaves_process(x: object) -> bool:
     """Whether the operations are being recorded for use outside this process."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor)
 
 
-def _fusable(*modules: nn.Module | None) -> bool:
+def fusable(*modules: nn.Module | None) -> bool:
     """Whether the operator computes what these modules would; says once why it does not."""
     for module in modules:
         why_not = None if module is None else _obstacle(module)
@@ -337,7 +337,7 @@ def _fusable(*modules: nn.Module | None) -> bool:
 def _obstacle(module: nn.Module) -> str | None:
     """Why a batch norm or an SE block cannot run in the fused operator, or None if it can."""
     if type(module) in _BATCH_NORMS:
-        return _hooked(module)
+        return hooked(module)
     if type(module) is not SqueezeExcitation:
         return f"{type(module).__name__}"
     if module.squeeze.method != "avg":
@@ -350,9 +350,9 @@ def _obstacle(module: nn.Module) -> str | None:
     for child in module._modules.values():
         if type(child) not in _SE_CHILDREN:
             return f"an SE block with {type(child).__name__}"
-        if child is not None and (why_not := _hooked(child)):
+        if child is not None and (why_not := hooked(child)):
             return why_not
-    return _hooked(module)
+    return hooked(module)
 
 
 _SE_CHILDREN = (
@@ -366,7 +366,8 @@ _SE_CHILDREN = (
 )
 
 
-def _hooked(module: nn.Module) -> str | None:
+def hooked(module: nn.Module) -> str | None:
+    """Says which module has hooks, if this one has; None for none."""
     hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -381,12 +382,12 @@ def _batch_statistics(bn: _BatchNorm) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _own_statistics(bn: _BatchNorm) -> bool:
+def own_statistics(bn: _BatchNorm) -> bool:
     """Whether the operator shall take the statistics from the batch it is given."""
     return _batch_statistics(bn) and not (isinstance(bn, SyncBatchNorm) and bn.synchronises)
 
 
-def _step_norm(bn: _BatchNorm, x: Tensor) -> tuple[Tensor, ops.BatchNorm]:
+def step_norm(bn: _BatchNorm, x: Tensor) -> tuple[Tensor, ops.BatchNorm]:
     """x and what the operator needs of a batch norm; counts the batch, as its forward does."""
     if isinstance(bn, SyncBatchNorm) and bn.synchronises:
         return bn.synchronise(x)
@@ -408,6 +409,9 @@ def _step_norm(bn: _BatchNorm, x: Tensor) -> tuple[Tensor, ops.BatchNorm]:
     )
 
 
-def _gate_parameters(se: SqueezeExcitation) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def gate_parameters(
+    se: SqueezeExcitation,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """w1, b1, w2, b2 as the operators take them."""
     fc1, fc2 = se.fc1, se.fc2
     return fc1.weight, fc1.bias, fc2.weight, fc2.bias

@@ -19,6 +19,7 @@ namespace {
 #include "cpu_gate.h"
 #include "cpu_tail.h"
 #include "cpu_backward.h"
+#include "cpu_join.h"
 }  // namespace
 #ifdef SENET_X86
 #pragma GCC pop_options
@@ -94,13 +95,65 @@ std::vector<double> run(const Shape& s, int normalization, int shortcut, bool re
   return all;
 }
 
+// The same for a join of four branches: s.C channels twice, 3 and 16.
+template <class T>
+std::vector<double> run_join(const Shape& s, const std::vector<int>& normalizations, bool gated,
+                             bool channels_last, int gate) {
+  using A = Accumulator<T>;
+  const int64_t sizes[] = {s.C, 3, s.C, 16}, C = 2 * s.C + 19, map = s.N * C * s.P;
+  const int64_t H = gated ? s.H : 0, squeeze = gated ? s.N * C : 0;
+  std::vector<std::vector<T>> x, dx;
+  std::vector<std::vector<A>> norms, dweight, dbias;
+  for (int64_t c : sizes) {
+    x.push_back(numbers<T>(s.N * c * s.P, 1 + c));
+    dx.push_back(x.back());
+    for (int64_t j = 0; j < 3; ++j) norms.push_back(numbers<A>(c, 5 + j));
+    norms.push_back(std::vector<A>(static_cast<size_t>(c), A(0.7)));
+    dweight.push_back(norms.back());
+    dbias.push_back(norms.back());
+  }
+  auto w1 = numbers<A>(H * C, 9), b1 = numbers<A>(H, 10), w2 = numbers<A>(C * H, 11);
+  auto b2 = numbers<A>(C, 12), dw1 = w1, db1 = b1, dw2 = w2, db2 = b2;
+  auto y = numbers<T>(map, 0), g = numbers<T>(map, 3);
+  auto statistics = numbers<A>(5 * C, 0), squeezed = numbers<A>(squeeze, 0), gates = squeezed;
+  auto hidden = numbers<A>(s.N * H, 0);
+
+  struct {
+    JoinArguments a;
+    JoinBranch branch[4];
+  } block{};
+  JoinArguments& a = block.a;
+  a.N = s.N, a.C = C, a.P = s.P, a.H = H, a.branches = 4;
+  a.channels_last = channels_last, a.threads = 2, a.gate = gate;
+  if (gated) a.w1 = w1.data(), a.b1 = b1.data(), a.w2 = w2.data(), a.b2 = b2.data();
+  a.y = y.data(), a.statistics = statistics.data(), a.squeezed = squeezed.data();
+  a.hidden = hidden.data(), a.gates = gates.data(), a.gradient = g.data();
+  if (gated) a.dw1 = dw1.data(), a.db1 = db1.data(), a.dw2 = dw2.data(), a.db2 = db2.data();
+  for (size_t k = 0; k < 4; ++k) {
+    auto* norm = &norms[4 * k];
+    block.branch[k] = {sizes[k], normalizations[k],
+                       {norm[0].data(), norm[1].data(), norm[2].data(), norm[3].data(), 1e-5, 0.0},
+                       x[k].data(), dx[k].data(), nullptr, nullptr};
+    if (normalizations[k] == kNone) continue;
+    block.branch[k].dweight = dweight[k].data(), block.branch[k].dbias = dbias[k].data();
+  }
+  std::vector<double> all{double(join_forward<T>(&a) + join_backward<T>(&a))};
+  for (T value : y) all.push_back(double(widen(value)));
+  for (const auto& values : dx)
+    for (T value : values) all.push_back(double(widen(value)));
+  for (const auto* lists : {&dweight, &dbias})
+    for (const auto& values : *lists)
+      for (A value : values) all.push_back(double(value));
+  for (const auto* values : {&dw1, &db1, &dw2, &db2})
+    for (A value : *values) all.push_back(double(value));
+  return all;
+}
+
 int checks = 0, failures = 0;
 
 // The bounds are loose: the numbers are checked by the Python tests, here they show a crossed buffer.
-template <class T>
-void compare(const char* type, const Shape& s, int normalization, int shortcut, int flags,
+void compare(const char* type, const std::vector<double>& found,
              const std::vector<double>& expected, double tolerance) {
-  const auto found = run<T>(s, normalization, shortcut, flags & 1, flags & 2, flags & 4, flags % 5);
   ++checks;
   for (size_t i = 0; i < found.size(); ++i)
     if (!(std::abs(found[i] - expected[i]) <= tolerance * (1 + std::abs(expected[i])))) {
@@ -127,9 +180,26 @@ int main() {
           if (shortcut == kNormalizedShortcut && normalization == kNone) continue;
           const auto expected =
               run<double>(s, normalization, shortcut, flags & 1, flags & 2, flags & 4, flags % 5);
-          compare<float>("float32", s, normalization, shortcut, flags, expected, 1e-3);
-          compare<bfloat16>("bfloat16", s, normalization, shortcut, flags, expected, 0.05);
+          const auto as = [&](auto one) {
+            return run<decltype(one)>(s, normalization, shortcut, flags & 1, flags & 2, flags & 4,
+                                      flags % 5);
+          };
+          compare("float32", as(float()), expected, 1e-3);
+          compare("bfloat16", as(bfloat16()), expected, 0.05);
         }
+  const std::vector<int> kinds[] = {
+      {kBatchStatistics, kNone, kBatchStatistics, kRunningStatistics},
+      {kRunningStatistics, kNone, kNone, kRunningStatistics}};
+  for (const Shape& s : shapes)
+    for (const auto& normalizations : kinds)
+      for (int flags = 0; flags < 8; ++flags) {
+        const auto as = [&](auto one) {
+          return run_join<decltype(one)>(s, normalizations, flags & 1, flags & 2, flags % 5);
+        };
+        const auto expected = as(double());
+        compare("join, float32", as(float()), expected, 1e-3);
+        compare("join, bfloat16", as(bfloat16()), expected, 0.05);
+      }
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;
 }

@@ -24,7 +24,7 @@ SOURCES = ROOT / "src/senet/ops"
 def run_python(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, "PYTHONPATH": str(HERE), **environment},
+        env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT / 'src'}", **environment},
         capture_output=True,
         text=True,
         timeout=200,
@@ -37,6 +37,7 @@ def run_python(code: str, **environment: str) -> str:
 PARITY = """
 import torch
 from ops_cases import Case, oracle, parts, run
+from join_cases import joins, oracle as join_oracle, run as join_run
 from tolerances import assert_close
 from senet.ops import cpu
 print(cpu.instruction_set())
@@ -44,6 +45,8 @@ for layout in ("channels_last", "contiguous"):
     for dtype in (torch.float32, torch.bfloat16):
         for case in parts(layout=layout, dtype=dtype, C=37, hidden=17):
             assert_close(run("cpu", case), oracle(case), dtype, case)
+        for case in joins(layout=layout, dtype=dtype):
+            assert_close(join_run("cpu", case), join_oracle(case), dtype, case)
 """
 
 
@@ -148,7 +151,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     if result.returncode == 77:
         pytest.skip(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.fullmatch(r"640 checks, 0 failures\n", result.stdout)
+    assert re.fullmatch(r"800 checks, 0 failures\n", result.stdout)
 
 
 def test_installation_without_a_compiler_succeeds(tmp_path: Path) -> None:

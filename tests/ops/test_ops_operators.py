@@ -151,6 +151,16 @@ def test_compile_in_one_graph(implementation: str) -> None:
             )
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_compile_without_gradients(implementation: str) -> None:
+    torch._dynamo.reset()
+    case = Case(training=False)
+    t = inputs(case)
+    with ops.use(implementation):
+        compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")(t, case)
+        assert error(compiled, apply(t, case)) <= 1e-6
+
+
 def test_inductor_fuses_the_algebra() -> None:
     torch._dynamo.reset()
     case = Case(shortcut="normalized")

@@ -304,17 +304,18 @@ def options(config: Callable[..., RunConfig], folder: Path, start: str) -> dict[
 
 
 def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
-    """The fused tail over two halves of a batch against one over the whole: largest differences."""
+    """Fused tail and join over two halves of a batch against the whole: largest differences."""
     import torch.distributed as dist
     from torch import nn
 
+    from senet.branches import joined
     from senet.layers import SqueezeExcitation, residual_tail
     from senet.sync_bn import convert
 
     torch.manual_seed(3)
-    block = nn.ModuleDict(
-        {"bn": nn.BatchNorm2d(6), "other": nn.BatchNorm2d(6), "se": SqueezeExcitation(6, 2)}
-    ).double()
+    blocks: dict[str, nn.Module] = {name: nn.BatchNorm2d(6) for name in ("bn", "other", "a", "b")}
+    blocks |= {"se": SqueezeExcitation(6, 2), "se_joined": SqueezeExcitation(18, 3)}
+    block = nn.ModuleDict(blocks).double()
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     x, r, g = (3 + torch.randn(8, 6, 5, 4, dtype=torch.float64) for _ in range(3))
@@ -323,8 +324,10 @@ def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
         x, r = x.clone().requires_grad_(), r.clone().requires_grad_()
         block.zero_grad()
         out = residual_tail(x, r, block["bn"], block["se"], block["other"])  # type: ignore[arg-type]
-        (out * g).sum().backward()
-        found = {"out": out.detach(), "x": x.grad, "r": r.grad}
+        ends = ((x, block["a"]), (r * 2, None), (out - x, block["b"]))
+        more = joined(ends, block["se_joined"])  # type: ignore[arg-type]
+        ((out + more[:, :6] * more[:, 6:12] - more[:, 12:]) * g).sum().backward()
+        found = {"out": out.detach(), "more": more.detach(), "x": x.grad, "r": r.grad}
         found |= {f"grad {name}": p.grad for name, p in block.named_parameters()}
         found |= {name: buffer.clone() for name, buffer in block.named_buffers()}
         return {name: value.detach() for name, value in found.items() if value is not None}
@@ -344,7 +347,7 @@ def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
     one, two = (torch.load(folder / f"half{rank}.pt") for rank in (0, 1))
     differences = {}
     for name, value in expected.items():
-        if name in ("out", "x", "r"):
+        if name in ("out", "more", "x", "r"):
             found = torch.cat((one[name], two[name]))
         else:
             found = one[name] + two[name] if name.startswith("grad ") else one[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,6 +60,21 @@ class TorchStep:
 
     node: fx.Node
     target: Map | None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the tasks of a step have summed of its map y.
+
+    Attributes:
+        y: the map.
+        parts: sums of the parts of its images, (N · blocks, C).
+        blocks: parts of an image.
+    """
+
+    y: Map
+    parts: Map
+    blocks: int
 
 
 def native_gate(module: SqueezeGate) -> bool:
@@ -128,8 +143,13 @@ class Builder:
         y: Map,
         gates: Map | None = None,
         shortcut: Map | None = None,
-    ) -> None:
-        """y = relu(gates ⊙ conv(x) + shortcut); y may be where the shortcut is."""
+        *,
+        sums: bool = False,
+    ) -> Sums | None:
+        """y = relu(gates ⊙ conv(x) + shortcut); y may be where the shortcut is.
+
+        With `sums` the step adds up y as it writes it, and they are returned; None where it cannot.
+        """
         kernel = (module.weight.shape[2], module.weight.shape[3])
         geometry = Geometry(kernel, module.stride, module.padding, module.dilation, module.groups)
         _, H, W, C = x.shape
@@ -139,22 +159,23 @@ class Builder:
         if geometry.groups == C == y.shape[3] and C > 1:
             taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
             self._by_rows(Kind.DEPTHWISE, name, module, taps, geometry, maps, activation)
-        elif narrow_groups(geometry, C, y.shape[3]):
+            return None
+        if narrow_groups(geometry, C, y.shape[3]):
             taps = self.constant((name, "taps"), lambda: packing.grouped(module.weight))
             self._by_rows(Kind.GROUPED, name, module, taps, geometry, maps, activation)
-        elif tile:
-            self._winograd(name, module, geometry, maps, activation, tile)
-        else:
-            merge = packing.merged_groups(geometry.groups, y.shape[3] // geometry.groups)
-            groups = geometry.groups // merge
-            weights = self.constant(
-                (name, "panels"),
-                lambda: packing.convolution(module.weight, module.groups, merge),
-            )
-            bias = self.constant(
-                (name, "panel bias"), lambda: packing.panel_bias(module.bias, groups)
-            )
-            self._product(maps, weights, bias, activation, geometry, groups)
+            return None
+        if tile:
+            return self._winograd(name, module, geometry, maps, activation, tile, sums)
+        merge = packing.merged_groups(geometry.groups, y.shape[3] // geometry.groups)
+        groups = geometry.groups // merge
+        weights = self.constant(
+            (name, "panels"), lambda: packing.convolution(module.weight, module.groups, merge)
+        )
+        bias = self.constant((name, "panel bias"), lambda: packing.panel_bias(module.bias, groups))
+        return self._product(maps, weights, bias, activation, geometry, groups, sums)
+
+    def _summed(self, y: Map, blocks: int) -> Sums:
+        return Sums(y, new_map((y.shape[0] * blocks, 1, 1, y.shape[3])), blocks)
 
     def _product(
         self,
@@ -164,24 +185,27 @@ class Builder:
         activation: int,
         geometry: Geometry,
         groups: int = 1,
-    ) -> None:
+        sums: bool = False,
+    ) -> Sums | None:
         x, y = maps["x"], maps["y"]
         assert isinstance(x, Map)
         assert isinstance(y, Map)
         depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
         panels = groups * math.ceil(y.shape[3] / groups / kernels.PANEL)
-        images = y.shape[0] if maps.get("gates") is not None else 1
+        images = y.shape[0] if sums or maps.get("gates") is not None else 1
         tasks = convolution_tasks(
             images, y.pixels // images, depth, panels, geometry.in_place, self.threads
         )
         self.scratch = max(self.scratch, tasks.scratch)
         fields = geometry.fields() | {"groups": groups, "activation": activation}
+        summed = self._summed(y, math.ceil(y.pixels / images / tasks.rows)) if sums else None
         self.emit(
             Kind.CONVOLUTION,
-            maps,
+            {**maps, "sums": None if summed is None else summed.parts},
             fields | {"rows": tasks.rows, "panels": tasks.panels},
             {"weights": weights, "bias": bias},
         )
+        return summed
 
     def _winograd(
         self,
@@ -191,7 +215,8 @@ class Builder:
         maps: Maps,
         activation: int,
         tile: int,
-    ) -> None:
+        sums: bool,
+    ) -> Sums | None:
         x, y = maps["x"], maps["y"]
         assert isinstance(x, Map)
         assert isinstance(y, Map)
@@ -212,12 +237,16 @@ class Builder:
             "rows": tasks.rows,
             "panels": tasks.panels,
         }
+        blocks = 1 if patches_first else math.ceil(tiles / N / tasks.rows)
+        summed = self._summed(y, blocks) if sums else None
+        maps = {**maps, "sums": None if summed is None else summed.parts}
         if patches_first:
             patches = Buffer((tile + 2) ** 2 * tiles * row_stride(x.shape[3]))
             self.emit(Kind.WINOGRAD_INPUT, {"x": x, "y": y, "shared": patches}, fields)
             self.emit(Kind.WINOGRAD_PRODUCT, {**maps, "shared": patches}, fields, constants)
         else:
             self.emit(Kind.WINOGRAD, maps, fields, constants)
+        return summed
 
     def _by_rows(
         self,
@@ -289,25 +318,49 @@ class Builder:
         blocks = math.ceil(H * W / rows)
         parts = new_map((N * blocks, 1, 1, C))
         self.emit(Kind.SUMS, {"x": x, "y": parts}, {"rows": rows})
+        self._means_of(Sums(x, parts, blocks), geometry, y)
+
+    def _means_of(self, sums: Sums, geometry: Geometry, y: Map) -> None:
+        """y (N, taps · C): mean of what each tap sees of the map that was summed."""
+        x, parts = sums.y, sums.parts
+        _, H, W, C = x.shape
         OH, OW = geometry.output(H, W)
         taps = geometry.kernel[0] * geometry.kernel[1]
         self.scratch = max(self.scratch, C * (2 * taps + 1))  # sums in float64, and a line
         self.emit(
             Kind.MEANS,
             {"x": x, "weights": parts, "y": y},
-            geometry.fields() | {"gates_ld": parts.ld, "rows": rows, "OH": OH, "OW": OW},
+            geometry.fields() | {"gates_ld": parts.ld, "panels": sums.blocks, "OH": OH, "OW": OW},
         )
 
-    def gates(self, name: str, module: SqueezeGate, x: Map, y: Map) -> None:
-        """The gates y (N,C) of an SE block that `native_gate` accepts."""
+    def gates(
+        self,
+        name: str,
+        module: SqueezeGate,
+        x: Map,
+        y: Map,
+        branches: Sequence[Map | Sums] = (),
+    ) -> None:
+        """The gates y (N,C) of an SE block that `native_gate` accepts.
+
+        `branches` are the parts of a concatenated x, summed or not.
+        """
         weights = module.weight1.numel() + module.weight2.numel()
         if x.shape[0] >= 2 * self.threads and weights <= _CACHED_WEIGHTS:
             with self._image_by_image(x, y):
-                self._gates(name, module, x, y, images=1)
+                self._gates(name, module, x, y, branches, images=1)
         else:
-            self._gates(name, module, x, y, images=_EXCITATION_IMAGES)
+            self._gates(name, module, x, y, branches, images=_EXCITATION_IMAGES)
 
-    def _gates(self, name: str, module: SqueezeGate, x: Map, y: Map, images: int) -> None:
+    def _gates(
+        self,
+        name: str,
+        module: SqueezeGate,
+        x: Map,
+        y: Map,
+        branches: Sequence[Map | Sums],
+        images: int,
+    ) -> None:
         """`gates` with so many images a task of the products."""
         geometry = Geometry()
         if module.geometry is not None:
@@ -316,7 +369,17 @@ class Builder:
         N, depth = x.shape[0], module.weight1.shape[1]
         squeezed = new_map((N, 1, 1, depth))
         hidden = new_map((N, 1, 1, module.weight1.shape[0]))
-        self.means(x, geometry, squeezed)
+        if not branches:
+            self.means(x, geometry, squeezed)
+        channel = 0
+        for branch in branches:
+            channels = (branch.y if isinstance(branch, Sums) else branch).shape[3]
+            target = Map(squeezed.buffer, (N, 1, 1, channels), squeezed.ld, channel)
+            if isinstance(branch, Sums):
+                self._means_of(branch, geometry, target)
+            else:
+                self.means(branch, geometry, target)
+            channel += channels
         gate = kernels.FIRST_GATE + GATES.index(module.gate_name)
         for part, weight, bias, source, target, activation in (
             ("fc1", module.weight1, module.bias1, squeezed, hidden, kernels.RELU),

@@ -38,7 +38,8 @@ struct Step {
   int64_t kind, next, done;  // next: the first task that no thread has taken; done: tasks finished
   const float *x, *weights, *bias, *gates, *shortcut;
   float *y, *shared;
-  int64_t x_ld, y_ld, gates_ld, shortcut_ld;
+  float* sums;  // of a convolution: [N][blocks][sums_ld], what its tasks for an image have summed of y
+  int64_t x_ld, y_ld, gates_ld, shortcut_ld, sums_ld;
   int64_t N, H, W, C, OH, OW, OC;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   int64_t activation;

@@ -34,9 +34,9 @@ class Kind(IntEnum):
 
 # Activations of a step: none, ReLU, and from here on the gates of senet.ops in their order.
 LINEAR, RELU, FIRST_GATE = 0, 1, 2
-POINTERS = ("x", "weights", "bias", "gates", "shortcut", "y", "shared")
+POINTERS = ("x", "weights", "bias", "gates", "shortcut", "y", "shared", "sums")
 SIZES = (
-    *("x_ld", "y_ld", "gates_ld", "shortcut_ld"),
+    *("x_ld", "y_ld", "gates_ld", "shortcut_ld", "sums_ld"),
     *("N", "H", "W", "C", "OH", "OW", "OC"),
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
     *("dilation_h", "dilation_w", "groups", "activation", "rows", "panels", "tile"),

@@ -75,10 +75,12 @@ SENET_INLINE bool reads_in_place(const Step& s) {
          s.pad_w == 0;
 }
 
-// With gates the rows of a task lie in one image.
-SENET_INLINE int64_t row_images(const Step& s) { return s.gates ? s.N : 1; }
-SENET_INLINE int64_t image_rows(const Step& s) { return (s.gates ? 1 : s.N) * s.OH * s.OW; }
+// With gates or sums the rows of a task lie in one image.
+SENET_INLINE int64_t row_images(const Step& s) { return s.gates || s.sums ? s.N : 1; }
+SENET_INLINE int64_t image_rows(const Step& s) { return s.N / row_images(s) * s.OH * s.OW; }
 SENET_INLINE int64_t group_panels(const Step& s) { return ceil_div(s.OC / s.groups, kPanel); }
+
+void sum_rows(const float* x, int64_t ld, int64_t rows, float* to, int64_t columns);
 
 int64_t convolution_tasks(const Step& s) {
   return row_images(s) * ceil_div(image_rows(s), s.rows) *
@@ -122,6 +124,10 @@ void convolution(const Step& s, int64_t task, float* scratch) {
     if (s.activation >= kFirstGate)
       for (int64_t r = 0; r < rows; ++r)
         gate_forward<float>(e.y + r * s.y_ld, e.columns, int(s.activation - kFirstGate));
+    if (s.sums) {
+      float* to = s.sums + (image * row_blocks + row_block) * s.sums_ld + out;
+      sum_rows(e.y, s.y_ld, rows, to, e.columns);
+    }
   }
 }
 

@@ -100,11 +100,11 @@ SENET_INLINE void each_unseen(const Seen& part, int64_t size, const F& line) {
   for (int64_t i = part.end; i < size; ++i) line(i);
 }
 
-// Means per tap: `weights` is [N][blocks][C] from `sums`, x the map; y[N][kernel_h * kernel_w * C].
+// Means per tap: `weights` is [N][panels][C] from `sums` or a convolution, x the map; y[N][kernel_h * kernel_w * C].
 // A tap's sum is that of all pixels, less the rows and less the columns that it does not see, plus
 // the pixels that were taken off twice.
 void means(const Step& s, int64_t n, float* scratch) {
-  const int64_t blocks = sum_blocks(s), C = s.C, taps = s.kernel_h * s.kernel_w;
+  const int64_t blocks = s.panels, C = s.C, taps = s.kernel_h * s.kernel_w;
   double* sums = reinterpret_cast<double*>(scratch);  // [kernel_h][kernel_w][C]
   float* line = scratch + 2 * taps * C;
   const auto tap = [&](int64_t i, int64_t j) { return sums + (i * s.kernel_w + j) * C; };

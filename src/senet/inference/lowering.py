@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference.buffers import Buffer, Map, is_map, new_map
-from senet.inference.builder import Builder, Constants, TorchStep, native_gate
+from senet.inference.builder import Builder, Constants, Sums, TorchStep, native_gate
 from senet.inference.kernels import Kind
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.rewrite import ADDS, RELUS
@@ -88,6 +88,8 @@ class Lowering:
         self.builder = Builder(threads, constants)
         self.values: dict[fx.Node, Map] = {}
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.sums: dict[fx.Node, Sums] = {}
+        self.segment: frozenset[fx.Node] = frozenset()
         self.output: Any = None
         self.crossing: fx.Node | None = None
         self.images = self.batch = x.shape[0]
@@ -105,7 +107,7 @@ class Lowering:
     def _lower_segment(self, segment: Segment) -> None:
         """Write the steps for one group of images, and copies of them for the other groups."""
         self.images, start = segment.images, len(self.builder.steps)
-        self.crossing = segment.nodes[-1]
+        self.crossing, self.segment = segment.nodes[-1], frozenset(segment.nodes)
         shared: list[Buffer] = []
         read = {source for node in segment.nodes for source in node.all_input_nodes}
         for source in read.difference(segment.nodes):
@@ -182,13 +184,19 @@ class Lowering:
         match module:
             case FusedConv() | Pointwise():
                 gates, shortcut = (*maps[1:], None, None)[:2]
-                y = self._over(node, shortcut, x)
+                in_place = isinstance(module, Pointwise) and shortcut is None
+                y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)
                 if isinstance(module, FusedConv):
-                    self.builder.convolution(name, module, x, y, gates, shortcut)
+                    squeezed = self._feeds_gate(node)
+                    sums = self.builder.convolution(
+                        name, module, x, y, gates, shortcut, sums=squeezed
+                    )
+                    if sums is not None:
+                        self.sums[node] = sums
                 else:
                     self.builder.pointwise(name, module, x, y, gates, shortcut)
             case SqueezeGate() if native_gate(module):
-                self.builder.gates(name, module, x, self._new(node))
+                self.builder.gates(name, module, x, self._new(node), self._branches(node))
             case nn.Linear() if len(self.results[node].shape) == 2:
                 self.builder.linear(name, module, x, self._new(node))
             case nn.ReLU():
@@ -331,8 +339,38 @@ class Lowering:
                 self.slots[part] = (cat, channel)
             channel += self._shape(part)[3]
 
+    def _squeezes_concat(self, node: fx.Node) -> bool:
+        """Whether a node is an SE gate on a concat whose sums the branches can take."""
+        if node.op != "call_module" or node not in self.segment:
+            return False
+        module, source = self.module.get_submodule(str(node.target)), node.args[0]
+        if not isinstance(module, SqueezeGate) or not isinstance(source, fx.Node):
+            return False
+        native = native_gate(module) and module.geometry is None
+        return native and source in self.segment and self._is_cat(source)
+
+    def _feeds_gate(self, node: fx.Node) -> bool:
+        """Whether a convolution writes into a concat that SE squeezes."""
+        if node not in self.slots:
+            return False
+        return any(self._squeezes_concat(user) for user in self.slots[node][0].users)
+
+    def _branches(self, node: fx.Node) -> list[Map | Sums]:
+        """The parts of the concat that an SE gate squeezes, if one of them was summed."""
+        if not self._squeezes_concat(node):
+            return []
+        assert isinstance(node.args[0], fx.Node)
+        whole, channel = self.values[node.args[0]], 0
+        found: list[Map | Sums] = []
+        for part in concatenated(node.args[0]):
+            shape = self._shape(part)
+            place = Map(whole.buffer, shape, whole.ld, whole.channel + channel)
+            found.append(self.sums.get(part, place))
+            channel += shape[3]
+        return found if self.sums.keys() & set(concatenated(node.args[0])) else []
+
     def _concatenate(self, node: fx.Node) -> None:
-        whole_map = self._new(node)
+        whole_map = self.values.get(node) or self._new(node)  # its first part has made it
         channel = 0
         for part in concatenated(node):
             x = self._read(part)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu
+from senet.branches import joined
+from senet.layers import SqueezeExcitation, bn_relu, hooked
 from senet.models.network import SEOptions
 
 Pool = Callable[[Tensor], Tensor]
@@ -114,14 +115,21 @@ class InceptionModule(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, out_channels, …)."""
-        outputs = []
+        ends: list[tuple[Tensor, nn.Module | None]] = []
         for branch in self.branches:
             y = x if branch.pool is None else branch.pool(x)
-            for conv in branch.convs:
+            last = branch.fork or branch.convs[-1:]
+            for conv in branch.convs[: len(branch.convs) - (not branch.fork)]:
                 y = getattr(self, conv.name)(y)
-            outputs += [getattr(self, conv.name)(y) for conv in branch.fork] or [y]
-        out = torch.cat(outputs, 1)
-        return out if self.se is None else self.se(out)
+            ends += [_end(getattr(self, conv.name), y) for conv in last] or [(y, None)]
+        return joined(ends, self.se)
+
+
+def _end(layer: nn.Module, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """What a branch's last layer makes of x, up to its batch norm, and that; see `joined`."""
+    if type(layer) is ConvBNReLU and not hooked(layer):
+        return layer.conv(x), layer.bn
+    return layer(x), None
 
 
 def average_pool(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

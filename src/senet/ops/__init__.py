@@ -1,7 +1,8 @@
 """The operator: squeeze-and-excitation at no extra memory traffic, forward and backward.
 
 `squeeze_excite` is the block alone, `bn_se_add_relu` the end of a residual branch (BN → SE → add →
-ReLU, each part optional) in the two passes over memory that its batch norm needs anyway. Four
+ReLU, each part optional) in the two passes over memory that its batch norm needs anyway,
+`bn_relu_concat_se` the end of an Inception module (BN → ReLU of each branch, joined, → SE). Four
 implementations agree:
 
 - `reference`: the paper's equations in plain PyTorch, the oracle; it alone has double backward.
@@ -15,9 +16,10 @@ implementations agree:
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from senet.errors import UserError
-from senet.ops import algebra, cpu, operators, reference, triton
+from senet.ops import algebra, checks, cpu, join, join_operators, operators, reference, triton
 from senet.ops.operators import recomputed
 from senet.ops.reference import GATES, BatchNorm
 
@@ -34,6 +36,7 @@ __all__ = [
     "GATES",
     "BatchNorm",
     "Implementation",
+    "bn_relu_concat_se",
     "bn_se_add_relu",
     "implementations",
     "recomputed",
@@ -160,7 +163,7 @@ def _run(
     """
     output: algebra.TailOutput
     if implementation == "algebra":
-        output = operators.AlgebraTail.apply(*arguments)
+        output = operators.by_algebra(arguments)
     elif not torch.compiler.is_compiling() and operators.is_unobserved(arguments):
         y: Tensor = operators.DirectTail.apply(*arguments, momentum, shortcut_momentum)
         return y
@@ -172,73 +175,6 @@ def _run(
     if shortcut_momentum is not None:
         _update_running(arguments[8], arguments[9], shortcut_momentum, statistics[3:])
     return output[0]
-
-
-def _check_gate(
-    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None, gate: str
-) -> None:
-    """Raise unless the gate's weights fit x: w1 (h,C), b1 (h,), w2 (C,h), b2 (C,)."""
-    if gate not in GATES:
-        raise UserError(f"gate is {gate!r}; choose one of {', '.join(GATES)}")
-    if w1 is None or w2 is None:
-        if not (w1 is None and b1 is None and w2 is None and b2 is None):
-            raise UserError("w1, b1, w2, b2: give both weights, or None for all four (no gate)")
-        return
-    C, h = x.shape[1], w1.shape[0]
-    expected = {"w1": (w1, h * C), "b1": (b1, h), "w2": (w2, C * h), "b2": (b2, C)}
-    for name, (t, size) in expected.items():
-        if t is not None and t.numel() != size:
-            raise UserError(
-                f"{name} has shape {tuple(t.shape)}; for an input of {C} channels and a hidden "
-                f"width of {h} it needs {size} numbers (w1 (h,C), b1 (h,), w2 (C,h), b2 (C,))"
-            )
-    if w1.shape[1] != C or w2.shape[0] != C:
-        raise UserError(
-            f"w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} do not fit {C} channels: "
-            "they are (h,C) and (C,h)"
-        )
-
-
-def _check_norm(name: str, x: Tensor, norm: BatchNorm) -> None:
-    C = x.shape[1]
-    for field, t in zip(norm._fields[:4], norm[:4], strict=True):
-        if isinstance(t, Tensor) and tuple(t.shape) != (C,):
-            raise UserError(f"{name}{field} has shape {tuple(t.shape)}; the input needs ({C},)")
-    if (norm.running_mean is None) != (norm.running_var is None):
-        raise UserError(f"{name}running_mean and running_var: give both or neither")
-
-
-def _check_norms(
-    x: Tensor,
-    shortcut: Tensor | None,
-    norm: BatchNorm,
-    shortcut_norm: BatchNorm | None,
-    batch: bool,
-    training: bool,
-) -> None:
-    """Raise unless the normalizations fit the maps and each other; `batch`: x uses its own sums."""
-    _check_norm("", x, norm)
-    if shortcut_norm is not None:
-        if shortcut is None:
-            raise UserError("shortcut_norm is given without a shortcut")
-        _check_norm("shortcut_norm.", x, shortcut_norm)
-        if batch != (training or shortcut_norm.running_mean is None):
-            raise UserError("running statistics: give them to both normalizations or to neither")
-    if batch and x.shape[1] and x.numel() // x.shape[1] == 1:  # nn.BatchNorm2d's words
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}"
-        )
-
-
-def _check_maps(x: Tensor, shortcut: Tensor | None) -> None:
-    if x.ndim < 3:
-        raise UserError(f"x has shape {tuple(x.shape)}; it must be (N, C, *spatial)")
-    if not x.is_floating_point():
-        raise UserError(f"x is {x.dtype}; it must be a floating type")
-    if shortcut is not None and shortcut.shape != x.shape:
-        raise UserError(
-            f"shortcut has shape {tuple(shortcut.shape)}, x {tuple(x.shape)}; they must be equal"
-        )
 
 
 def squeeze_excite(
@@ -264,8 +200,8 @@ def squeeze_excite(
             that cannot take x.
     """
     if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
-        _check_maps(x, None)
-        _check_gate(x, w1, b1, w2, b2, gate)
+        checks.check_maps(x, None)
+        checks.check_gate(x.shape[1], w1, b1, w2, b2, gate)
     implementation = _resolve(x)
     if implementation == "reference":
         return reference.squeeze_excite(x, w1, b1, w2, b2, gate)
@@ -330,9 +266,9 @@ def bn_se_add_relu(
     norm = BatchNorm(bn_weight, bn_bias, running_mean, running_var, momentum, eps)
     batch = training or running_mean is None
     if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
-        _check_maps(x, shortcut)
-        _check_gate(x, w1, b1, w2, b2, gate)
-        _check_norms(x, shortcut, norm, shortcut_norm, batch, training)
+        checks.check_maps(x, shortcut)
+        checks.check_gate(x.shape[1], w1, b1, w2, b2, gate)
+        checks.check_norms(x, shortcut, norm, shortcut_norm, batch, training)
     if shortcut is not None and shortcut.dtype != x.dtype:
         common = torch.promote_types(x.dtype, shortcut.dtype)
         x, shortcut = x.to(common), shortcut.to(common)
@@ -376,6 +312,99 @@ def bn_se_add_relu(
         norm.momentum if update else None,
         other.momentum if update and shortcut_norm is not None else None,
     )
+
+
+def bn_relu_concat_se(
+    maps: Sequence[Tensor],
+    norms: Sequence[BatchNorm | None],
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    training: Sequence[bool],
+    gate: str = "sigmoid",
+) -> Tensor:
+    """y = s ⊙ concat(relu(BN(x_i))), s the squeeze-and-excitation gate of the concat.
+
+    The sums of the squeeze are taken before the concat is written, which is written once and never
+    read. For the backward pass only the maps are kept.
+
+    Args:
+        maps: (N,C_i,*spatial) each, with one to three spatial axes; channels_last is the fast
+            layout. C = ΣC_i.
+        norms: batch norm of each map, a ReLU behind it; None takes a map as it is, without ReLU.
+            Running statistics are updated in training, used otherwise.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution; None for no gate (s = 1).
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1); None for no gate.
+        b2: (C,) or None.
+        training: of each map whether to normalize by the batch's statistics. Without running
+            statistics this is done always, as `torch.nn.BatchNorm2d` does.
+        gate: as in `squeeze_excite`; not used without w1 and w2.
+
+    Returns:
+        (N,C,*spatial), dtype that the concatenated maps have.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
+            that cannot take the maps.
+        ValueError: batch statistics of a single value per channel.
+    """
+    if not torch.jit.is_tracing():
+        checks.check_join(maps, norms, training, (w1, b1, w2, b2), gate)
+    common = functools.reduce(torch.promote_types, (x.dtype for x in maps))
+    maps = [x.to(common) for x in maps]
+    own = [
+        norm is not None and (train or norm.running_mean is None)
+        for norm, train in zip(norms, training, strict=True)
+    ]
+    update = [train and maps[0].numel() > 0 for train in training]
+    implementation = _resolve(maps[0])
+    if implementation == "reference" and maps[0].numel() > 0:
+        return reference.bn_relu_concat_se(
+            maps, list(norms), w1, b1, w2, b2, training=list(training), gate=gate
+        )
+    if implementation == "triton":
+        return _joined_by_tails(maps, norms, training, (w1, b1, w2, b2), gate)
+    given = [norm or _NO_NORM for norm in norms]
+    kinds = [
+        join.NONE if norm is None else join.BATCH if batch else join.RUNNING
+        for norm, batch in zip(norms, own, strict=True)
+    ]
+    options = (kinds, [norm.eps for norm in given], gate)
+    tensors: list[list[Any]] = [maps, *([norm[i] for norm in given] for i in range(4))]
+    if implementation == "cpu":
+        y, statistics, *_ = torch.ops.senet.join(*tensors, w1, b1, w2, b2, *options)
+    else:
+        flat = [*(t for group in tensors for t in group), w1, b1, w2, b2]
+        y, statistics, *_ = join_operators.by_algebra(options, flat)
+    rows = statistics.split([x.shape[1] for x in maps], 1)
+    for norm, move, row in zip(given, update, rows, strict=True):
+        if move:
+            _update_running(norm.running_mean, norm.running_var, norm.momentum, row)
+    return y
+
+
+def _joined_by_tails(
+    maps: Sequence[Tensor],
+    norms: Sequence[BatchNorm | None],
+    training: Sequence[bool],
+    gate_parameters: checks.GateParameters,
+    gate: str,
+) -> Tensor:
+    """`bn_relu_concat_se` by the other two operators: three more passes, on kernels for GPUs."""
+    parts = [
+        x
+        if norm is None
+        else bn_se_add_relu(
+            x, None, *norm[:4], training=train, momentum=norm.momentum, eps=norm.eps
+        )
+        for x, norm, train in zip(maps, norms, training, strict=True)
+    ]
+    y = torch.cat(parts, 1)
+    w1, b1, w2, b2 = gate_parameters
+    return y if w1 is None or w2 is None else squeeze_excite(y, w1, b1, w2, b2, gate)
 
 
 def _update_running(

@@ -81,7 +81,7 @@ def statistics_rows(normalization: str, normalize_shortcut: bool) -> int:
     return 0 if normalization == "none" else 6 if normalize_shortcut else 3
 
 
-def _batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Mean per image (N,C); mean, inv_std and unbiased var (C,) over all images.
 
     Sums are taken of x minus its first pixel, so that a large mean costs no digits and a constant
@@ -91,7 +91,7 @@ def _batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tens
     pivot = x.detach().flatten(2)[0, :, 0]
     pivot = torch.where(pivot.isfinite(), pivot, 0)
     shifted = x - spread(pivot, x)
-    squeezed = _pixel_mean(shifted)
+    squeezed = pixel_mean(shifted)
     mean = squeezed.mean(0)
     biased = (shifted - spread(mean, x)).square().mean(axes)
     count = x.numel() // x.shape[1]
@@ -99,7 +99,7 @@ def _batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tens
     return squeezed + pivot, (mean + pivot, torch.rsqrt(biased + eps), unbiased)
 
 
-def _running_statistics(
+def running_statistics(
     mean: Tensor | None, var: Tensor | None, dtype: torch.dtype, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean, inv_std and var (C,) from the running statistics."""
@@ -117,11 +117,13 @@ def _scale_shift(
     return a, b
 
 
-def _pixel_mean(x: Tensor) -> Tensor:
+def pixel_mean(x: Tensor) -> Tensor:
+    """Mean (N,C) of x (N,C,*)."""
     return x.mean(tuple(range(2, x.ndim)))
 
 
-def _pixel_sum(x: Tensor) -> Tensor:
+def pixel_sum(x: Tensor) -> Tensor:
+    """Sum (N,C) of x (N,C,*)."""
     return x.sum(tuple(range(2, x.ndim)))
 
 
@@ -205,28 +207,26 @@ def tail(
     with full_precision(x.device.type):
         statistics = u.new_empty((0, x.shape[1]))
         if normalization == "batch":
-            squeezed, own = _batch_statistics(u, eps)
+            squeezed, own = batch_statistics(u, eps)
             other: tuple[Tensor, ...] = ()
             if normalize_shortcut and r is not None:
-                other = _batch_statistics(r, shortcut_eps)[1]
+                other = batch_statistics(r, shortcut_eps)[1]
             statistics = torch.stack((*own, *other))
         elif normalization == "running":
-            own = _running_statistics(running_mean, running_var, u.dtype, eps)
+            own = running_statistics(running_mean, running_var, u.dtype, eps)
             other = ()
             if normalize_shortcut:
-                other = _running_statistics(shortcut_mean, shortcut_var, u.dtype, shortcut_eps)
+                other = running_statistics(shortcut_mean, shortcut_var, u.dtype, shortcut_eps)
             statistics = torch.stack((*own, *other))
         if normalization != "batch" and w1 is not None:
-            squeezed = _pixel_mean(u)
+            squeezed = pixel_mean(u)
         hidden = gates = None
         if w1 is not None and w2 is not None:
             z = squeezed
             if statistics.shape[0]:
                 a, b = _scale_shift(statistics, weight, bias)
                 z = (squeezed - statistics[0]) * a + b
-            hidden = F.relu(F.linear(z, w1.flatten(1).to(z.dtype), _cast(b1, z.dtype)))
-            t = F.linear(hidden, w2.flatten(1).to(z.dtype), _cast(b2, z.dtype))
-            gates = gate_value(t, gate)
+            hidden, gates = excite(z, w1, b1, w2, b2, gate)
         norms = (weight, bias, shortcut_weight, shortcut_bias)
         v = _preactivation(u, r, statistics, *norms, gates, normalize_shortcut)
         y = (F.relu(v) if relu else v).to(x.dtype)
@@ -238,7 +238,8 @@ def tail(
     return y, statistics, squeezed, hidden, gates
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """t, if there is one, with another dtype."""
     return None if t is None else t.to(dtype)
 
 
@@ -257,7 +258,25 @@ def gate_slope(s: Tensor, gate: str) -> Tensor:
             return s * (1 - s / 2)
 
 
-def _map_gradient(
+def excite(
+    z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    """Hidden (N,h) and gates (N,C) of a squeeze z (N,C)."""
+    hidden = F.relu(F.linear(z, w1.flatten(1).to(z.dtype), cast(b1, z.dtype)))
+    t = F.linear(hidden, w2.flatten(1).to(z.dtype), cast(b2, z.dtype))
+    return hidden, gate_value(t, gate)
+
+
+def excite_backward(
+    ds: Tensor, w1: Tensor, w2: Tensor, hidden: Tensor, gates: Tensor, gate: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z (N,C) and of what the relu (N,h) and the gate (N,C) see, from the gates'."""
+    dt = ds * gate_slope(gates, gate)
+    dhidden = torch.where(hidden <= 0, 0, dt @ w2.flatten(1).to(dt.dtype))
+    return dhidden @ w1.flatten(1).to(dt.dtype), dhidden, dt
+
+
+def map_gradient(
     g: Tensor, x: Tensor, statistics: Tensor, scale: Tensor, dweight: Tensor, dbias: Tensor
 ) -> Tensor:
     """dx of a batch normalization with gain `scale` = weight * inv_std, from the gradient g.
@@ -325,13 +344,12 @@ def tail_backward(
         branch = want["x"] or any(want[name] for name in ("weight", "bias", *GATE_PARAMETERS))
         dz = None
         if branch:
-            g1 = _pixel_sum(g)
-            g2 = _pixel_sum(g * (u - spread(mean, u)))
+            g1 = pixel_sum(g)
+            g2 = pixel_sum(g * (u - spread(mean, u)))
             v1, v2 = g1, g2  # sums of dv and dv * (x - mean), dv the gradient of norm(x)
             if w1 is not None and w2 is not None:
-                dt = (a * g2 + b * g1) * gate_slope(gates, gate)
-                dhidden = torch.where(hidden <= 0, 0, dt @ w2.flatten(1).to(dtype))
-                dz = dhidden @ w1.flatten(1).to(dtype)
+                ds = a * g2 + b * g1
+                dz, dhidden, dt = excite_backward(ds, w1, w2, hidden, gates, gate)
                 v1 = gates * g1 + dz
                 v2 = gates * g2 + dz * (squeezed - mean)
                 if want["w1"]:
@@ -345,21 +363,21 @@ def tail_backward(
             if dz is not None:
                 dv = dv + spread(dz / max(x[:1, :1].numel(), 1), g)
             if batch:
-                dx = _map_gradient(dv, u, statistics, a, found["weight"], found["bias"])
+                dx = map_gradient(dv, u, statistics, a, found["weight"], found["bias"])
             else:
                 dx = dv * spread(a, u)
             found["x"] = dx.to(x.dtype)
         if normalize_shortcut and r is not None:
             rows = statistics[3:]
             gain, _ = _scale_shift(rows, shortcut_weight, shortcut_bias)
-            found["shortcut_bias"] = _pixel_sum(g).sum(0)
-            g3 = _pixel_sum(g * (r - spread(rows[0], r))).sum(0)
+            found["shortcut_bias"] = pixel_sum(g).sum(0)
+            g3 = pixel_sum(g * (r - spread(rows[0], r))).sum(0)
             found["shortcut_weight"] = g3 * rows[1]
             if want["shortcut"]:
                 dr = g * spread(gain, r)
                 if batch:
                     parameters = (found["shortcut_weight"], found["shortcut_bias"])
-                    dr = _map_gradient(g, r, rows, gain, *parameters)
+                    dr = map_gradient(g, r, rows, gain, *parameters)
                 found["shortcut"] = dr.to(x.dtype)
         elif want["shortcut"]:
             found["shortcut"] = g.to(x.dtype)

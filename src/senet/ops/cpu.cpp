@@ -17,6 +17,7 @@ namespace {
 #include "cpu_gate.h"
 #include "cpu_tail.h"
 #include "cpu_backward.h"
+#include "cpu_join.h"
 }  // namespace
 }  // namespace avx512
 #undef SENET_VECTOR_BYTES
@@ -32,6 +33,7 @@ namespace {
 #include "cpu_gate.h"
 #include "cpu_tail.h"
 #include "cpu_backward.h"
+#include "cpu_join.h"
 }  // namespace
 }  // namespace avx2
 #undef SENET_VECTOR_BYTES
@@ -46,6 +48,7 @@ namespace {
 #include "cpu_gate.h"
 #include "cpu_tail.h"
 #include "cpu_backward.h"
+#include "cpu_join.h"
 }  // namespace
 }  // namespace baseline
 #undef SENET_VECTOR_BYTES
@@ -53,15 +56,20 @@ namespace {
 namespace {
 
 using Function = int (*)(const TailArguments*);
+using JoinFunction = int (*)(const JoinArguments*);
 struct Kernels {
   const char* isa;
   Function forward[3], backward[3];  // float32, bfloat16, float64 (always baseline)
+  JoinFunction join_forward[3], join_backward[3];
 };
 
 #define SENET_KERNELS(space)                                                                        \
   Kernels {                                                                                         \
     #space, {space::forward<float>, space::forward<bfloat16>, baseline::forward<double>},           \
         {space::backward<float>, space::backward<bfloat16>, baseline::backward<double>},            \
+        {space::join_forward<float>, space::join_forward<bfloat16>, baseline::join_forward<double>}, \
+        {space::join_backward<float>, space::join_backward<bfloat16>,                               \
+         baseline::join_backward<double>},                                                          \
   }
 
 Kernels choose() {
@@ -92,12 +100,20 @@ const Kernels& kernels() {
 
 // The instruction set in use.
 SENET_EXPORT const char* senet_isa() { return kernels().isa; }
-// Size of the argument block, so that cpu.py can tell a library of another version.
-SENET_EXPORT int64_t senet_arguments_size() { return sizeof(TailArguments); }
-// Both return 0, or 1 when memory ran out. storage: 0 float32, 1 bfloat16, 2 float64.
+// Size of the argument blocks, so that cpu.py can tell a library of another version.
+SENET_EXPORT int64_t senet_arguments_size() {
+  return sizeof(TailArguments) + sizeof(JoinArguments) + sizeof(JoinBranch);
+}
+// All return 0, or 1 when memory ran out. storage: 0 float32, 1 bfloat16, 2 float64.
 SENET_EXPORT int senet_tail_forward(int storage, const TailArguments* a) {
   return kernels().forward[storage](a);
 }
 SENET_EXPORT int senet_tail_backward(int storage, const TailArguments* a) {
   return kernels().backward[storage](a);
+}
+SENET_EXPORT int senet_join_forward(int storage, const JoinArguments* a) {
+  return kernels().join_forward[storage](a);
+}
+SENET_EXPORT int senet_join_backward(int storage, const JoinArguments* a) {
+  return kernels().join_backward[storage](a);
 }

@@ -6,7 +6,6 @@ import ctypes
 import os
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,17 @@ from senet.ops.reference import GATES, accumulator
 
 ISAS = ("avx512", "avx2", "baseline")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_ACCUMULATORS = {dtype: accumulator(dtype) for dtype in STORAGE}
+ACCUMULATORS = {dtype: accumulator(dtype) for dtype in STORAGE}
 _NORMALIZATIONS = {"none": 0, "running": 1, "batch": 2, "given": 3}
-_GATES = {name: index for index, name in enumerate(GATES)}
+GATE_NUMBERS = {name: index for index, name in enumerate(GATES)}
 
 
 # TailArguments of cpu_types.h: sizes and options, two NormArguments, addresses. Packed in one call,
 # because on small maps the time of the arguments is that of the kernel.
 _BLOCK = struct.Struct("=10q 4q2d 4q2d 11q 11q")
+# JoinArguments and JoinBranch
+JOIN_BLOCK = struct.Struct("=8q 4q 5q 5q")
+JOIN_BRANCH = struct.Struct("=2q 4q2d 4q")
 _NO_NORM = (0, 0, 0, 0, 0.0, 0.0)
 _NO_BACKWARD = (0,) * 11
 
@@ -68,10 +70,10 @@ def _load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0].name} does not load ({error}); {remedy}"
     library.senet_arguments_size.restype = ctypes.c_int64
     library.senet_isa.restype = ctypes.c_char_p
-    if library.senet_arguments_size() != _BLOCK.size:
+    if library.senet_arguments_size() != _BLOCK.size + JOIN_BLOCK.size + JOIN_BRANCH.size:
         return None, f"{found[0].name} is of another version of senet; {remedy}"
-    for function in (library.senet_tail_forward, library.senet_tail_backward):
-        function.argtypes = (ctypes.c_int, ctypes.c_char_p)
+    for name in ("tail_forward", "tail_backward", "join_forward", "join_backward"):
+        getattr(library, f"senet_{name}").argtypes = (ctypes.c_int, ctypes.c_char_p)
     wanted = os.environ.get("SENET_ISA", "")
     if wanted and wanted not in ISAS:
         raise UserError(f"SENET_ISA is {wanted!r}; set it to one of {', '.join(ISAS)}, or unset it")
@@ -113,7 +115,7 @@ def _like(t: Tensor | None, x: Tensor, kept: list[Tensor]) -> int:
     return t.data_ptr()
 
 
-def _numbers(t: Tensor | None, dtype: torch.dtype, kept: list[Tensor]) -> int:
+def numbers(t: Tensor | None, dtype: torch.dtype, kept: list[Tensor]) -> int:
     """Address of t as contiguous numbers of the accumulation type; a copy is put into `kept`."""
     if t is None:
         return 0
@@ -136,15 +138,16 @@ def _sizes(
         hidden,
         P == 1 or not x.is_contiguous(),
         torch.get_num_threads(),
-        _GATES[gate],
+        GATE_NUMBERS[gate],
         relu,
         _NORMALIZATIONS[normalization],
         kind,
     )
 
 
-def _call(function: Callable[[int, bytes], int], x: Tensor, *values: float) -> None:
-    if function(STORAGE[x.dtype], _BLOCK.pack(*values)):
+def call(name: str, x: Tensor, arguments: bytes) -> None:
+    """Run a kernel of the library for maps of the dtype of x."""
+    if getattr(_LIBRARY, f"senet_{name}")(STORAGE[x.dtype], arguments):
         raise MemoryError("no memory for the partial sums of senet's kernels")
 
 
@@ -163,17 +166,16 @@ def _forward(
         outputs: addresses of y, statistics, squeezed, hidden, gates.
         momentum, shortcut_momentum: move the running statistics by that; None leaves them.
     """
-    assert _LIBRARY is not None
     (shortcut, weight, bias, mean, var, s_weight, s_bias, s_mean, s_var) = inputs[:9]
     (w1, b1, w2, b2, normalization, normalize_shortcut, eps, s_eps, gate, relu) = inputs[9:]
-    dtype = _ACCUMULATORS[x.dtype]
+    dtype = ACCUMULATORS[x.dtype]
     kept: list[Tensor] = []
     moved: list[tuple[Tensor, Tensor]] = []
 
     def running(t: Tensor | None, momentum: float | None) -> int:
         if t is None or (momentum is None and normalization == "batch"):
             return 0
-        address = _numbers(t, dtype, kept)
+        address = numbers(t, dtype, kept)
         if momentum is not None and address != t.data_ptr():
             moved.append((t, kept[-1]))
         return address
@@ -181,20 +183,18 @@ def _forward(
     shortcut_norm = _NO_NORM
     if normalize_shortcut:
         shortcut_norm = (
-            _numbers(s_weight, dtype, kept),
-            _numbers(s_bias, dtype, kept),
+            numbers(s_weight, dtype, kept),
+            numbers(s_bias, dtype, kept),
             running(s_mean, shortcut_momentum),
             running(s_var, shortcut_momentum),
             s_eps,
             shortcut_momentum or 0.0,
         )
     kind = 0 if shortcut is None else 2 if normalize_shortcut else 1
-    _call(
-        _LIBRARY.senet_tail_forward,
-        x,
+    arguments = _BLOCK.pack(
         *_sizes(x, 0 if w1 is None else w1.shape[0], gate, relu, normalization, kind),
-        _numbers(weight, dtype, kept),
-        _numbers(bias, dtype, kept),
+        numbers(weight, dtype, kept),
+        numbers(bias, dtype, kept),
         running(mean, momentum),
         running(var, momentum),
         eps,
@@ -202,13 +202,14 @@ def _forward(
         *shortcut_norm,
         x.data_ptr(),
         _like(shortcut, x, kept),
-        _numbers(w1, dtype, kept),
-        _numbers(b1, dtype, kept),
-        _numbers(w2, dtype, kept),
-        _numbers(b2, dtype, kept),
+        numbers(w1, dtype, kept),
+        numbers(b1, dtype, kept),
+        numbers(w2, dtype, kept),
+        numbers(b2, dtype, kept),
         *outputs,
         *_NO_BACKWARD,
     )
+    call("tail_forward", x, arguments)
     for t, copy in moved:
         t.copy_(copy)
 
@@ -240,7 +241,7 @@ def tail_packed(
     """
     x = _dense(x)
     w1 = rest[9]
-    N, C, dtype = x.shape[0], x.shape[1], _ACCUMULATORS[x.dtype]
+    N, C, dtype = x.shape[0], x.shape[1], ACCUMULATORS[x.dtype]
     rows = statistics_rows(rest[13], rest[14])
     hidden, gated = (0, 0) if w1 is None else (w1.shape[0], C)
     y = torch.empty_like(x)
@@ -302,9 +303,8 @@ def tail_backward(
 
     `squeezed`, `hidden` and `gates` are None where `statistics` is the tensor of `tail_packed`.
     """
-    assert _LIBRARY is not None
     x = _dense(x)
-    N, C, dtype = x.shape[0], x.shape[1], _ACCUMULATORS[x.dtype]
+    N, C, dtype = x.shape[0], x.shape[1], ACCUMULATORS[x.dtype]
     width = 0 if w1 is None else w1.shape[0]
     kept: list[Tensor] = []
     places: tuple[int, ...]
@@ -313,7 +313,7 @@ def tail_backward(
         size = statistics.element_size()
         places = _places(statistics.data_ptr(), size, N, C, rows, width, C if width else 0)
     else:
-        places = tuple(_numbers(t, dtype, kept) for t in (statistics, squeezed, hidden, gates))
+        places = tuple(numbers(t, dtype, kept) for t in (statistics, squeezed, hidden, gates))
     found = empty_gradients(x, width, wanted)
     outputs = iter(found)
     addresses = [next(outputs).data_ptr() if want else 0 for want in wanted]
@@ -322,15 +322,13 @@ def tail_backward(
         addresses[1] = 0
     shortcut_norm = _NO_NORM
     if normalize_shortcut:
-        weights = (_numbers(shortcut_weight, dtype, kept), _numbers(shortcut_bias, dtype, kept))
+        weights = (numbers(shortcut_weight, dtype, kept), numbers(shortcut_bias, dtype, kept))
         shortcut_norm = (*weights, 0, 0, 0.0, 0.0)
     kind = 2 if normalize_shortcut else 1 if relu and y is not None else 0
-    _call(
-        _LIBRARY.senet_tail_backward,
-        x,
+    arguments = _BLOCK.pack(
         *_sizes(x, width, gate, relu, normalization, kind),
-        _numbers(weight, dtype, kept),
-        _numbers(bias, dtype, kept),
+        numbers(weight, dtype, kept),
+        numbers(bias, dtype, kept),
         0,
         0,
         0.0,
@@ -338,13 +336,14 @@ def tail_backward(
         *shortcut_norm,
         x.data_ptr(),
         _like(shortcut, x, kept),
-        _numbers(w1, dtype, kept),
+        numbers(w1, dtype, kept),
         0,
-        _numbers(w2, dtype, kept),
+        numbers(w2, dtype, kept),
         0,
         _like(y, x, kept),
         *places,
         _like(gradient, x, kept),
         *addresses,
     )
+    call("tail_backward", x, arguments)
     return found

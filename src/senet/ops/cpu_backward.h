@@ -31,7 +31,7 @@ void reduce_pass(const Plan& plan, const TailArguments& a, const BackwardBuffers
         kWrite ? static_cast<T*>(a.dshortcut) + n * image : nullptr,
         streams};
   };
-  walk(plan, first, share, false, b.partial, op_of(make));
+  walk(plan, plan.C, first, share, false, b.partial, op_of(make));
 }
 
 template <class T, class... Rest>
@@ -69,7 +69,7 @@ void gradient_pass(const Plan& plan, const TailArguments& a,
         streams};
   };
   Accumulator<T>* none = nullptr;
-  walk(plan, first, share, true, none, op_of(make));
+  walk(plan, plan.C, first, share, true, none, op_of(make));
 }
 
 template <class T, bool kBatch, class... Rest>

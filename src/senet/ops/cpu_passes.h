@@ -1,6 +1,7 @@
 // The passes over feature maps. An operation (Statistics, Apply, Reduce, Gradient) says what happens
 // to one vector of elements; the drivers below walk it over channels_last rows, where a vector spans
-// channels, or over a contiguous plane, where a vector spans pixels of one channel.
+// channels, or over a contiguous plane, where a vector spans pixels of one channel. An element is at i
+// in the maps of C channels, and at j in a map whose rows have `width` channels (cpu_join.h).
 // Included once per instruction set.
 
 // Fetches the cache line at `p` into the second-level cache; p may lie beyond the map, a prefetch
@@ -27,36 +28,38 @@ struct OneChannel {
 // Groups of rows that are summed in registers are read in R places at a time, which the processor's
 // own prefetching does not follow well: the group after is asked for explicitly.
 template <class Op, int W, int R>
-SENET_INLINE void row_group_lanes(const Op& op, int64_t C, int64_t row, int64_t c,
+SENET_INLINE void row_group_lanes(const Op& op, int64_t C, int64_t width, int64_t row, int64_t c,
                                   typename Op::A* sums) {
   const auto k = op.template coefficients<W, AlongChannels>(c);
   Vector<typename Op::A, W> sum[Op::kSums + 1] = {};
   for (int u = 0; u < R; ++u) {
-    if constexpr (R > 1 && W > 1) op.prefetch((row + R + u) * C + c);
-    op.template step<W>(k, sum, (row + u) * C + c);
+    if constexpr (R > 1 && W > 1) op.prefetch((row + R + u) * C + c, (row + R + u) * width + c);
+    op.template step<W>(k, sum, (row + u) * C + c, (row + u) * width + c);
   }
   for (int j = 0; j < Op::kSums; ++j)
     store(sums + j * C + c, load<W>(sums + j * C + c) + sum[j]);
 }
 
 template <class Op, int R>
-SENET_INLINE void row_group(const Op& op, int64_t C, int64_t row, typename Op::A* sums) {
+SENET_INLINE void row_group(const Op& op, int64_t C, int64_t width, int64_t row,
+                            typename Op::A* sums) {
   constexpr int W = kLanes<typename Op::A>;
   int64_t c = 0;
-  for (; c + W <= C; c += W) row_group_lanes<Op, W, R>(op, C, row, c, sums);
-  for (; c < C; ++c) row_group_lanes<Op, 1, R>(op, C, row, c, sums);
+  for (; c + W <= C; c += W) row_group_lanes<Op, W, R>(op, C, width, row, c, sums);
+  for (; c < C; ++c) row_group_lanes<Op, 1, R>(op, C, width, row, c, sums);
 }
 
 // Rows [begin, end) of one image in channels_last; adds to sums[kSums][C]. A pass that also writes
 // goes through short rows one by one: so many places at once cost it more than the sums in registers
 // save.
 template <class Op>
-void rows(const Op& op, int64_t C, int64_t begin, int64_t end, typename Op::A* sums) {
+void rows(const Op& op, int64_t C, int64_t width, int64_t begin, int64_t end,
+          typename Op::A* sums) {
   constexpr int64_t kShortRow = 512;
   int64_t row = begin;
   if (!Op::kWrites || C > kShortRow)
-    for (; row + Op::kRows <= end; row += Op::kRows) row_group<Op, Op::kRows>(op, C, row, sums);
-  for (; row < end; ++row) row_group<Op, 1>(op, C, row, sums);
+    for (; row + Op::kRows <= end; row += Op::kRows) row_group<Op, Op::kRows>(op, C, width, row, sums);
+  for (; row < end; ++row) row_group<Op, 1>(op, C, width, row, sums);
 }
 
 // Elements [begin, end) of a contiguous image, all of channel c; adds to sums[j * stride].
@@ -68,11 +71,11 @@ void plane(const Op& op, int64_t c, int64_t begin, int64_t end, typename Op::A* 
   Vector<A, W> sum[U][Op::kSums + 1] = {};
   int64_t i = begin;
   for (; i + U * W <= end; i += U * W)
-    for (int u = 0; u < U; ++u) op.template step<W>(k, sum[u], i + u * W);
-  for (; i + W <= end; i += W) op.template step<W>(k, sum[0], i);
+    for (int u = 0; u < U; ++u) op.template step<W>(k, sum[u], i + u * W, i + u * W);
+  for (; i + W <= end; i += W) op.template step<W>(k, sum[0], i, i);
   const auto k1 = op.template coefficients<1, OneChannel>(c);
   Vector<A, 1> rest[Op::kSums + 1] = {};
-  for (; i < end; ++i) op.template step<1>(k1, rest, i);
+  for (; i < end; ++i) op.template step<1>(k1, rest, i, i);
   for (int j = 0; j < Op::kSums; ++j)
     sums[j * stride] += horizontal_sum<A, W>((sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j])) + rest[j][0];
 }
@@ -96,12 +99,12 @@ struct Statistics {
     return {L::template get<W>(pivot, c)};
   }
   template <int W>
-  SENET_INLINE void step(const Coefficients<W>& k, Vector<A, W>* sum, int64_t i) const {
+  SENET_INLINE void step(const Coefficients<W>& k, Vector<A, W>* sum, int64_t i, int64_t) const {
     const Vector<A, W> d = load<W>(x + i) - k.pivot;
     sum[0] += d;
     sum[1] += d * d;
   }
-  SENET_INLINE void prefetch(int64_t i) const { fetch(x + i); }
+  SENET_INLINE void prefetch(int64_t i, int64_t) const { fetch(x + i); }
 };
 
 // The value before the relu: p * (x - mean) + q, + shortcut or + p' * (shortcut - mean'). Centred, so
@@ -159,12 +162,12 @@ struct Apply {
     return affine.template coefficients<W, L>(c);
   }
   template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i) const {
+  SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t) const {
     Vector<A, W> v = affine.template value<W>(k, i);
     if (relus) v = relu(v);
     store(y + i, v, W == kLanes<A> && streams);
   }
-  SENET_INLINE void prefetch(int64_t i) const { affine.prefetch(i); }
+  SENET_INLINE void prefetch(int64_t i, int64_t) const { affine.prefetch(i); }
 };
 
 // g' = gradient * [y > 0], with the mask from where kMask says.
@@ -228,13 +231,13 @@ struct Reduce {
       return Plain<M, Vector<A, W>>{masked.template coefficients<W, L>(c),
                                     L::template get<W>(mean, c)};
   }
-  SENET_INLINE void prefetch(int64_t i) const {
+  SENET_INLINE void prefetch(int64_t i, int64_t) const {
     masked.prefetch(i);
     if constexpr (kMask == kNoMask || kMask == kMaskFromY) fetch(x + i);
     if constexpr (kBoth && kMask != kMaskFromBoth) fetch(shortcut + i);
   }
   template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i) const {
+  SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i, int64_t) const {
     const Vector<A, W> g = masked.template get<W>(k.masked, i);
     sum[0] += g;
     sum[1] += g * (load<W>(x + i) - k.mean);
@@ -302,14 +305,14 @@ struct Gradient {
       return Coefficients<M, I, int>{masked.template coefficients<W, L>(c),
                                      input.template coefficients<W, L>(c), 0};
   }
-  SENET_INLINE void prefetch(int64_t i) const {
+  SENET_INLINE void prefetch(int64_t i, int64_t) const {
     masked.prefetch(i);
     if constexpr (kBatch && (kMask == kNoMask || kMask == kMaskFromY)) fetch(input.x + i);
     if constexpr (kBatch && kShortcutGradient == kNormalizedShortcut && kMask != kMaskFromBoth)
       fetch(shortcut.x + i);
   }
   template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i) const {
+  SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t) const {
     const bool streamed = W == kLanes<A> && streams;
     const Vector<A, W> g = masked.template get<W>(k.masked, i);
     if (wants_input) store(input.out + i, input.template value<W>(k.input, g, i), streamed);

@@ -45,7 +45,7 @@ struct Share {
 // Runs `op_of(n)` over this thread's tasks of images [first, last); sums (or null) has per image,
 // chunk and sum C entries. Backwards, so that a pass starts with what the one before left in cache.
 template <class OpOf>
-void walk(const Plan& plan, int64_t first, const Share& share, bool backwards,
+void walk(const Plan& plan, int64_t width, int64_t first, const Share& share, bool backwards,
           typename OpOf::Op::A* sums, const OpOf& op_of) {
   using Op = typename OpOf::Op;
   for (int64_t step = share.begin; step < share.end; ++step) {
@@ -56,7 +56,7 @@ void walk(const Plan& plan, int64_t first, const Share& share, bool backwards,
     if (plan.channels_last) {
       typename Op::A* to = sums + (Op::kSums ? (n * plan.sum_chunks + k) * Op::kSums * plan.C : 0);
       if (Op::kSums) std::fill(to, to + Op::kSums * plan.C, typename Op::A(0));
-      rows(op, plan.C, from, std::min(plan.P, from + plan.chunk), to);
+      rows(op, plan.C, width, from, std::min(plan.P, from + plan.chunk), to);
     } else {
       for (int64_t c = from; c < std::min(plan.C, from + plan.chunk); ++c) {
         typename Op::A* to = sums + (Op::kSums ? n * Op::kSums * plan.C + c : 0);
@@ -106,7 +106,7 @@ void measure_rows(const T* x, int64_t C, int64_t begin, int64_t end, Accumulator
                  (widen(first[2 * C + c]) * A(0.25) + widen(first[3 * C + c]) * A(0.25));
   for (int64_t c = 0; c < C; ++c) pivot[c] = pivot[c] - pivot[c] == 0 ? pivot[c] : A(0);  // finite?
   std::fill(partial, partial + 2 * C, A(0));
-  rows(Statistics<T>{x, pivot}, C, begin, end, partial);
+  rows(Statistics<T>{x, pivot}, C, C, begin, end, partial);
   const A weight = A(1) / A(count);
   for (int64_t c = 0; c < C; ++c) {
     const A sum = partial[c], second = partial[C + c] - sum * (sum * weight);
@@ -296,7 +296,7 @@ void apply_pass(const Plan& plan, const TailArguments& a, const AffineBuffers<Ac
                                static_cast<T*>(a.y) + n * plan.C * plan.P, a.relu != 0, streams};
   };
   Accumulator<T>* none = nullptr;
-  walk(plan, first, share, true, none, op_of(make));
+  walk(plan, plan.C, first, share, true, none, op_of(make));
 }
 
 bool may_stream(const Plan& plan, int64_t element, const void* to) {
@@ -351,6 +351,23 @@ void fill_squeeze(const Norm<A>& norm, const A* squeezed, int64_t C, int64_t fir
   });
 }
 
+// Gates of images [first, last) from their squeeze z (N, C); all threads take part.
+template <class A>
+void excite(const TailArguments& a, const A* z, int64_t first, int64_t last, const Share& channels,
+            const Share& units) {
+  const int64_t C = a.C, H = a.H, images = last - first;
+  A *hidden = static_cast<A*>(a.hidden), *gates = static_cast<A*>(a.gates);
+  linear(z + first * C, static_cast<const A*>(a.w1), static_cast<const A*>(a.b1), hidden + first * H,
+         images, H, C, units.begin, units.end);
+  for (int64_t n = first; n < last; ++n)
+    gate_forward(hidden + n * H + units.begin, units.end - units.begin, kRelu);
+#pragma omp barrier
+  linear(hidden + first * H, static_cast<const A*>(a.w2), static_cast<const A*>(a.b2),
+         gates + first * C, images, C, H, channels.begin, channels.end);
+  for (int64_t n = first; n < last; ++n)
+    gate_forward(gates + n * C + channels.begin, channels.end - channels.begin, int(a.gate));
+}
+
 template <class T>
 int forward(const TailArguments* arguments) {
   using A = Accumulator<T>;
@@ -369,8 +386,7 @@ int forward(const TailArguments* arguments) {
   const AffineBuffers<A> affine{p, q, q + rows_pq * C, q + rows_pq * C + C, step};
   A* statistics = a.normalization == kNone ? nullptr : static_cast<A*>(a.statistics);
   A* shortcut_statistics = norm_shortcut ? statistics + 3 * C : nullptr;
-  A *squeezed = static_cast<A*>(a.squeezed), *hidden = static_cast<A*>(a.hidden);
-  A* gates = static_cast<A*>(a.gates);
+  A *squeezed = static_cast<A*>(a.squeezed), *gates = static_cast<A*>(a.gates);
   const Norm<A> norm = norm_of(a.norm, statistics, C);
   const Norm<A> other = norm_of(a.shortcut_norm, shortcut_statistics, C);
   const int64_t group = batch || !H ? plan.N : plan.group(sizeof(T), threads);
@@ -407,15 +423,7 @@ int forward(const TailArguments* arguments) {
         A* z = p;  // read before p is filled
         fill_squeeze(norm, squeezed, C, first, last, channels, z);
 #pragma omp barrier
-        linear(z + first * C, static_cast<const A*>(a.w1), static_cast<const A*>(a.b1),
-               hidden + first * H, images, H, C, units.begin, units.end);
-        for (int64_t n = first; n < last; ++n)
-          gate_forward(hidden + n * H + units.begin, units.end - units.begin, kRelu);
-#pragma omp barrier
-        linear(hidden + first * H, static_cast<const A*>(a.w2), static_cast<const A*>(a.b2),
-               gates + first * C, images, C, H, channels.begin, channels.end);
-        for (int64_t n = first; n < last; ++n)
-          gate_forward(gates + n * C + channels.begin, channels.end - channels.begin, int(a.gate));
+        excite(a, z, first, last, channels, units);
       }
       fill_affine(norm, other, H ? gates : nullptr, C, first, last, channels, affine);
 #pragma omp barrier

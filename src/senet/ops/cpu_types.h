@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SENET_X86
@@ -69,6 +70,24 @@ struct TailArguments {
   // backward only; a null output is not wanted
   const void* gradient;
   void *dx, *dshortcut, *dweight, *dbias, *dshortcut_weight, *dshortcut_bias;
+  void *dw1, *db1, *dw2, *db2;
+};
+
+// One input of a join: a map of C channels. kNone: it goes in as it is; else through norm and relu.
+struct JoinBranch {
+  int64_t C, normalization;
+  NormArguments norm;
+  const void* x;
+  void *dx, *dweight, *dbias;  // backward only; a null output is not wanted
+};
+
+// Followed in memory by its branches. statistics has rows mean, inv_std, var, scale, shift.
+struct JoinArguments {
+  int64_t N, C, P, H, branches;  // C: of all branches together
+  int64_t channels_last, threads, gate;
+  const void *w1, *b1, *w2, *b2;
+  void *y, *statistics, *squeezed, *hidden, *gates;
+  const void* gradient;  // backward only
   void *dw1, *db1, *dw2, *db2;
 };
 

@@ -7,7 +7,7 @@ and the formulas of `senet.ops.algebra` everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,15 +17,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from senet.ops import algebra, cpu, triton
 
-_LIBRARY = torch.library.Library("senet", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("senet", "DEF")
+LIBRARY.define(
     "tail(Tensor x, Tensor? shortcut, Tensor? weight, Tensor? bias, Tensor? running_mean,"
     " Tensor? running_var, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean,"
     " Tensor? shortcut_var, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, str normalization,"
     " bool normalize_shortcut, float eps, float shortcut_eps, str gate, bool relu)"
     " -> (Tensor y, Tensor statistics, Tensor squeezed, Tensor hidden, Tensor gates)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "tail_backward(Tensor gradient, Tensor x, Tensor? y, Tensor? shortcut, Tensor? weight,"
     " Tensor? bias, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? w1, Tensor? w2,"
     " Tensor statistics, Tensor squeezed, Tensor hidden, Tensor gates, str normalization,"
@@ -58,10 +58,10 @@ def _tail_backward(gradient: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     return algebra.tail_backward(gradient, x, *rest)
 
 
-_LIBRARY.impl("tail", _tail, "CompositeExplicitAutograd")
-_LIBRARY.impl("tail_backward", _tail_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("tail", _tail, "CUDA")  # also what ROCm tensors dispatch to
-_LIBRARY.impl("tail_backward", _tail_backward, "CUDA")
+LIBRARY.impl("tail", _tail, "CompositeExplicitAutograd")
+LIBRARY.impl("tail_backward", _tail_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("tail", _tail, "CUDA")  # also what ROCm tensors dispatch to
+LIBRARY.impl("tail_backward", _tail_backward, "CUDA")
 
 
 def _tail_fake(x: Tensor, *rest: Any) -> algebra.TailOutput:
@@ -75,8 +75,8 @@ def _tail_backward_fake(gradient: Tensor, x: Tensor, *rest: Any) -> list[Tensor]
     return algebra.empty_gradients(algebra.dense(x), hidden.shape[1], wanted)
 
 
-torch.library.register_fake("senet::tail", _tail_fake, lib=_LIBRARY)
-torch.library.register_fake("senet::tail_backward", _tail_backward_fake, lib=_LIBRARY)
+torch.library.register_fake("senet::tail", _tail_fake, lib=LIBRARY)
+torch.library.register_fake("senet::tail_backward", _tail_backward_fake, lib=LIBRARY)
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: algebra.TailOutput) -> None:
@@ -159,21 +159,22 @@ class _TailBackward(torch.autograd.Function):
         raise RuntimeError(NO_DOUBLE_BACKWARD)
 
 
-def _differentiates(inputs: tuple[Any, ...]) -> bool:
+def differentiates(inputs: Sequence[Any]) -> bool:
+    """Whether a gradient of these arguments will be wanted."""
     return torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in inputs
     )
 
 
 def _tail_autograd(*inputs: Any) -> Any:
-    if _differentiates(inputs):
+    if differentiates(inputs):
         return _Tail.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _OPERATOR(*inputs)
 
 
 def _tail_backward_autograd(*inputs: Any) -> Any:
-    if _differentiates(inputs):
+    if differentiates(inputs):
         return list(_TailBackward.apply(*inputs))
     with torch._C._AutoDispatchBelowAutograd():
         return _BACKWARD_OPERATOR(*inputs)
@@ -181,11 +182,11 @@ def _tail_backward_autograd(*inputs: Any) -> Any:
 
 _OPERATOR = torch.ops.senet.tail.default
 _BACKWARD_OPERATOR = torch.ops.senet.tail_backward.default
-_LIBRARY.impl("tail", _tail_autograd, "Autograd")
-_LIBRARY.impl("tail_backward", _tail_backward_autograd, "Autograd")
+LIBRARY.impl("tail", _tail_autograd, "Autograd")
+LIBRARY.impl("tail_backward", _tail_backward_autograd, "Autograd")
 
 
-def _without_autocast(operator: Any, key: str) -> Callable[..., Any]:
+def without_autocast(operator: Any, key: str) -> Callable[..., Any]:
     """Inputs keep their types under autocast: sums and the gate are in float32 whatever x is."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -197,8 +198,8 @@ def _without_autocast(operator: Any, key: str) -> Callable[..., Any]:
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _LIBRARY.impl("tail", _without_autocast(_OPERATOR, _key), _key)
-    _LIBRARY.impl("tail_backward", _without_autocast(_BACKWARD_OPERATOR, _key), _key)
+    LIBRARY.impl("tail", without_autocast(_OPERATOR, _key), _key)
+    LIBRARY.impl("tail_backward", without_autocast(_BACKWARD_OPERATOR, _key), _key)
 
 
 @register_flop_formula(torch.ops.senet.tail)
@@ -326,3 +327,11 @@ class AlgebraTail(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> Any:
         """Gradients of all arguments for that of y."""
         return gradients(ctx, algebra.tail_backward, gradient)
+
+
+def by_algebra(arguments: tuple[Any, ...]) -> algebra.TailOutput:
+    """`algebra.tail` with its gradient; torch.compile cannot trace the function without one."""
+    if torch.compiler.is_compiling() and not differentiates(arguments):
+        return algebra.tail(*arguments)
+    output: algebra.TailOutput = AlgebraTail.apply(*arguments)
+    return output

@@ -133,3 +133,28 @@ def bn_se_add_relu(
         r = shortcut.to(v.dtype)
         v = v + (r if shortcut_norm is None else batch_norm(r, shortcut_norm, training))
     return (F.relu(v) if relu else v).to(x.dtype)
+
+
+def bn_relu_concat_se(
+    maps: list[Tensor],
+    norms: list[BatchNorm | None],
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    *,
+    training: list[bool],
+    gate: str,
+) -> Tensor:
+    """s ⊙ concat(relu(BN(x_i))), s = excitation(mean of the concat); no norm: no ReLU."""
+    wide = [x.to(accumulator(x.dtype)) for x in maps]
+    v = torch.cat(
+        [
+            x if norm is None else F.relu(batch_norm(x, norm, own))
+            for x, norm, own in zip(wide, norms, training, strict=True)
+        ],
+        1,
+    )
+    if w1 is not None and w2 is not None:
+        v = v * spread(excitation(v.flatten(2).mean(2), w1, b1, w2, b2, gate), v)
+    return v.to(maps[0].dtype)
