@@ -341,33 +341,46 @@ class Lowering:
 
     def _squeezes_concat(self, node: fx.Node) -> bool:
         """Whether a node is an SE gate on a concat whose sums the branches can take."""
-        if node.op != "call_module" or node not in self.segment:
+        if not self._squeezes(node):
             return False
         module, source = self.module.get_submodule(str(node.target)), node.args[0]
-        if not isinstance(module, SqueezeGate) or not isinstance(source, fx.Node):
+        assert isinstance(module, SqueezeGate)
+        assert isinstance(source, fx.Node)
+        return module.geometry is None and source in self.segment and self._is_cat(source)
+
+    def _squeezes(self, node: fx.Node) -> bool:
+        """Whether a node is an SE gate that the kernels know, in the part of the graph at hand."""
+        if node.op != "call_module" or node not in self.segment:
             return False
-        native = native_gate(module) and module.geometry is None
-        return native and source in self.segment and self._is_cat(source)
+        module = self.module.get_submodule(str(node.target))
+        return isinstance(module, SqueezeGate) and native_gate(module)
 
     def _feeds_gate(self, node: fx.Node) -> bool:
-        """Whether a convolution writes into a concat that SE squeezes."""
+        """Whether SE squeezes what a convolution writes, or the concat that it writes into."""
+        if node not in self.segment:
+            return False
+        if any(map(self._squeezes, node.users)):
+            return True
         if node not in self.slots:
             return False
         return any(self._squeezes_concat(user) for user in self.slots[node][0].users)
 
     def _branches(self, node: fx.Node) -> list[Map | Sums]:
-        """The parts of the concat that an SE gate squeezes, if one of them was summed."""
+        """What an SE gate squeezes: a summed map, or the parts of a concat if one was summed."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source in self.sums and source in self.segment:
+            return [self.sums[source]]
         if not self._squeezes_concat(node):
             return []
-        assert isinstance(node.args[0], fx.Node)
-        whole, channel = self.values[node.args[0]], 0
+        whole, channel = self.values[source], 0
         found: list[Map | Sums] = []
-        for part in concatenated(node.args[0]):
+        for part in concatenated(source):
             shape = self._shape(part)
             place = Map(whole.buffer, shape, whole.ld, whole.channel + channel)
             found.append(self.sums.get(part, place))
             channel += shape[3]
-        return found if self.sums.keys() & set(concatenated(node.args[0])) else []
+        return found if self.sums.keys() & set(concatenated(source)) else []
 
     def _concatenate(self, node: fx.Node) -> None:
         whole_map = self.values.get(node) or self._new(node)  # its first part has made it
