@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from senet.training.progress import Silent
 from senet.training.recipe import Recipe
 
 TESTS = Path(__file__).parents[1] / "tests"
-KILLS, SEEDS = 10, (11, 12)
+KILLS, SEEDS = 10, {11: "ddp", 12: "ddp", 13: "fsdp"}
 EPOCHS = 120
 FUZZ_EXAMPLES = "1000"
 
@@ -56,10 +57,10 @@ def tiny_run(folder: Path, epochs: int) -> RunConfig:
 def kill(folder: Path) -> dict[str, object]:
     """SIGKILL to a random one of two processes, again and again."""
     reports = []
-    for seed in SEEDS:
+    for seed, parallel in SEEDS.items():
         place = folder / str(seed)
         place.mkdir()
-        tiny_run(place, 2).to_toml(place / "config.toml")
+        replace(tiny_run(place, 2), parallel=parallel).to_toml(place / "config.toml")
         program = TESTS / "training" / "ranks_driver.py"
         arguments = ["kill", str(place / "config.toml"), str(place), str(KILLS), str(seed)]
         done = subprocess.run(

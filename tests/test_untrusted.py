@@ -24,7 +24,7 @@ from cli_tools import run
 from senet import create_model
 from senet.data import Preprocessing
 from senet.data.images import decode_image
-from senet.data.shards import Shard, ShardIndex, Table
+from senet.data.shard_index import Shard, ShardIndex, Table
 from senet.errors import SenetError, UserError
 from senet.sources import open_source, rebuild
 from senet.training.checkpoint import open_checkpoint

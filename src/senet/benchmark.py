@@ -59,6 +59,8 @@ class Case:
         benchmark: the claim it belongs to, such as "tail".
         name: the shape or batch, such as "16×256×56×56".
         build: makes the contestants, ours first; called when the case's turn comes.
+        unit: what a value is called.
+        divisor: how many units of work a call does; values are a call's milliseconds over it.
         settle: whether each turn begins with a call that is not timed. Thread pools go on
             spinning for milliseconds after a call; where contestants have pools of their own, each
             would slow down the next one.
@@ -68,6 +70,8 @@ class Case:
     name: str
     build: Callable[[], Sequence[Contestant]]
     settle: bool = False
+    unit: str = "ms"
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,12 @@ class Measurement:
 
     Attributes:
         benchmark, case, contestant: names, as in `Case` and `Contestant`.
-        unit: "ms" a call, or "MiB".
+        unit: "ms" a call, "ms/image" or "MiB".
         quantiles: 20, 50 and 80% over the rounds.
         ratio: median over the rounds of this contestant's value over that of ours in the same
             round; above 1 ours is better.
         rounds: how many values there were.
+        least: the smallest of them.
     """
 
     benchmark: str
@@ -90,6 +95,7 @@ class Measurement:
     quantiles: tuple[float, float, float]
     ratio: float
     rounds: int
+    least: float
 
 
 def chosen(cases: Sequence[Case], only: str | None) -> list[Case]:
@@ -140,6 +146,7 @@ def summarize(
             quantiles(theirs),
             statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
             len(theirs),
+            min(theirs),
         )
         for name, theirs in values.items()
     ]
@@ -174,7 +181,7 @@ def measure(case: Case, *, rounds: int, warmup: int, device: str = "cpu") -> lis
         device: "cpu", or "cuda" for the GPU's own clock.
 
     Returns:
-        A measurement a contestant, in milliseconds a call.
+        A measurement a contestant, in milliseconds a call (over the case's divisor).
     """
     contestants = case.build()
     repeats = {}
@@ -189,8 +196,8 @@ def measure(case: Case, *, rounds: int, warmup: int, device: str = "cpu") -> lis
             if case.settle:
                 contestant.run()
             seconds = elapsed(contestant.run, count, device)
-            values[contestant.name].append(1e3 * seconds / count)
-    return summarize(case.benchmark, case.name, "ms", dict(values))
+            values[contestant.name].append(1e3 * seconds / count / case.divisor)
+    return summarize(case.benchmark, case.name, case.unit, dict(values))
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -81,7 +81,7 @@ def _engines(
     if COMPILED in engines:
         frozen = torch.compile(fast, options={"freezing": True})
         found.append(Contestant(f"torch.compile {subject.label}", _guarded(frozen, images)))
-    path = folder / f"{subject.label}-{len(x)}.onnx"
+    path = Path(tempfile.mkdtemp(dir=folder)) / "network.onnx"
     sessions = {"ONNX Runtime": onnx_session, "OpenVINO": openvino_session}
     wanted = [name for name in sessions if name in engines]
     if wanted:

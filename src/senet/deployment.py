@@ -10,7 +10,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .data import FileImages, ImageData, ImageSource, Preprocessing, val_loader
+from .data import (
+    FileImages,
+    ImageData,
+    ImageSource,
+    Preprocessing,
+    check_decoder,
+    map_style,
+    val_loader,
+)
 from .data.embedded import read_embedded
 from .errors import UserError
 from .evaluate import check_classes, open_data, resized
@@ -76,12 +84,12 @@ def export_checkpoint(
     evaluation: Batches | None = None
     if int8 or data_name is not None:
         train, val = _open_images(checkpoint, data_name, data_options)
-        pictures = train if val is None else val.val
+        pictures = train if val is None else map_style(val.val, "senet export")
         if int8:
             chosen = _sample(train, calibration_images)
             calibration = [images for images, _ in _batches(chosen, preprocessing)]
             if val is not None:
-                evaluation = _batches(val.val, preprocessing)
+                evaluation = _batches(pictures, preprocessing)
     few = _sample(pictures, batch or 2)
     return export(
         checkpoint.model,
@@ -108,10 +116,12 @@ def _open_images(
         if not inner:
             paths = [str(path) for path in find_images([folder])]
             labels = torch.zeros(len(paths), dtype=torch.int64)
-            return FileImages(paths, labels, checkpoint.preprocessing.channels), None
+            decoder = check_decoder(data_options.get("decode", "pillow"))
+            channels = checkpoint.preprocessing.channels
+            return FileImages(paths, labels, channels, decoder), None
     data = open_data(checkpoint, data_name, data_options)
     check_classes(checkpoint, data)
-    return data.train, data
+    return map_style(data.train, "senet export"), data
 
 
 def _sample(source: ImageSource, count: int) -> ImageSource:

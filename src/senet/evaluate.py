@@ -112,7 +112,7 @@ def open_data(
         data_name = checkpoint.config.get("data")
         if data_name is None:
             raise UserError(f"{checkpoint.path} does not say what it was trained on: give --data")
-        for name in ("val_fraction", "skip_bad_images", "bad_shards"):
+        for name in ("val_fraction", "skip_bad_images", "bad_shards", "decode"):
             if name in checkpoint.config:
                 options.setdefault(name, checkpoint.config[name])
     if "data_root" in options:

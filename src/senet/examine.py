@@ -89,6 +89,8 @@ def open_run_data(config: RunConfig) -> ImageData:
         skip_bad_images=config.skip_bad_images,
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
+        decode=config.decode,
+        epoch_size=config.epoch_size,
     )
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from rich.table import Table
 
-from senet.data import ImageData, val_loader
+from senet.data import ImageData, map_style, val_loader
 from senet.errors import UserError
 from senet.evaluate import check_classes, open_data, resized
 from senet.explain_report import explain_page
@@ -138,6 +138,7 @@ def explain(
         raise UserError(f"images must be at least 0, got {images}")
     options = dict(data_options or {})
     checkpoint, data = open_for_gates(path, data_name, options, options.get("image_size"))
+    map_style(data.val, "senet explain")
     named = GateStatistics({}, checkpoint.classes, 0)
     picked = [named.class_number(name) for name in classes]
     loader = val_loader(data, batch_size=batch_size, num_workers=workers)
@@ -189,7 +190,7 @@ def _write(explanation: Explanation, picked: list[int], images: int) -> None:
 
 
 def _image(data: ImageData, position: int) -> tuple[Image.Image, str]:
-    picture, label = data.val[position]
+    picture, label = map_style(data.val, "senet explain")[position]
     return picture, data.classes[label]
 
 

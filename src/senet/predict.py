@@ -12,7 +12,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from .data import BadImageError, Preprocessing, load_image
+from .data import BadImageError, Decoder, Preprocessing, check_decoder, load_image
 from .engines import Engine, load_ahead, make_engine
 from .errors import UserError
 from .export_runtimes import SUFFIXES, Run, open_exported
@@ -145,6 +145,7 @@ def predict_images(
     *,
     top: int,
     batch_size: int = BATCH_SIZE,
+    decoder: Decoder = "pillow",
     progress: Progress | None = None,
 ) -> Iterator[Prediction | BadImageError]:
     """The classes of each image, in order; the error in place of one that cannot be read.
@@ -156,6 +157,7 @@ def predict_images(
         images: image files.
         top: classes to give, at most as many as there are.
         batch_size: images at a time; a classifier's fixed `batch` goes first.
+        decoder: as for `load_image`.
         progress: hears of each batch.
     """
     progress = progress or Silent()
@@ -165,7 +167,7 @@ def predict_images(
 
     def read(path: Path) -> Tensor | BadImageError:
         try:
-            return pixels(load_image(path, preprocessing.channels))
+            return pixels(load_image(path, preprocessing.channels, decoder))
         except BadImageError as error:
             return error
 
@@ -203,6 +205,7 @@ def print_predictions(
     device: str,
     engine: Engine | None = None,
     batch_size: int = BATCH_SIZE,
+    decoder: Decoder = "pillow",
     progress: Progress | None = None,
 ) -> int:
     """Print the predictions as a table or as JSON and name broken images on standard error.
@@ -214,6 +217,7 @@ def print_predictions(
         top: classes to give of each image.
         as_json: print JSON; the table has the images a second beneath it, JSON has not.
         batch_size: images at a time.
+        decoder: as for `load_image`.
         progress: hears of each batch.
 
     Returns:
@@ -226,6 +230,7 @@ def print_predictions(
     for flag, value in (("--top", top), ("--batch-size", batch_size)):
         if value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
+    check_decoder(decoder)
     images = find_images(paths)
     batch_size = min(batch_size, len(images))
     classifier = open_classifier(
@@ -235,7 +240,7 @@ def print_predictions(
     broken = 0
     began = time.perf_counter()
     for result in predict_images(
-        classifier, images, top=top, batch_size=batch_size, progress=progress
+        classifier, images, top=top, batch_size=batch_size, decoder=decoder, progress=progress
     ):
         if isinstance(result, Prediction):
             predictions.append(result)

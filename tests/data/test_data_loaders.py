@@ -23,8 +23,8 @@ from senet.data import (
     MemoryImages,
     Preprocessing,
     TrainLoader,
+    folders,
     load_data,
-    sources,
     train_loader,
     val_loader,
 )
@@ -291,7 +291,7 @@ def test_a_broken_file_is_named_in_one_line(
     folder = make_folder({"train": {"cat": 200}, "val": {"cat": 200}}, suffix=".jpg")
     for split in ("train", "val"):
         truncate(folder / split / "cat" / "101.jpg")
-    monkeypatch.setattr(sources, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
     data = load_data(str(folder), image_size=8)
     with pytest.raises(BadImageError, match=r"^cannot read the image '.*train/cat/101\.jpg': .*$"):
         collect(make(data, num_workers=workers))

@@ -12,7 +12,7 @@ import torch
 import torchvision.datasets
 from tiny_images import picture, truncate
 
-from senet.data import BadImageError, FileImages, MemoryImages, load_data, sources
+from senet.data import BadImageError, FileImages, MemoryImages, folders, load_data
 from senet.data.embedded import read_embedded
 from senet.errors import SenetError, UserError
 
@@ -146,7 +146,7 @@ def test_truncated_jpeg_in_a_large_folder_is_named_on_access(
 ) -> None:
     folder = make_folder({"train": {"cat": 200}, "val": {"cat": 1}}, suffix=".jpg")
     truncate(folder / "train" / "cat" / "001.jpg")  # not among the probes for grey
-    monkeypatch.setattr(sources, "CHECKED_LIMIT", 1000)
+    monkeypatch.setattr(folders, "CHECKED_LIMIT", 1000)
     data = load_data(str(folder))
     assert isinstance(data.train, FileImages)
     assert data.train[0][0].size == (8, 8)

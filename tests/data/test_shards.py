@@ -16,10 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from senet.data import Augmentation, BadImageError, load_data, sources, train_loader, val_loader
+from senet.data import (
+    Augmentation,
+    BadImageError,
+    folders,
+    load_data,
+    train_loader,
+    val_loader,
+)
 from senet.data import sharding as writing
+from senet.data.shard_index import Shard, ShardIndex
 from senet.data.sharding import size_in_bytes, write_shards
-from senet.data.shards import Shard, ShardIndex
 from senet.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -28,7 +35,7 @@ MakeFolder = Callable[..., Path]
 @pytest.fixture
 def folder(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Images that stay files: 60 for training and 9 for evaluation, of three classes."""
-    monkeypatch.setattr(sources, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
     names = ("cat", "dog", "eel")
     return make_folder({"train": dict.fromkeys(names, 20), "val": dict.fromkeys(names, 3)})
 
@@ -109,7 +116,7 @@ def test_stopped_writing_goes_on(
     with pytest.raises(UserError, match=r"cannot read .*index\.json: No such file"):
         opened(out)
     monkeypatch.undo()
-    monkeypatch.setattr(sources, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
     (out / "train-000001.tar").write_bytes(b"half")
     done = write_shards(data, out, shard_size=24_000)
     # The first is kept, the broken one is not; one more may have been under way.
@@ -291,7 +298,7 @@ def test_shards_behind_an_address(address: str, shards: Path, tmp_path: Path) ->
 
 
 def test_options_that_do_not_belong(shards: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match="shuffle_buffer and bad_shards are for shards:PLACE"):
+    with pytest.raises(UserError, match="shuffle_buffer is for shards:PLACE and hf-stream:NAME"):
         load_data(str(folder), shuffle_buffer=10)
     with pytest.raises(UserError, match="val_fraction is not for shards:"):
         opened(shards, val_fraction=0.5)

@@ -7,6 +7,8 @@ SIGKILL, resumes (killing again, half of the time) and compares with an unharmed
 `ranks_driver.py resize CONFIG.toml FOLDER`: two processes are stopped, one goes on, and reversed.
 `ranks_driver.py gradients CONFIG.toml FOLDER`: the fused tail with batch norm over both.
 `ranks_driver.py sync CONFIG.toml FOLDER`: the run with batch norm over both processes.
+`ranks_driver.py shard CONFIG.toml FOLDER`: FSDP against DDP; stopped, and on under either.
+`ranks_driver.py options CONFIG.toml FOLDER INIT`: FSDP against DDP with other options.
 
 Each prints one JSON line. Processes are forked, so that PyTorch is imported once.
 """
@@ -14,17 +16,20 @@ Each prints one JSON line. Processes are forked, so that PyTorch is imported onc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from crash_driver import digests
+from safetensors.torch import load_file
 
 from senet.training.config import RunConfig
 from senet.training.loop import Interrupted, resume, train
@@ -53,6 +58,8 @@ def launch(action: Callable[[int], None], world: int = 2) -> list[int]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
+            # PyTorch makes its thread pool anew after a fork, and two threads must not be first.
+            torch.set_num_threads(1)
             code = 0
             try:
                 action(rank)
@@ -208,6 +215,94 @@ def sync(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
     return {"codes": wait(launch(lambda _: (train(run), None)[1]))}
 
 
+def difference(one: Path, other: Path) -> float:
+    """The largest of two runs' weights, each relative to the largest element of its tensor."""
+    found = [load_file(run / "checkpoints/last/model.safetensors") for run in (one, other)]
+    assert found[0].keys() == found[1].keys()
+    scales = {name: x.double().abs().max().clamp(min=1e-12) for name, x in found[0].items()}
+    return max(
+        float((found[1][name] - x).abs().max() / scales[name]) for name, x in found[0].items()
+    )
+
+
+def holding(run: Path) -> None:
+    """Let each process write how many bytes of what it holds, at its first step."""
+    import senet.training.session as session
+    from senet.training.sharding import local
+
+    inner = session.Session.train_step
+
+    def looking(self: Any, *arguments: Any) -> float:
+        loss = inner(self, *arguments)
+        kinds = {
+            "parameters": self.model.parameters(),
+            "average": self.ema.module.parameters(),
+            "momentum": [entry["momentum_buffer"] for entry in self.optimizer.state.values()],
+        }
+        held = {kind: sum(local(t).nbytes for t in found) for kind, found in kinds.items()}
+        (run / f"held{self.accelerator.process_index}.json").write_text(json.dumps(held))
+        return loss
+
+    session.Session.train_step = looking  # type: ignore[method-assign]
+
+
+def shard(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"codes": [], "differences": {}, "held": {}}
+    runs = {kind: config(kind, parallel=kind) for kind in ("ddp", "fsdp")}
+    for kind, run in runs.items():
+
+        def whole(_: int, run: RunConfig = run) -> None:
+            holding(run.out)
+            train(run)
+
+        result["codes"].append(wait(launch(whole)))
+        result["held"][kind] = [
+            json.loads((run.out / f"held{rank}.json").read_text()) for rank in range(2)
+        ]
+    result["differences"]["fsdp"] = difference(runs["ddp"].out, runs["fsdp"].out)
+    for first in runs:
+        run = config(f"stopped-{first}", parallel=first)
+
+        def stopped(_: int, run: RunConfig = run) -> None:
+            train(run, progress=Step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+
+        result["codes"].append(wait(launch(stopped)))
+    moves = {"fsdp-fsdp": 2, "fsdp-ddp": 2, "ddp-fsdp": 2, "fsdp-alone": 1}
+    for name, processes in moves.items():
+        first, then = name.split("-")
+        place = folder / name
+        shutil.copytree(folder / f"stopped-{first}", place)
+        options = {"parallel": "fsdp" if then == "fsdp" else "ddp"}
+
+        def on(rank: int, place: Path = place, options: dict[str, str] = options) -> None:
+            heard = Step()
+            resume(place, options=options, progress=heard)
+            if rank == 0:
+                (place / "notes.json").write_text(json.dumps(heard.notes))
+
+        result["codes"].append(wait(launch(on, processes)))
+        result["differences"][name] = difference(runs["ddp"].out, place)
+        result[name] = json.loads((place / "notes.json").read_text())
+    result["equal"] = digests(folder / "fsdp-fsdp") == digests(runs["fsdp"].out)
+    return result
+
+
+def options(config: Callable[..., RunConfig], folder: Path, start: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"codes": [], "differences": {}}
+    base = config("bf16").recipe
+    kinds: dict[str, dict[str, Any]] = {
+        "bf16": {"recipe": replace(base, mixed_precision="bf16")},
+        "sync": {"sync_bn": True, "accumulate": 1},
+        "tuned": {"init": start, "train": "se+head", "model_options": {}},
+    }
+    for name, changes in kinds.items():
+        runs = [config(f"{name}-{kind}", parallel=kind, **changes) for kind in ("ddp", "fsdp")]
+        for run in runs:
+            result["codes"].append(wait(launch(lambda _, run=run: (train(run), None)[1])))
+        result["differences"][name] = difference(*(run.out for run in runs))
+    return result
+
+
 def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
     """Fused tail and join over two halves of a batch against the whole: largest differences."""
     import torch.distributed as dist
@@ -260,11 +355,11 @@ def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
     return {"codes": codes, "differences": differences}
 
 
-def main(what: str, config_path: Path, folder: Path, *numbers: int) -> None:
+def main(what: str, config_path: Path, folder: Path, *rest: Any) -> None:
     base = RunConfig.from_toml(config_path).to_dict()
 
     def config(name: str, **changes: Any) -> RunConfig:
-        return RunConfig.from_dict(base, out=folder / name, **changes)
+        return RunConfig.from_dict(base, **({"out": folder / name} | changes))
 
     torch.set_num_threads(1)
     action = {
@@ -274,9 +369,12 @@ def main(what: str, config_path: Path, folder: Path, *numbers: int) -> None:
         "resize": resize,
         "sync": sync,
         "gradients": gradients,
+        "shard": shard,
+        "options": options,
     }[what]
-    print(json.dumps(action(config, folder, *numbers)))
+    print(json.dumps(action(config, folder, *rest)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
+    numbers = (int(text) if text.isdigit() else text for text in sys.argv[4:])
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *numbers)

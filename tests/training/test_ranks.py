@@ -2,22 +2,30 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 
 from senet.data import Augmentation
 from senet.errors import UserError
+from senet.insertion import insert
+from senet.models import build_model
 from senet.training.checkpoint import open_checkpoint
 from senet.training.config import RunConfig
 from senet.training.loop import resume, train
 from senet.training.ranks import locked
 from senet.training.session import Session
+from senet.training.sharding import shard
 
 Make = Callable[..., RunConfig]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -27,10 +35,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 def driver(tiny_config: Make, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs ranks_driver.py; its answer, and what it printed to standard error as "stderr"."""
 
-    def drive(what: str, *numbers: int, **changes: Any) -> dict[str, Any]:
+    def drive(what: str, *more: object, **changes: Any) -> dict[str, Any]:
         tiny_config(**changes).to_toml(tmp_path / "config.toml")
         program = Path(__file__).with_name("ranks_driver.py")
-        arguments = [what, str(tmp_path / "config.toml"), str(tmp_path), *map(str, numbers)]
+        arguments = [what, str(tmp_path / "config.toml"), str(tmp_path), *map(str, more)]
         done = subprocess.run(
             [sys.executable, str(program), *arguments],
             env=ENVIRONMENT,
@@ -110,6 +118,103 @@ def test_batch_norm_over_all_processes(
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     both = (tmp_path / "sync" / "metrics.csv").read_text().splitlines()[1].split(",")
     assert float(both[3]) == pytest.approx(alone.history[0]["train_loss"], rel=1e-4)
+
+
+def test_fsdp_learns_what_ddp_learns(
+    driver: Callable[..., dict[str, Any]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Each process holds half; a run goes on exactly, and from FSDP to DDP, one process and back.
+
+    Of nine validation images one process has two batches, the other one.
+    """
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    for image in sorted((data / "val").glob("*/*.png"))[::4]:
+        image.unlink()
+    report = driver("shard", data=str(data), accumulate=2)
+    assert report["codes"] == [[0, 0], [0, 0], *[[143, 143]] * 2, *[[0, 0]] * 3, [0]]
+    for kind, whole in report["held"]["ddp"][0].items():
+        both = [held[kind] for held in report["held"]["fsdp"]]
+        assert sum(both) == whole, kind
+        assert max(both) < 0.53 * whole, kind  # the classifier has three rows
+    assert report["equal"]
+    assert report["fsdp-fsdp"] == report["ddp-fsdp"][:1]  # that there are few classes
+    assert "the run began with parallel fsdp, now ddp" in report["fsdp-ddp"][-1]
+    for name in ("fsdp", "fsdp-fsdp", "fsdp-ddp", "ddp-fsdp"):
+        assert report["differences"][name] < 1e-4, (name, report["differences"])
+    rows = [(tmp_path / kind / "metrics.csv").read_text() for kind in ("ddp", "fsdp")]
+    first, second = ([float(x) for x in text.split("\n")[2].split(",")] for text in rows)
+    assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_fsdp_with_other_options(
+    driver: Callable[..., dict[str, Any]], tiny_config: Make, tmp_path: Path
+) -> None:
+    """bf16, batch norm over all processes, frozen layers: as under DDP."""
+    start = train(tiny_config(out=tmp_path / "start", recipe_epochs=1)).run
+    report = driver("options", start, recipe_epochs=1)
+    assert report["codes"] == [[0, 0]] * 6, report["stderr"]
+    assert "separate passes" not in report["stderr"]
+    assert report["differences"]["sync"] < 1e-4
+    assert report["differences"]["tuned"] < 1e-4
+    # A gradient whose last bit differs may round to another bf16 in the next step.
+    assert report["differences"]["bf16"] < 2e-2
+    before, after = (
+        open_checkpoint(tmp_path / name).model.state_dict() for name in ("start", "tuned-fsdp")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(".se." in name or name.startswith("fc.") for name in moved), moved
+
+
+def inserted_vgg() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.vgg11_bn(num_classes=4, dropout=0.0)
+    model.classifier = torch.nn.Linear(512 * 49, 4)  # 100 million parameters fewer
+    insert(model, example_input=torch.zeros(1, 3, 32, 32))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(build_model, "se_resnet164_cifar", num_classes=4),
+        partial(build_model, "se_mobilenet", num_classes=4),
+        partial(build_model, "se_shufflenet_g3", num_classes=4),
+        inserted_vgg,
+    ],
+    ids=["se_resnet164_cifar", "se_mobilenet", "se_shufflenet_g3", "inserted"],
+)
+def test_fsdp_gathers_what_a_network_reads(make: Callable[[], torch.nn.Module]) -> None:
+    """Parameters that a block reads outside its own forward would be refused by PyTorch."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        plain, spread = make(), make()
+        spread.load_state_dict(plain.state_dict())
+        shard(spread, torch.device("cpu"), 1)
+        x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+        for model in (plain, spread):
+            torch.manual_seed(0)
+            model(x).square().sum().backward()
+        for one, two in zip(plain.parameters(), spread.parameters(), strict=True):
+            assert one.grad is not None
+            torch.testing.assert_close(two.grad.full_tensor(), one.grad)  # type: ignore[union-attr]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fsdp_where_it_makes_no_sense(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="parallel must be one of ddp, fsdp, got 'both'"):
+        tiny_config(parallel="both")
+    with pytest.raises(UserError, match="parallel 'fsdp' and compile do not go together"):
+        tiny_config(parallel="fsdp", compile=True)
+    with pytest.raises(UserError, match="and this is one: begin with torchrun"):
+        Session(tiny_config(parallel="fsdp"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="leave out --use_fsdp, and give senet --parallel fsdp"):
+        Session(tiny_config())
 
 
 def test_parts_of_a_step_add_up(tiny_config: Make, tmp_path: Path) -> None:
@@ -211,6 +316,33 @@ def test_the_command_under_torchrun(tiny_data: Path, tmp_path: Path) -> None:
     again = train_in_this_process(flags)
     assert again.returncode == 0, again.stderr
     assert "the run was made by 2 processes, now 1" in again.stderr + again.stdout
+
+
+def test_torchrun_starts_killed_processes_anew(tiny_config: Make, tmp_path: Path) -> None:
+    """`--max-restarts`, with the setting of docs/cluster.md: SIGKILL to one of two processes."""
+    run = tmp_path / "run"
+    tiny_config(recipe_epochs=15).to_toml(tmp_path / "config.toml")
+    flags = ["--config", str(tmp_path / "config.toml"), "--resume", "auto", "--out", str(run)]
+    with subprocess.Popen(
+        [*TORCHRUN, "--max-restarts=1", "-m", "senet", "train", *flags],
+        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launched:
+        log = run / "logs" / "rank1.log"
+        while not (run / "checkpoints/last/manifest.json").exists():
+            assert launched.poll() is None
+            time.sleep(0.02)
+        _, _, victim, *_ = log.read_text().split()
+        os.kill(int(victim), signal.SIGKILL)
+        out, errors = launched.communicate(timeout=60)
+    assert launched.returncode == 0, errors[-3000:]
+    assert out.count("best top-1") == 1
+    begun = [line.split() for line in log.read_text().splitlines() if "rank 1 of 2" in line]
+    assert len(begun) == 2
+    assert begun[1][2] != victim
+    assert len((run / "metrics.csv").read_text().splitlines()) == 16
 
 
 def train_in_this_process(flags: list[str]) -> subprocess.CompletedProcess[str]:

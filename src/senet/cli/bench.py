@@ -5,9 +5,10 @@ import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
@@ -39,13 +40,15 @@ def _steps_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def bench(
-    what: Literal["ops", "train", "inference"],
+    what: Literal["ops", "train", "inference", "data"],
     /,
     *,
     models: Names = None,
     rounds: Whole = 15,
     warmup: Whole = 3,
     batch_sizes: WholeNumbers = None,
+    images: Path | None = None,
+    workers: WholeNumbers = None,
     no_compile: Switch = False,
     only: str | None = None,
     no_memory: Switch = False,
@@ -60,14 +63,18 @@ def bench(
     Args:
         what: 'ops' for the operators and a copy of the same map; 'train' for a training step of
             (SE-)ResNet-50 and its peak memory; 'inference' for senet.optimize and senet.export
-            against timm, torch.compile, ONNX Runtime and OpenVINO.
+            against timm, torch.compile, ONNX Runtime and OpenVINO; 'data' for decoding and
+            augmenting JPEG files with each decoder, by loader workers.
         models: what to run, with commas between them (default: se_resnet50): networks with SE, run
             folders or checkpoints of yours, 'torchvision:NAME', 'timm:NAME' or 'FILE.py:FUNCTION';
             only with 'inference', which runs the network without SE too where it is known.
         rounds: measured rounds; each contestant has a turn in each.
         warmup: rounds before that.
         batch_sizes: images at a time, such as 8,16 (default: both for 'train', 1,16 for
-            'inference'); not with 'ops'.
+            'inference'); not with 'ops' and 'data'.
+        images: with 'data': folder of JPEG files, of which up to 192 are used (default: 192
+            synthetic ones of 500×375 pixels).
+        workers: with 'data': numbers of loader workers (default: 0,1,2; 0 is the process itself).
         no_compile: leave out the contestants that torch.compile makes, which takes minutes.
         only: leave out cases whose name does not contain this, such as 'tail' or 'alone 16x512'.
         no_memory: leave out the peak memory of 'train'.
@@ -78,9 +85,17 @@ def bench(
     prepare_process(tune_allocator=not no_tune_allocator)
     if models is not None and what != "inference":
         raise UserError(f"--models is an option of 'inference', not of {what!r}")
+    if what != "data":
+        for flag, value in (("images", images), ("workers", workers)):
+            if value is not None:
+                raise UserError(f"--{flag} is an option of 'data', not of {what!r}")
     if no_memory and what != "train":
         raise UserError(f"--no-memory is an option of 'train', not of {what!r}")
+    if what == "data" and no_compile:
+        raise UserError("--no-compile is for networks and operators, not for 'data'")
     if device == "cuda":
+        if what == "data":
+            raise UserError("images are decoded on the CPU: leave out --device cuda")
         for flag, given in (("models", models), ("only", only), ("no-memory", no_memory or None)):
             if given is not None:
                 raise UserError(f"--{flag} is for the CPU; --device cuda measures fixed cases")
@@ -89,8 +104,8 @@ def bench(
     from senet import benchmark
 
     benchmark.check_rounds(rounds, warmup)
-    if batch_sizes is not None and what == "ops":
-        raise UserError("--batch-sizes is an option of 'train' and 'inference'; 'ops' has none")
+    if batch_sizes is not None and what in ("ops", "data"):
+        raise UserError(f"--batch-sizes is an option of 'train' and 'inference'; {what!r} has none")
     allocator = "untuned" if no_tune_allocator else "tuned"
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     found: list[Measurement] = []
@@ -101,11 +116,15 @@ def bench(
             benchmark.append_results(results, measurements, where)
         found.extend(measurements)
 
-    plan = _plan(what, models, batch_sizes, compiled=not no_compile)
-    cases = benchmark.chosen(plan.cases, only)
-    memory_sizes = () if no_memory else plan.memory_sizes
-    steps = len(memory_sizes) * plan.memory_networks
-    with _steps_bar(len(cases) + steps) as advance:
+    with ExitStack() as held:
+        if what == "data":
+            plan = _data_plan(images, workers, held)
+        else:
+            plan = _plan(what, models, batch_sizes, compiled=not no_compile)
+        cases = benchmark.chosen(plan.cases, only)
+        memory_sizes = () if no_memory else plan.memory_sizes
+        steps = len(memory_sizes) * plan.memory_networks
+        advance = held.enter_context(_steps_bar(len(cases) + steps))
         for size in memory_sizes:
             from senet import benchmark_train
 
@@ -126,6 +145,22 @@ class _Plan:
     conclude: "Callable[[Sequence[Measurement]], list[str]]"
     memory_sizes: Sequence[int] = ()  # batches whose peak memory is measured first
     memory_networks: int = 0  # how many networks that is for each batch
+
+
+def _data_plan(images: Path | None, workers: Sequence[int] | None, held: ExitStack) -> _Plan:
+    """The cases of 'data'; synthetic images are kept until `held` is closed."""
+    from senet import benchmark_data
+    from senet.data import check_decoder
+
+    check_decoder("turbo")
+    if images is None:
+        folder = Path(held.enter_context(TemporaryDirectory(prefix="senet-bench-")))
+        paths = benchmark_data.write_pictures(folder)
+    else:
+        paths = benchmark_data.find_jpegs(images)
+    cases = benchmark_data.cases(paths, workers or benchmark_data.WORKERS)
+    about = benchmark_data.describe(paths)
+    return _Plan(cases, lambda found: [about, *benchmark_data.conclusions(found)])
 
 
 def _plan(

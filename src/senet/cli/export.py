@@ -99,7 +99,7 @@ def _check(format: str, options: Mapping[str, Any]) -> None:
                 raise UserError(f"{flags[name]} is an option of ONNX, not of {format}")
     if "calibration_images" in options and "int8" not in options:
         raise UserError("--calibration-images is an option of --int8")
-    for name in ("data_root", "download", "val_fraction", "skip_bad_images"):
+    for name in ("data_root", "download", "val_fraction", "skip_bad_images", "decode"):
         if name in options and not {"int8", "data"} & options.keys():
             raise UserError(f"{flags[name]} says how data are read: give --data or --int8")
 

@@ -55,6 +55,7 @@ WholeNumbers = Annotated[
 ]
 Names = Annotated[tuple[str, ...] | None, Parameter(converter=names, n_tokens=1, negative="")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Decode = Literal["pillow", "turbo"] | None
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 Config = Annotated[
     Path | None,
@@ -120,10 +121,16 @@ class DataFlags:
     skip_bad_images: bool | None = None
     """Leave out images that cannot be read and count them, instead of stopping."""
     shuffle_buffer: OptionalWhole = None
-    """shards: images within which the order of an epoch is shuffled (default: 10000)."""
+    """Images within which the order of an epoch is shuffled, of shards (default: 10000) or a stream
+    (default: 1000, held in memory as files)."""
+    epoch_size: OptionalWhole = None
+    """hf-stream: images of an epoch (default: all, where the data set says how many)."""
     bad_shards: Literal["fail", "skip"] | None = None
     """shards: stop at a broken one, or read all before the start and leave out the broken ones
     (default: fail)."""
+    decode: Decode = None
+    """Who decodes JPEG: pillow, or turbo (the libjpeg-turbo in torchvision, for a Pillow without
+    one); Pillow decodes all else (default: pillow)."""
 
 
 @Parameter(name="*", group=RECIPE_GROUP)
@@ -173,6 +180,9 @@ class StepFlags:
     """Parts that a process takes its images of a step in, to save memory (default: 1)."""
     sync_bn: bool | None = None
     """Batch norm over the images of all processes instead of each process's own."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """What each of several processes holds of the network: all of it (ddp), or a part of its
+    parameters, gradients and momentum (fsdp, for networks that do not fit) (default: ddp)."""
 
 
 NO_SE = SEFlags()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from .options import Config, Device, Switch, Whole, prepare_process
+from .options import Config, Decode, Device, Switch, Whole, prepare_process
 from .progress import watch
 
 
@@ -20,6 +20,7 @@ def predict(
     device: Device = "auto",
     engine: Literal["eager", "optimized", "onnx", "openvino"] | None = None,
     batch_size: Whole = 32,
+    decode: Decode = None,
     no_tune_allocator: Switch = False,
     config: Config = None,
 ) -> int:
@@ -42,6 +43,8 @@ def predict(
         engine: eager (PyTorch, the default), optimized (senet.optimize: faster, a moment to
             prepare), onnx (ONNX Runtime) or openvino.
         batch_size: images at a time.
+        decode: who decodes JPEG: pillow, or turbo (the libjpeg-turbo in torchvision); Pillow
+            decodes all else (default: pillow).
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
@@ -57,5 +60,6 @@ def predict(
             device=device,
             engine=engine,
             batch_size=batch_size,
+            decoder=decode or "pillow",
             progress=progress,
         )

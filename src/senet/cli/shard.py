@@ -29,8 +29,8 @@ def shard(
         workers: shards written at a time.
     """
     from senet.data import load_data
+    from senet.data.shard_index import Shard
     from senet.data.sharding import size_in_bytes, write_shards
-    from senet.data.shards import Shard
 
     size = size_in_bytes(shard_size)
     options = given(data_flags)

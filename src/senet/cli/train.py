@@ -71,8 +71,9 @@ def train(
     Args:
         model: network; `senet models` lists them.
         data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images
-            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address) or hf:NAME
-            (Hugging Face's datasets; a name or a local folder) (default: embedded).
+            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address), hf:NAME
+            (Hugging Face's datasets; a name or a local folder) or hf-stream:NAME (the same,
+            streaming) (default: embedded).
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
         recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).
@@ -82,8 +83,8 @@ def train(
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
-        resume: run folder to go on with; its own configuration counts. "auto": go on with --out
-            if it exists, else begin it.
+        resume: run folder to go on with; its own configuration counts, but for --parallel.
+            "auto": go on with --out if it exists, else begin it.
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)

@@ -4,6 +4,10 @@
 one image of any kind, and `Preprocessing.transform` makes it the network's input.
 """
 
+from senet.data.decoders import Decoder, check_decoder
+from senet.data.folders import CHECKED_LIMIT, MEMORY_LIMIT
+from senet.data.hf_stream import StreamedImages
+from senet.data.image_data import ImageData, map_style
 from senet.data.images import (
     BadImageError,
     FileImages,
@@ -12,22 +16,10 @@ from senet.data.images import (
     load_image,
     to_mode,
 )
-from senet.data.loaders import (
-    Batch,
-    EpochBatchSampler,
-    Key,
-    TrainLoader,
-    train_loader,
-    val_loader,
-)
+from senet.data.loaders import Batch, TrainLoader, train_loader, val_loader
+from senet.data.samplers import EpochBatchSampler, Key
 from senet.data.shards import BadShards
-from senet.data.sources import (
-    CHECKED_LIMIT,
-    DATA_SETS,
-    MEMORY_LIMIT,
-    ImageData,
-    load_data,
-)
+from senet.data.sources import DATA_SETS, load_data
 from senet.data.transforms import Augmentation, Preprocessing
 
 __all__ = [
@@ -38,6 +30,7 @@ __all__ = [
     "BadImageError",
     "BadShards",
     "Batch",
+    "Decoder",
     "EpochBatchSampler",
     "FileImages",
     "ImageData",
@@ -45,9 +38,12 @@ __all__ = [
     "Key",
     "MemoryImages",
     "Preprocessing",
+    "StreamedImages",
     "TrainLoader",
+    "check_decoder",
     "load_data",
     "load_image",
+    "map_style",
     "to_mode",
     "train_loader",
     "val_loader",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from senet.data.decoders import Decoder, tell_what_was_left, turbo_pixels
 from senet.errors import UserError
 
 MODES = {1: "L", 3: "RGB"}
@@ -114,21 +115,28 @@ def _read_bytes(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def _decode(path: str | os.PathLike[str], channels: int) -> Image.Image:
+def _decode(path: str | os.PathLike[str], channels: int, decoder: Decoder) -> Image.Image:
     """`load_image` without the guard around PIL's warnings."""
-    return _decode_bytes(_read_bytes(path), path, channels)
+    return _decode_bytes(_read_bytes(path), path, channels, decoder)
 
 
-def _decode_bytes(data: bytes, path: str | os.PathLike[str], channels: int) -> Image.Image:
+def _decode_bytes(
+    data: bytes, path: str | os.PathLike[str], channels: int, decoder: Decoder
+) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return to_mode(ImageOps.exif_transpose(image), channels)
+            pixels = turbo_pixels(image, data, os.fspath(path)) if decoder == "turbo" else None
+            if pixels is None:
+                image.load()
+                pixels = image
+            return to_mode(ImageOps.exif_transpose(pixels), channels)
     except _DECODER_ERRORS as error:
         raise BadImageError(path, _reason(error)) from error
 
 
-def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
+def load_image(
+    path: str | os.PathLike[str], channels: int, decoder: Decoder = "pillow"
+) -> Image.Image:
     """Read an image file of any kind as 8-bit grey or RGB.
 
     The EXIF orientation is applied; see `to_mode` for the conversion. Several threads may read at
@@ -137,6 +145,8 @@ def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
     Args:
         path: image file.
         channels: 1 for grey (mode L), 3 for RGB.
+        decoder: "pillow", or "turbo" for torchvision's JPEG decoder (see `senet.data.decoders`);
+            they differ at most in rounding, where their libjpegs do.
 
     Returns:
         The decoded image, independent of the file.
@@ -149,22 +159,27 @@ def load_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
     if channels not in MODES:
         raise ValueError(f"channels must be 1 or 3, not {channels!r}")
     with _strict_decoding:
-        return _decode(path, channels)
+        image = _decode(path, channels, decoder)
+    tell_what_was_left()
+    return image
 
 
-def decode_image(data: bytes, name: str, channels: int) -> Image.Image:
+def decode_image(data: bytes, name: str, channels: int, decoder: Decoder = "pillow") -> Image.Image:
     """As `load_image`, for the content of a file.
 
     Args:
         data: content of an image file.
         name: what an error calls it.
         channels: 1 for grey (mode L), 3 for RGB.
+        decoder: as for `load_image`.
 
     Raises:
         BadImageError: as for `load_image`.
     """
     with _strict_decoding:
-        return _decode_bytes(data, name, channels)
+        image = _decode_bytes(data, name, channels, decoder)
+    tell_what_was_left()
+    return image
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -270,25 +285,34 @@ class FileImages(Dataset[tuple[Image.Image, int]]):
         paths: image files.
         targets: (N,) class indices.
         channels: 1 (grey) or 3 (RGB).
+        decoder: as for `load_image`.
 
     Raises:
         BadImageError: on access, names the file that cannot be read.
         ValueError: the numbers of paths and targets differ.
     """
 
-    def __init__(self, paths: Sequence[str], targets: Tensor, channels: int) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Tensor,
+        channels: int,
+        decoder: Decoder = "pillow",
+    ) -> None:
         if targets.shape != (len(paths),):
             raise ValueError(f"{len(paths)} paths need as many targets, not {targets.shape}")
         # One array instead of a list: forked workers do not copy it by counting references.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.targets = targets.to(torch.int64)
         self.channels = channels
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self.path(index), self.channels), int(self.targets[index])
+        image = load_image(self.path(index), self.channels, self.decoder)
+        return image, int(self.targets[index])
 
     def path(self, index: int) -> str:
         """The file of an image."""
@@ -298,11 +322,11 @@ class FileImages(Dataset[tuple[Image.Image, int]]):
         """The data set of these images, in this order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         paths = [self.path(index) for index in indices]
-        return FileImages(paths, self.targets[chosen], self.channels)
+        return FileImages(paths, self.targets[chosen], self.channels, self.decoder)
 
 
 def read_all(
-    paths: Sequence[str], channels: int, *, memory_limit: int
+    paths: Sequence[str], channels: int, *, memory_limit: int, decoder: Decoder = "pillow"
 ) -> tuple[Tensor | None, dict[int, BadImageError]]:
     """Decode every file once: find the bad ones, and keep the good ones if they are small.
 
@@ -310,6 +334,7 @@ def read_all(
         paths: image files.
         channels: 1 (grey) or 3 (RGB).
         memory_limit: bytes of decoded pixels that may be kept.
+        decoder: as for `load_image`.
 
     Returns:
         The readable images, (N - bad,C,H,W) uint8, in the order of `paths`, or None where they
@@ -321,7 +346,7 @@ def read_all(
     with _strict_decoding:
         for index, path in enumerate(paths):
             try:
-                image = _decode(path, channels)
+                image = _decode(path, channels, decoder)
             except BadImageError as error:
                 bad[index] = error
                 continue
@@ -336,6 +361,7 @@ def read_all(
                 if keep:
                     kept[n] = pixels
                     n += 1
+    tell_what_was_left()
     if kept is None or not keep:
         return None, bad
     # (N,H,W) or (N,H,W,3)

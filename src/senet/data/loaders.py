@@ -5,40 +5,26 @@ hands out keys (epoch, step, index), and everything random about an image is dra
 generator seeded by its key.
 """
 
-import hashlib
 import os
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from senet.data.hf_stream import StreamBatches, StreamedBatchSampler, StreamedImages, StreamKey
+from senet.data.image_data import ImageData
 from senet.data.images import BadImageError, ImageSource, MemoryImages
-from senet.data.sources import ImageData
+from senet.data.samplers import EpochBatchSampler, Key, mix_seed
 from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
 from senet.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 """Images (N,C,H,W) float32; labels (N,) int64, or (N,classes) float32 after mixup or cutmix."""
-
-
-class Key(NamedTuple):
-    """What a training image is drawn by: its epoch, its step within it, its place in the data."""
-
-    epoch: int
-    step: int
-    image: int
-
-
-def _mix(*numbers: int) -> int:
-    """A seed that depends on all the numbers, each a 64-bit integer (BLAKE2b)."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 @contextmanager
@@ -82,19 +68,19 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
         if augmentation.only_shifts and _fits(self.source, self.preprocessing):
             self.shifts = PaddedCropFlip(augmentation.padding, augmentation.flip)
 
-    def __getitems__(self, keys: list[Key]) -> Batch | BadImageError:
+    def __getitems__(self, keys: Sequence[Key | StreamKey]) -> Batch | BadImageError:
         try:
             images, labels = self._images(keys)
         except BadImageError as error:
             return error
         if self.mix is None:
             return images, labels
-        with _seeded(_mix(self.seed, keys[0].epoch, keys[0].step, self.rank, -1)):
+        with _seeded(mix_seed(self.seed, keys[0].epoch, keys[0].step, self.rank, -1)):
             images, labels = self.mix(images, labels)
         return images, labels
 
-    def _images(self, keys: list[Key]) -> Batch:
-        seeds = [_mix(self.seed, key.epoch, key.image) for key in keys]
+    def _images(self, keys: Sequence[Key | StreamKey]) -> Batch:
+        seeds = [mix_seed(self.seed, key.epoch, key.image) for key in keys]
         if self.shifts is not None:
             assert isinstance(self.source, MemoryImages)
             indices = [key.image for key in keys]
@@ -104,35 +90,46 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
             return self.preprocessing.finish_batch(shifted), self.source.targets[indices]
         images, labels = [], []
         for key, seed in zip(keys, seeds, strict=True):
-            image, label = self.source[key.image]
+            image, label = _opened(self.source, key)
             with _seeded(seed):
                 images.append(self.transform(image))
             labels.append(label)
         return torch.stack(images), torch.tensor(labels)
 
 
+def _opened(source: ImageSource | StreamedImages, key: Key | StreamKey) -> tuple[Any, int]:
+    """The image (PIL) of a key, and its class."""
+    if isinstance(key, StreamKey):
+        assert isinstance(source, StreamedImages)
+        return source.open(key)
+    assert not isinstance(source, StreamedImages)
+    return source[key.image]
+
+
 class _ValBatches(Dataset[Batch | BadImageError]):
-    """Evaluation batches by the indices of their images."""
+    """Evaluation batches by the indices of their images, or the keys of a stream's."""
 
     def __init__(self, data: ImageData) -> None:
         self.source = data.val
         self.preprocessing = data.preprocessing
         self.transform = data.preprocessing.transform()
 
-    def __getitems__(self, indices: list[int]) -> Batch | BadImageError:
+    def __getitems__(self, indices: list[Any]) -> Batch | BadImageError:
         if _fits(self.source, self.preprocessing):
             assert isinstance(self.source, MemoryImages)
             images = self.preprocessing.finish_batch(self.source.pixels[indices])
             return images, self.source.targets[indices]
         try:
-            pairs = [self.source[index] for index in indices]
+            source = self.source
+            read = source.open if isinstance(source, StreamedImages) else source.__getitem__
+            pairs = [read(index) for index in indices]
         except BadImageError as error:
             return error
         images = torch.stack([self.transform(image) for image, _ in pairs])
         return images, torch.tensor([label for _, label in pairs])
 
 
-def _fits(source: ImageSource, preprocessing: Preprocessing) -> bool:
+def _fits(source: ImageSource | StreamedImages, preprocessing: Preprocessing) -> bool:
     """Whether the images are in memory as the network takes them, but for the normalization."""
     size = preprocessing.image_size
     return (
@@ -145,69 +142,6 @@ def _fits(source: ImageSource, preprocessing: Preprocessing) -> bool:
 def _as_is(batch: Batch | BadImageError) -> Batch | BadImageError:
     """Collate nothing: the data sets here give whole batches."""
     return batch
-
-
-class EpochBatchSampler(Sampler[list[Key]]):
-    """Shuffled batches of an epoch, a function of (seed, epoch), shared among ranks.
-
-    Step k of all ranks together takes images k·batch_size·world_size onward of the epoch's
-    permutation, and each rank every world_size-th of them. With `drop_last=False`, the last step
-    is filled up from the permutation's start to a multiple of world_size, so that every rank gets
-    the same number of images. A data set may have an order of its own (`ShardImages.epoch_order`):
-    a permutation of its n images from a generator.
-
-    Attributes:
-        epoch: whose batches the next iteration gives.
-        start: step at which the next iteration begins.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        drop_last: bool,
-        order: Callable[[torch.Generator], Tensor] | None = None,
-    ) -> None:
-        self.n = n
-        self.order = order
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self.epoch = 0
-        self.start = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; another one than the current starts at its first step."""
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
-
-    def __len__(self) -> int:
-        together = self.batch_size * self.world_size
-        return self.n // together if self.drop_last else -(-self.n // together)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        # Read now, not at the first batch: the loader resets `start` once it has its iterator.
-        return self._batches(self.epoch, self.start)
-
-    def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
-        together = self.batch_size * self.world_size
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        if self.order is None:
-            permutation = torch.randperm(self.n, generator=generator).tolist()
-        else:
-            permutation = self.order(generator).tolist()
-        missing = -self.n % self.world_size
-        while missing > 0:  # more than once where there are more ranks than images
-            permutation += permutation[:missing]
-            missing = -len(permutation) % self.world_size
-        for step in range(start, len(self)):
-            indices = permutation[step * together : (step + 1) * together]
-            yield [Key(epoch, step, index) for index in indices[self.rank :: self.world_size]]
 
 
 class TrainLoader(StatefulDataLoader):
@@ -260,7 +194,7 @@ class TrainLoader(StatefulDataLoader):
             self._done += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Epoch, batches done in it, and what the order of the batches depends on."""
         sampler = self.batch_sampler
         return {
@@ -270,9 +204,10 @@ class TrainLoader(StatefulDataLoader):
             "batch_size": sampler.batch_size,
             "world_size": sampler.world_size,
             "seed": sampler.seed,
+            **sampler.facts(),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state_dict` was called, of any number of ranks.
 
         Raises:
@@ -288,6 +223,7 @@ class TrainLoader(StatefulDataLoader):
                     f"the checkpoint was made with {name} {state_dict[name]}, now it is "
                     f"{expected[name]}: resume with the same data, batch size and seed"
                 )
+        self.batch_sampler.check_facts(state_dict)
         self.batch_sampler.epoch = state_dict["epoch"]
         self.batch_sampler.start = self._done = state_dict["batches_done"]
 
@@ -369,8 +305,12 @@ def train_loader(
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be between 0 and 2^63 - 1, not {seed}")
     n = len(data.train)
-    order = getattr(data.train, "epoch_order", None)
-    sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last, order)
+    sampler: EpochBatchSampler
+    if isinstance(data.train, StreamedImages):
+        sampler = StreamedBatchSampler(data.train, batch_size, seed, rank, world_size, drop_last)
+    else:
+        order = getattr(data.train, "epoch_order", None)
+        sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last, order)
     if len(sampler) == 0:
         raise UserError(
             f"batch_size {batch_size} × {world_size} processes exceeds the {n} training images: "
@@ -390,8 +330,9 @@ def val_loader(
 ) -> DataLoader[Batch]:
     """Loader of the evaluation images, each exactly once over all ranks.
 
-    Rank r takes images r, r + world_size, …; ranks may differ by one image (and one batch), so
-    add up their counts after the loop instead of gathering batch by batch.
+    Rank r takes images r, r + world_size, …; ranks may differ by one image (and one batch; of a
+    stream that is split by files, by more), so add up their counts after the loop instead of
+    gathering batch by batch.
 
     Args:
         data: from `load_data`.
@@ -408,6 +349,9 @@ def val_loader(
         UserError: a value outside its range.
     """
     options = _check(batch_size, num_workers, rank, world_size, pin_memory)
+    if isinstance(data.val, StreamedImages):
+        batches = StreamBatches(data.val, batch_size, rank, world_size)
+        return _ValLoader(_ValBatches(data), batch_sampler=batches, **options)
     return _ValLoader(
         _ValBatches(data),
         batch_size=batch_size,

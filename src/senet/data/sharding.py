@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from senet.data.image_data import ImageData, map_style
 from senet.data.images import FileImages, ImageSource, MemoryImages
-from senet.data.shards import INDEX, Shard, ShardIndex
-from senet.data.sources import ImageData
+from senet.data.shard_index import INDEX, Shard, ShardIndex
 from senet.errors import UserError
 from senet.files import atomic_write, sync_folder
 
@@ -87,7 +87,10 @@ def write_shards(
         raise UserError(f"workers must be at least 1, got {workers}")
     plans = [
         (f"{split}-{number:06d}.tar", split, source, indices)
-        for split, source in (("train", data.train), ("val", data.val))
+        for split, source in (
+            ("train", map_style(data.train, "senet shard")),
+            ("val", map_style(data.val, "senet shard")),
+        )
         for number, indices in enumerate(_parts(source, split, shard_size, seed))
     ]
     print_of_plan = _fingerprint(data, plans)

@@ -9,7 +9,6 @@ reading anything. Members are read at their place and never unpacked: names in a
 
 import difflib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,6 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,129 +29,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from senet.data.decoders import Decoder
 from senet.data.images import BadImageError, decode_image
-from senet.data.transforms import Preprocessing
+from senet.data.shard_index import INDEX, Shard, ShardIndex, Table
 from senet.errors import UserError
 
-INDEX, VERSION = "index.json", 1
 PREFIX = "shards:"
 SHUFFLE_BUFFER = 10_000
 BadShards = Literal["fail", "skip"]
 _OPEN_FILES = 32
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _INDEX_LIMIT = 2**28  # bytes of a JSON file that are read at most
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file of a split, as index.json tells it."""
-
-    name: str
-    split: str
-    images: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-    @property
-    def index_name(self) -> str:
-        """Name of its own index."""
-        return self.name.removesuffix(".tar") + ".json"
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What index.json says."""
-
-    name: str
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    shards: tuple[Shard, ...]
-
-    def to_json(self) -> str:
-        """The file's content."""
-        values = {
-            "version": VERSION,
-            "name": self.name,
-            "classes": list(self.classes),
-            "preprocessing": self.preprocessing.to_dict(),
-            "shards": [vars(shard) for shard in self.shards],
-        }
-        return json.dumps(values, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> "ShardIndex":
-        """The inverse of `to_json`, for content that is not trusted.
-
-        Raises:
-            UserError: it is no such index, names a file outside its folder, or counts are odd.
-        """
-        try:
-            values = json.loads(text)
-            version = values["version"]
-            shards = tuple(Shard(**shard) for shard in values["shards"])
-            preprocessing = Preprocessing.from_dict(values["preprocessing"])
-            index = cls(str(values["name"]), tuple(values["classes"]), preprocessing, shards)
-        except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
-            raise UserError(
-                f"{where} is no index of shards ({type(error).__name__}: {error}); make them "
-                "with senet shard"
-            ) from error
-        if version != VERSION:
-            raise UserError(f"{where} has version {version!r}, this senet reads {VERSION}")
-        if not index.classes or not all(isinstance(name, str) for name in index.classes):
-            raise UserError(f"{where}: classes must be a list of names")
-        for shard in shards:
-            if not isinstance(shard.name, str) or not _NAME.fullmatch(shard.name):
-                raise UserError(
-                    f"{where} names {shard.name!r}: a shard is a .tar file in the same folder"
-                )
-            if shard.split not in ("train", "val"):
-                raise UserError(f"{where}: split must be train or val, got {shard.split!r}")
-            for count in (shard.images, shard.bytes):
-                if type(count) is not int or not 0 < count < 2**62:
-                    raise UserError(f"{where}: {shard.name} has count {count!r}")
-        return index
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where the images of one shard are; every array has one entry an image."""
-
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    crc32: npt.NDArray[np.int64]
-
-    @classmethod
-    def from_json(cls, text: bytes, shard: Shard, classes: int, where: str) -> "Table":
-        """Read a shard's own index, which is not trusted.
-
-        Raises:
-            UserError: it is no such index, or points outside the shard.
-        """
-        try:
-            values = json.loads(text)
-            fields = [np.asarray(values[n]) for n in ("offsets", "sizes", "labels", "crc32")]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{where} is no index of a shard ({type(error).__name__})") from error
-        for field in fields:
-            if field.shape != (shard.images,) or field.dtype.kind != "i":
-                raise UserError(
-                    f"{where} does not hold {shard.images} whole numbers for each entry"
-                )
-        table = cls(*(field.astype(np.int64) for field in fields))
-        if (
-            (table.offsets < 0).any()
-            or (table.sizes <= 0).any()
-            or (table.offsets > shard.bytes).any()
-            or (table.sizes > shard.bytes - table.offsets).any()
-        ):
-            raise UserError(f"{where} points outside of {shard.name}")
-        if (table.labels < 0).any() or (table.labels >= classes).any():
-            raise UserError(f"{where} has classes outside 0 to {classes - 1}")
-        return table
 
 
 class ShardImages(Dataset[tuple[Image.Image, int]]):
@@ -165,6 +51,7 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
         tables: one for each of them.
         channels: 1 (grey) or 3 (RGB).
         buffer: images within which the order of an epoch is shuffled, see `epoch_order`.
+        decoder: as for `load_image`.
 
     Raises:
         BadImageError: on access, names shard and image: cut short, changed or no image.
@@ -177,11 +64,13 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
         tables: Sequence[Table],
         channels: int,
         buffer: int,
+        decoder: Decoder = "pillow",
     ) -> None:
         self.place = place
         self.shards = tuple(shards)
         self.channels = channels
         self.buffer = buffer
+        self.decoder = decoder
         counts = np.array([shard.images for shard in shards], dtype=np.int64)
         self.starts = np.concatenate(([0], np.cumsum(counts)))
         self.offsets = np.concatenate([table.offsets for table in tables])
@@ -216,7 +105,7 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
             raise BadImageError(name, "the shard is cut short")
         if zlib.crc32(data) != self.crc32[index]:
             raise BadImageError(name, "the shard is damaged here (its CRC-32 differs)")
-        return decode_image(data, name, self.channels), label
+        return decode_image(data, name, self.channels, self.decoder), label
 
     def _file(self, number: int) -> int:
         """Descriptor of a shard's file; the files used last stay open."""
@@ -349,7 +238,12 @@ def defect(path: Path, shard: Shard, *, whole: bool) -> str | None:
 
 
 def load_shards(
-    spec: str, *, cache: Path, buffer: int | None = None, bad: BadShards | None = None
+    spec: str,
+    *,
+    cache: Path,
+    buffer: int | None = None,
+    bad: BadShards | None = None,
+    decoder: Decoder = "pillow",
 ) -> tuple[ShardIndex, ShardImages, ShardImages, tuple[str, ...]]:
     """Open what `shards:SPEC` means.
 
@@ -360,6 +254,7 @@ def load_shards(
         buffer: images within which an epoch is shuffled; None: 10,000.
         bad: "fail" (None) checks that every file is there with its size; "skip" reads them all,
             compares their SHA-256, names the broken ones and leaves them out.
+        decoder: as for `load_image`.
 
     Returns:
         The index, training and evaluation images, and a line for each shard that was left out.
@@ -404,7 +299,8 @@ def load_shards(
             content = place.read(shard.index_name, shard.index_sha256)
             where = place.text(shard.index_name)
             tables.append(Table.from_json(content, shard, len(index.classes), where))
-        splits.append(ShardImages(place, own, tables, index.preprocessing.channels, buffer))
+        channels = index.preprocessing.channels
+        splits.append(ShardImages(place, own, tables, channels, buffer, decoder))
     return index, splits[0], splits[1], tuple(skipped)
 
 

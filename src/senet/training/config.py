@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
-from senet.data import BadShards
+from senet.data import BadShards, Decoder
 from senet.errors import UserError
 from senet.files import atomic_write
 from senet.training.recipe import Recipe
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Trained = Literal["all", "se", "se+head", "head"]
+Parallel = Literal["ddp", "fsdp"]
 CONFIG = "config.toml"
 # Where and how fast a run happens, not what comes out of it (on CPU).
 MACHINE = (
@@ -27,6 +28,7 @@ MACHINE = (
     "checkpoint_steps",
     "device",
     "timeout",
+    "parallel",
 )
 
 
@@ -44,8 +46,10 @@ class RunConfig:
         val_fraction: share of the training images kept for validation, for data without any.
         image_size: height and width of the network's input, pixels; None: the data's own.
         skip_bad_images: leave out images that cannot be read instead of stopping.
-        shuffle_buffer: of shards, see `senet.data.load_data`.
+        shuffle_buffer: of shards and streams, see `senet.data.load_data`.
         bad_shards: "fail" or "skip", likewise.
+        decode: "pillow" (None) or "turbo", likewise.
+        epoch_size: images of an epoch of a stream, likewise.
         recipe: how it is trained.
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
@@ -58,6 +62,9 @@ class RunConfig:
         sync_bn: batch norm over the images of all processes (of a part) instead of each
             process's own, see
             `senet.sync_bn`.
+        parallel: how several processes share the network: "ddp" (each holds all of it) or "fsdp"
+            (each holds a part of its parameters, gradients, momentum and average, see
+            `senet.training.sharding`). Results differ in the last digits.
         out: the run folder; it must not exist.
         num_workers: processes that load images; 0: none beside the training process.
         checkpoint_steps: steps between checkpoints within an epoch; 0: after each epoch only.
@@ -83,11 +90,14 @@ class RunConfig:
     skip_bad_images: bool = False
     shuffle_buffer: int | None = None
     bad_shards: BadShards | None = None
+    decode: Decoder | None = None
+    epoch_size: int | None = None
     init: str | None = None
     train: Trained = "all"
     seed: int = 0
     accumulate: int = 1
     sync_bn: bool = False
+    parallel: Parallel = "ddp"
     num_workers: int = 0
     checkpoint_steps: int = 0
     device: Device = "auto"
@@ -105,6 +115,12 @@ class RunConfig:
             raise UserError(
                 f"accumulate must be a whole number of at least 1, got {self.accumulate!r}"
             )
+        if self.parallel not in get_args(Parallel):
+            raise UserError(
+                f"parallel must be one of {', '.join(get_args(Parallel))}, got {self.parallel!r}"
+            )
+        if self.parallel == "fsdp" and self.compile:
+            raise UserError("parallel 'fsdp' and compile do not go together: leave out one of them")
         if self.timeout is not None and not (
             isinstance(self.timeout, int | float) and 0 < self.timeout < 2**31
         ):

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from senet.errors import UserError
 from senet.training.progress import Progress, Silent
+from senet.training.sharding import is_sharded, release, together
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +44,6 @@ class Stopped(Exception):  # noqa: N818 - not an error: the answer to a stop req
     """An evaluation was given up because its `stop` said so."""
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -71,7 +71,20 @@ def evaluate(
         UserError: the network has another number of classes, or there are no images.
         Stopped: `stop` answered True.
     """
-    progress = progress or Silent()
+    # What FSDP gathers under inference mode could not be trained with afterwards.
+    without_gradients = torch.no_grad if is_sharded(model) else torch.inference_mode
+    with without_gradients():
+        return _evaluate(model, loader, classes, mixed_precision, progress or Silent(), stop)
+
+
+def _evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    mixed_precision: str,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> Evaluation:
     parameter = next(model.parameters())
     device, classes_count = parameter.device, len(classes)
     k = min(5, classes_count)
@@ -84,7 +97,7 @@ def evaluate(
     progress.begin_evaluation(len(loader) if isinstance(loader, Sized) else 0)
     began, images_seen = time.perf_counter(), 0
     try:
-        for images, labels in loader:
+        for images, labels, real in together(loader, model):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             dtype = AUTOCAST.get(mixed_precision)
@@ -95,6 +108,8 @@ def evaluate(
                     f"the network has {logits.shape[1]} classes, the data {classes_count}; "
                     "evaluate it on the data it was trained on"
                 )
+            if not real:
+                continue
             logits = logits.float()
             loss_metric.update(F.cross_entropy(logits, labels, reduction="none"))
             confusion.update(logits, labels)
@@ -105,6 +120,7 @@ def evaluate(
                 raise Stopped
     finally:
         model.train(training)
+        release(model)
     if not images_seen:
         raise UserError("no validation images: give data with at least one, or fewer processes")
     matrix = confusion.compute().cpu().long()

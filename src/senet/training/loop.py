@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from types import FrameType
@@ -24,9 +24,10 @@ from senet.files import atomic_write
 from senet.training.checkpoint import load_training_state, save_checkpoint
 from senet.training.config import CONFIG, RunConfig, flatten
 from senet.training.evaluation import Evaluation, Stopped
+from senet.training.machine import choose_device, environment
 from senet.training.progress import Progress, Silent
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
-from senet.training.session import Position, Session, choose_device, environment
+from senet.training.session import Position, Session
 
 __all__ = ["Interrupted", "RunResult", "choose_device", "resume", "train"]
 
@@ -104,7 +105,8 @@ def resume(
 
     Args:
         run: the run folder.
-        options: options of `RunConfig`, `Recipe` or the network that a user gave once more.
+        options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
+            `parallel` alone may be another than the run's own.
         progress: see `train`.
 
     Raises:
@@ -115,8 +117,10 @@ def resume(
     run = Path(run)
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no run folder: it has no {CONFIG}; start a run with --out")
+    given = dict(options or {})
     config = RunConfig.from_toml(run / CONFIG, out=run)
-    _refuse_changes(config, options or {})
+    config = replace(config, parallel=given.pop("parallel", config.parallel))
+    _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
         return _resume(config, progress or Silent())
@@ -185,7 +189,7 @@ def _epochs(
     def save(*slots: str) -> None:
         content = session.state(at)
         for slot in slots if main else ():
-            weights = session.judged.state_dict()
+            weights = session.judged_weights(content)
             save_checkpoint(run, slot, weights, session.description(at), content)  # type: ignore[arg-type]
 
     def stop_here() -> Interrupted:
@@ -281,7 +285,7 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
             "each step takes the same images, but batch statistics, dropout, mixing and the order "
             "of sums differ, so that its results differ from those of an uninterrupted run"
         )
-    was, now = (state or {}).get("environment", {}), environment()
+    was, now = (state or {}).get("environment", {}), environment(session.config)
     changed = [f"{key} {value}, now {now[key]}" for key, value in was.items() if value != now[key]]
     if changed:
         progress.note(

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from senet.training.recipe import Recipe
+from senet.training.sharding import local
 
 WARMUP_START = 0.01  # of the learning rate that the warm-up ends with
 
@@ -84,7 +85,8 @@ class Average(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         def update(ema: Sequence[Tensor], now: Sequence[Tensor], count: Tensor | int) -> None:
             n = float(count)
-            get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(list(ema), list(now), count)
+            step = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
+            step([local(t) for t in ema], [local(t) for t in now], count)
 
         super().__init__(model, multi_avg_fn=update, use_buffers=True)
 

@@ -2,23 +2,17 @@
 
 import dataclasses
 import math
-import random
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-import senet
 from senet.data import ImageData, load_data, train_loader, val_loader
 from senet.errors import SenetError, UserError
 from senet.models import build_model
@@ -26,8 +20,16 @@ from senet.sync_bn import convert
 from senet.training.config import RunConfig
 from senet.training.evaluation import Evaluation, evaluate
 from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
+from senet.training.machine import accelerator_of, environment, random_state, set_random_state
 from senet.training.optimization import Average, build_optimizer, build_schedule
 from senet.training.progress import Progress
+from senet.training.sharding import (
+    gathered,
+    local,
+    scattered_optimizer,
+    scattered_weights,
+    shard,
+)
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Session:
         recipe = self.recipe = config.recipe
         self.config = config
         self.processes_before: int | None = None
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator_of(config)
         start = None if config.init is None else starting_checkpoint(config)
         if start is None:
             with torch.device("meta"):  # a wrong name or option is told before data are fetched
@@ -96,12 +98,21 @@ class Session:
         if config.sync_bn:
             convert(model)
         self.frozen_norms = freeze(model, config.train)
-        self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        self.sharded = config.parallel == "fsdp"
+        if not self.sharded:  # which takes plain strides, and goes to the device block by block
+            model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
         set_seed(config.seed + self.accelerator.process_index)  # dropout differs by process
         self.ema = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+        if self.sharded:
+            for each in (model, self.ema.module) if self.ema else (model,):
+                shard(each, device, processes)
         optimizer = build_optimizer(model, recipe)
         self.schedule = build_schedule(optimizer, recipe, self.steps_per_epoch)
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # With `evaluation_mode` accelerate adds autocast, and no DDP.
+        self.wrapped = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         if config.compile:  # behind DDP and autocast, which then are part of the graph
             self.wrapped = torch.compile(self.wrapped, dynamic=False)
         self.meters = self._new_meters()
@@ -117,6 +128,11 @@ class Session:
             raise UserError(
                 f"accumulate {self.config.accumulate} must divide the {each} images a step of each "
                 "process"
+            )
+        if self.config.parallel == "fsdp" and len(self.data.val) < processes:
+            raise UserError(  # its forward pass needs every process
+                f"parallel 'fsdp' needs an evaluation image for each of the {processes} processes, "
+                f"{self.config.data} has {len(self.data.val)}: give --parallel ddp"
             )
         shard = {
             "num_workers": self.config.num_workers,
@@ -182,9 +198,7 @@ class Session:
         for number, (x, y) in enumerate(
             zip(images.chunk(parts), targets.chunk(parts), strict=True), start=1
         ):
-            # Gradients travel between processes once a step, with those of the last part.
-            alone = number < parts
-            with self.accelerator.no_sync(self.wrapped) if alone else nullcontext():
+            with self._gradients_stay() if number < parts else nullcontext():
                 logits = self.wrapped(x).float()
                 each = F.cross_entropy(
                     logits, y, label_smoothing=recipe.label_smoothing, reduction="none"
@@ -206,6 +220,17 @@ class Session:
         self.meters["train_loss"].update(torch.cat(losses))
         self.meters["train_top1"].update(torch.cat(hits))
         return value
+
+    @contextmanager
+    def _gradients_stay(self) -> Iterator[None]:
+        """Gradients travel between processes once a step, with those of the last part."""
+        if not self.sharded:
+            with self.accelerator.no_sync(self.wrapped):
+                yield
+            return
+        self.wrapped.set_requires_gradient_sync(False)
+        yield
+        self.wrapped.set_requires_gradient_sync(True)
 
     def evaluate(self, progress: Progress, stop: Any) -> Evaluation:
         """Judge the network of now on the validation set."""
@@ -240,35 +265,43 @@ class Session:
     def state(self, position: Position) -> dict[str, Any]:
         """All that `restore` needs, as tensors in plain containers.
 
-        Every process must call it; the result in the main one counts.
+        Every process must call it; the result in the main one counts. Sharded tensors are
+        whole there.
 
         Raises:
             SenetError: a weight is not finite, so that this must not replace a good checkpoint.
         """
         modules: list[nn.Module] = [self.model, *([self.ema] if self.ema else [])]
-        for module in modules:
-            for name, tensor in module.state_dict().items():
-                if not bool(tensor.isfinite().all()):
-                    raise self.diverged(f"{name} is not finite", position.step)
+        tensors = [pair for module in modules for pair in module.state_dict().items()]
+        wrong = [name for name, tensor in tensors if not bool(local(tensor).isfinite().all())]
+        if self.anywhere(bool(wrong)):
+            raise self.diverged(f"{wrong[0] if wrong else 'a weight'} is not finite", position.step)
         mid_epoch = 0 < position.done < self.steps_per_epoch
         mine = {
-            "random": _random_state(self.accelerator.device),
+            "random": random_state(self.accelerator.device),
             "loader": self.train_loader.state_dict() if mid_epoch else None,
             "meters": {name: meter.metric_state for name, meter in self.meters.items()},
         }
-        scaler = self.accelerator.scaler
+        scaler, main = self.accelerator.scaler, self.accelerator.is_main_process
         return {
             "position": dataclasses.asdict(position),
             "options": self.config.result_options(),
             "data": self._data_facts(),
-            "environment": environment(),
+            "environment": environment(self.config),
             "processes": gather_object([mine]),
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "model": gathered(self.model.state_dict(), main=main),
+            "ema": gathered(self.ema.state_dict(), main=main) if self.ema else None,
+            "optimizer": gathered(self.optimizer.state_dict(), main=main),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
         }
+
+    def judged_weights(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """The state dict of `judged` within what `state` gave."""
+        if not self.ema:
+            return state["model"]
+        inner = "module."
+        return {k.removeprefix(inner): v for k, v in state["ema"].items() if k.startswith(inner)}
 
     def _data_facts(self) -> dict[str, Any]:
         data = self.data
@@ -288,10 +321,10 @@ class Session:
         processes, index = state["processes"], self.accelerator.process_index
         if len(processes) != self.accelerator.num_processes:
             self.processes_before = len(processes)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(scattered_weights(state["model"], self.model))
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict(scattered_weights(state["ema"], self.ema))
+        self.optimizer.load_state_dict(scattered_optimizer(state["optimizer"], self.optimizer))
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -310,79 +343,12 @@ class Session:
         index = self.accelerator.process_index
         if index >= len(state["processes"]):  # a new process keeps what `set_seed` gave it
             return
-        mine = state["processes"][index]["random"]
-        version, words, gauss = mine["python"]
-        random.setstate((version, tuple(words), gauss))
-        numpy_state = mine["numpy"]
-        numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-        np.random.set_state(numpy_state)  # noqa: NPY002 - the global generator is meant
-        torch.set_rng_state(mine["torch"])
-        if mine["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(mine["cuda"], self.accelerator.device)
+        set_random_state(state["processes"][index]["random"], self.accelerator.device)
 
     def new_epoch(self) -> None:
         """Forget the metrics of the epoch before."""
         for meter in self.meters.values():
             meter.reset()
-
-
-def environment() -> dict[str, str | int]:
-    """What the last digits of a result on the CPU depend on, beside the run's options."""
-    return {
-        "senet": senet.__version__,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    numpy_state = dict(np.random.get_state(legacy=False))  # noqa: NPY002 - see restore_random
-    inner = dict(numpy_state["state"])
-    numpy_state["state"] = {"key": inner["key"].tolist(), "pos": int(inner["pos"])}
-    return {
-        "python": random.getstate(),
-        "numpy": numpy_state,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, "auto" being a GPU where there is one.
-
-    Raises:
-        UserError: another name than "auto", "cpu", "cuda" and "mps", or it is not available.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(key for key, here in available.items() if here)
-    if name not in available:
-        raise UserError(f"device must be one of auto, {', '.join(available)}, got {name!r}")
-    if not available[name]:
-        raise UserError(f"device {name!r} is not available here; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    device, precision = choose_device(config.device), config.recipe.mixed_precision
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError("mixed_precision 'fp16' needs a CUDA GPU; use 'bf16' or 'no'")
-    # accelerate keeps one state a process and refuses a second run with another precision or
-    # device; it offers no public way to begin anew. The process group of torchrun stays.
-    alone = not torch.distributed.is_initialized()
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    handlers = []
-    if config.timeout is not None:
-        # Later than the watchdog, whose stacks tell more than a collective's error.
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout + 60)))
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=handlers
-    )
 
 
 def _load(config: RunConfig) -> ImageData:
@@ -395,6 +361,8 @@ def _load(config: RunConfig) -> ImageData:
         skip_bad_images=config.skip_bad_images,
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
+        decode=config.decode,
+        epoch_size=config.epoch_size,
     )
     if config.recipe.normalisation == "mean":
         plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)

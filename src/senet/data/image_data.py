@@ -1,0 +1,67 @@
+"""What a data set is to the loaders, and how its images are prepared unless it says otherwise."""
+
+from dataclasses import dataclass
+
+from senet.data.hf_stream import StreamedImages
+from senet.data.images import ImageSource
+from senet.data.transforms import Preprocessing
+from senet.errors import UserError
+
+SMALL = 64
+"""Pixels up to which an image is used whole instead of resized and cropped."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_SIZE, _IMAGENET_RESIZE = 224, 256
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set ready for the loaders.
+
+    Attributes:
+        name: what was asked for (`load_data`'s `data`).
+        train: training images, a map-style data set of (PIL image, class index), or a stream.
+        val: evaluation images, likewise.
+        classes: name of each class.
+        preprocessing: how its images become the network's input.
+        skipped: one line for each bad image that was left out, with path and reason.
+    """
+
+    name: str
+    train: ImageSource | StreamedImages
+    val: ImageSource | StreamedImages
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    skipped: tuple[str, ...] = ()
+
+
+def preprocessing_for(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
+    """Small images whole; large ones resized in ImageNet's proportion (256 for 224) and cropped."""
+    resize = size if size <= SMALL else round(size * _IMAGENET_RESIZE / IMAGENET_SIZE)
+    return Preprocessing(image_size=size, resize=resize, mean=mean, std=std, channels=len(mean))
+
+
+def natural_preprocessing(size: int, channels: int) -> Preprocessing:
+    """`preprocessing_for` with ImageNet's statistics, of a grey image their mean."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if channels == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    return preprocessing_for(size, mean, std)
+
+
+def map_style(source: ImageSource | StreamedImages, what: str) -> ImageSource:
+    """The source itself, for work that opens images at any place and in any order.
+
+    Args:
+        source: a split.
+        what: the work, for the error.
+
+    Raises:
+        UserError: it is a stream.
+    """
+    if isinstance(source, StreamedImages):
+        raise UserError(
+            f"{what} opens images in its own order, {source.name} gives them in one only: use "
+            "hf:NAME instead of hf-stream:NAME"
+        )
+    return source
