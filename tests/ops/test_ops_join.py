@@ -129,6 +129,30 @@ def test_the_operator_takes_what_the_kernels_do_not() -> None:
     assert error(found["y"], expected["y"]) <= 2**-10
 
 
+def test_made_of_the_other_operators() -> None:
+    """As on a GPU."""
+    for case in joins(hidden=7):
+        t = numbers(case)
+        norms = [
+            None
+            if kind == "n"
+            else ops.BatchNorm(
+                t[f"weight{i}"], t[f"bias{i}"], t[f"mean{i}"], t[f"var{i}"], 0.2, 1e-3
+            )
+            for i, kind in enumerate(case.kinds)
+        ]
+        gate = (t["w1"], t["b1"], t["w2"], t["b2"]) if case.gated else (None,) * 4
+        training = [kind == "b" for kind in case.kinds]
+        maps = [t[f"x{i}"] for i in range(4)]
+        y = ops._joined_by_tails(maps, norms, training, gate, case.gate)
+        expected = oracle(case)
+        found = {
+            "y": y,
+            **{n: torch.cat([t[f"{n}{i}"] for i in range(4)]) for n in ("mean", "var")},
+        }
+        assert_close(found, {name: expected[name] for name in found}, case.dtype, case)
+
+
 def test_maps_of_several_types_and_layouts() -> None:
     """As torch.cat: the common type; one channels_last map makes the result so."""
     t = numbers(Join(layout="contiguous"))
