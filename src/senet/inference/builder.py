@@ -237,8 +237,7 @@ class Builder:
             "rows": tasks.rows,
             "panels": tasks.panels,
         }
-        blocks = 1 if patches_first else math.ceil(tiles / N / tasks.rows)
-        summed = self._summed(y, blocks) if sums else None
+        summed = self._summed(y, tiles // N) if sums else None
         maps = {**maps, "sums": None if summed is None else summed.parts}
         if patches_first:
             patches = Buffer((tile + 2) ** 2 * tiles * row_stride(x.shape[3]))

@@ -87,17 +87,11 @@ void transform_patches(const Step& s, int64_t first, int64_t count, float* patch
   }
 }
 
-// With sums the tiles of a task lie in one image.
-SENET_INLINE int64_t tile_images(const Step& s) { return s.sums ? s.N : 1; }
-SENET_INLINE int64_t tile_blocks(const Step& s) {
-  return ceil_div(winograd_tiles(s) / tile_images(s), s.rows);
-}
-
-// products[(m+2)²][count][kPanel] of one panel → outputs of `count` tiles from `first` on. Their sums
-// become row `block` of s.sums, or one row for each image if it is negative.
+// products[(m+2)²][count][kPanel] of one panel → outputs of `count` tiles from `first` on. The sum of a
+// tile is a row of s.sums.
 template <int m>
 void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t panel,
-                       const float* products, int64_t block) {
+                       const float* products) {
   constexpr int n = m + 2;
   Pixel p = pixel_at(first, tiles_h(s), tiles_w(s));
   for (int64_t t = 0; t < count; ++t, advance(p, tiles_h(s), tiles_w(s))) {
@@ -114,22 +108,33 @@ void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t pane
       for (int j = 0; j < n; ++j) to_outputs<m>(in + j, half + j, n);
 #pragma GCC unroll 4
       for (int i = 0; i < m; ++i) to_outputs<m>(half + i * n, out + i * m, 1);
+      // Copies in registers: for all the compiler knows, a store to y may change what s holds.
       const V bias = load<kWidth>(s.bias + c);
+      const bool positive = s.activation == kPositive, gated = s.gates, summed = s.sums;
+      const V gate = gated ? load<kWidth>(s.gates + p.n * s.gates_ld + c) : V{};
+      const int64_t pixel = (p.n * s.OH + p.h * m) * s.OW + p.w * m, y_ld = s.y_ld, OW = s.OW;
+      const int64_t shortcut_ld = s.shortcut_ld;
+      const float* shortcut = s.shortcut ? s.shortcut + pixel * shortcut_ld + c : nullptr;
+      float* y = s.y + pixel * y_ld + c;
       V sum = {};
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t j = 0; j < width; ++j) {
-          const int64_t pixel = (p.n * s.OH + p.h * m + i) * s.OW + p.w * m + j;
-          V value = out[i * m + j] + bias;
-          if (s.gates) value *= load<kWidth>(s.gates + p.n * s.gates_ld + c);
-          if (s.shortcut) value += load<kWidth>(s.shortcut + pixel * s.shortcut_ld + c);
-          if (s.activation == kPositive) value = relu(value);
-          store_columns(s.y + pixel * s.y_ld + c, value, columns);
-          sum += value;
-        }
-      if (!s.sums) continue;
-      float* to = s.sums + (block < 0 ? p.n : block) * s.sums_ld + c;
-      const bool starts = block < 0 ? p.h == 0 && p.w == 0 : t == 0;
-      store_columns(to, starts ? sum : sum + load<kWidth>(to), columns);
+      const auto finish_pixel = [&](int64_t i, int64_t j, int64_t stored) {
+        V value = out[i * m + j] + bias;
+        if (gated) value *= gate;
+        if (shortcut) value += load<kWidth>(shortcut + (i * OW + j) * shortcut_ld);
+        if (positive) value = relu(value);
+        store_columns(y + (i * OW + j) * y_ld, value, stored);
+        if (summed) sum += value;
+      };
+      if (height == m && width == m && columns >= kWidth) {
+#pragma GCC unroll 4
+        for (int i = 0; i < m; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < m; ++j) finish_pixel(i, j, kWidth);
+      } else {
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < width; ++j) finish_pixel(i, j, columns);
+      }
+      if (summed) store_columns(s.sums + (first + t) * s.sums_ld + c, sum, columns);
     }
   }
 }
@@ -137,8 +142,7 @@ void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t pane
 // Products and outputs of `count` tiles from `first` on for panels [begin, end).
 template <int m>
 void multiply_patches(const Step& s, int64_t first, int64_t count, const float* patches,
-                      int64_t stride, int64_t ld, int64_t begin, int64_t end, float* products,
-                      int64_t block) {
+                      int64_t stride, int64_t ld, int64_t begin, int64_t end, float* products) {
   constexpr int n = m + 2;
   for (int64_t panel = begin; panel < end; ++panel) {
     Epilogue e;
@@ -152,22 +156,21 @@ void multiply_patches(const Step& s, int64_t first, int64_t count, const float* 
       panel_product(patches + i * stride * ld, ld, count,
                     s.weights + (panel * n * n + i) * s.C * kPanel, s.C, e);
     }
-    transform_outputs<m>(s, first, count, panel, products, block);
+    transform_outputs<m>(s, first, count, panel, products);
   }
 }
 
-int64_t winograd_tasks(const Step& s) { return tile_images(s) * tile_blocks(s); }
+int64_t winograd_tasks(const Step& s) { return ceil_div(winograd_tiles(s), s.rows); }
 
 // A block of tiles from input to output; its patches and products stay in the cache.
 template <int m>
 void winograd(const Step& s, int64_t task, float* scratch) {
-  const int64_t blocks = tile_blocks(s), tiles = winograd_tiles(s) / tile_images(s);
-  const int64_t begin = tiles * (task % blocks) / blocks, first = task / blocks * tiles + begin;
-  const int64_t count = tiles * (task % blocks + 1) / blocks - begin, ld = row_stride(s.C);
+  const int64_t tasks = winograd_tasks(s), tiles = winograd_tiles(s);
+  const int64_t first = tiles * task / tasks, count = tiles * (task + 1) / tasks - first;
+  const int64_t ld = row_stride(s.C);
   float* products = scratch + (m + 2) * (m + 2) * count * ld;
   transform_patches<m>(s, first, count, scratch, count, ld);
-  multiply_patches<m>(s, first, count, scratch, count, ld, 0, ceil_div(s.OC, kPanel), products,
-                      task);
+  multiply_patches<m>(s, first, count, scratch, count, ld, 0, ceil_div(s.OC, kPanel), products);
 }
 
 // For few tiles and many weights: all patches first, then each thread reads its own panels only.
@@ -186,6 +189,5 @@ template <int m>
 void winograd_product(const Step& s, int64_t task, float* scratch) {
   const int64_t tiles = winograd_tiles(s);
   const int64_t end = std::min((task + 1) * s.panels, ceil_div(s.OC, kPanel));
-  multiply_patches<m>(s, 0, tiles, s.shared, tiles, row_stride(s.C), task * s.panels, end,
-                      scratch, -1);
+  multiply_patches<m>(s, 0, tiles, s.shared, tiles, row_stride(s.C), task * s.panels, end, scratch);
 }
