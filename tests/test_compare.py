@@ -224,7 +224,7 @@ def test_resume_refuses_flags_and_other_folders(
         found = run(capsys, "compare", "--resume", compared, flag, value, "--no-tune-allocator")
         found.refused("compare", flag)
     found = run(capsys, "compare", "--resume", tmp_path, "--no-tune-allocator")
-    found.refused("compare", str(tmp_path), "no comparison")
+    found.refused("compare", str(tmp_path), "no folder of senet compare")
     run_folder = compared / "se" / "seed0"
     found = run(capsys, "compare", "--resume", run_folder, "--no-tune-allocator")
     found.refused("compare", str(run_folder), "senet train --resume")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import tomli_w
@@ -57,6 +57,9 @@ class CompareConfig:
         UserError: unknown model or recipe, `seeds` < 1, or an option out of range.
     """
 
+    OWN: ClassVar[tuple[str, ...]] = ("model", "data", "recipe", "seeds")
+    COMMAND: ClassVar[str] = "compare"
+
     out: Path
     model: str = "resnet8_cifar"
     model_options: Mapping[str, Any] = field(default_factory=dict)
@@ -95,40 +98,36 @@ class CompareConfig:
             "plain": (self.model, dict(self.model_options)),
             "se": (entry(self.model).twin, {**self.model_options, **self.se_options}),
         }
-        return {
-            kind: [
-                RunConfig(
-                    model=name,
-                    model_options=options,
-                    data=self.data,
-                    recipe=self.training_recipe(),
-                    seed=seed,
-                    out=self.out / kind / f"seed{seed}",
-                    **self.data_options,
-                    **self.machine,
-                )
-                for seed in range(self.seeds)
-            ]
-            for kind, (name, options) in networks.items()
-        }
+        return {kind: self._seeds(kind, *network) for kind, network in networks.items()}
+
+    def _seeds(self, folder: str, model: str, options: dict[str, Any]) -> list[RunConfig]:
+        """A run for each seed."""
+        return [
+            RunConfig(
+                model=model,
+                model_options=options,
+                data=self.data,
+                recipe=self.training_recipe(),
+                seed=seed,
+                out=self.out / folder / f"seed{seed}",
+                **self.data_options,
+                **self.machine,
+            )
+            for seed in range(self.seeds)
+        ]
 
     def write(self) -> None:
-        """Write config.toml, whose keys are the flags of `senet compare`."""
+        """Write config.toml, whose keys are the flags of the command."""
         tables = ("model_options", "se_options", "data_options", "recipe_options", "machine")
-        values: dict[str, Any] = {
-            "model": self.model,
-            "data": self.data,
-            "recipe": self.recipe,
-            "seeds": self.seeds,
-        }
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
         for table in tables:
             for key, value in getattr(self, table).items():
                 values[key] = list(value) if isinstance(value, tuple) else _plain(value)
-        head = "# Reruns exactly: senet compare --config THIS_FILE --out NEW_FOLDER\n"
+        head = f"# Reruns exactly: senet {self.COMMAND} --config THIS_FILE --out NEW_FOLDER\n"
         atomic_write(self.out / CONFIG, head + tomli_w.dumps(values))
 
     @classmethod
-    def of_flags(cls, options: Mapping[str, Any]) -> "CompareConfig":
+    def of_flags(cls, options: Mapping[str, Any]) -> Self:
         """A configuration from the flags that were given.
 
         Raises:
@@ -139,7 +138,7 @@ class CompareConfig:
         return cls(**options)
 
     @classmethod
-    def of_folder(cls, out: Path, refused: Mapping[str, Any]) -> "CompareConfig":
+    def of_folder(cls, out: Path, refused: Mapping[str, Any]) -> Self:
         """The configuration that `write` left in a folder.
 
         Args:
@@ -153,23 +152,28 @@ class CompareConfig:
             if value != {}:
                 shown = name if not isinstance(value, Mapping) else next(iter(value))
                 raise UserError(
-                    f"--resume goes on with the comparison's own options: leave out "
+                    f"--resume goes on with the folder's own options: leave out "
                     f"--{shown.replace('_', '-')}, or start a new one with --out"
                 )
         path = out / CONFIG
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{out} holds no comparison: {CONFIG} is missing") from None
+            raise UserError(
+                f"{out} is no folder of senet {cls.COMMAND}: {CONFIG} is missing"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a TOML file: {error}") from error
-        if "seeds" not in values:
-            raise UserError(f"{path} is not that of a comparison; for a run: senet train --resume")
+        missing = [name for name in cls.OWN if name not in values]
+        if missing or ("ablation" in values) != ("ablation" in cls.OWN):
+            raise UserError(
+                f"{path} is not that of senet {cls.COMMAND}; for a run: senet train --resume"
+            )
         run_fields = {f.name for f in fields(RunConfig)}
         recipe_fields = {f.name for f in fields(Recipe)}
         own: dict[str, Any] = {"out": out}
         for key, value in values.items():
-            if key in ("model", "data", "recipe", "seeds"):
+            if key in cls.OWN:
                 own[key] = value
             elif key in run_fields:
                 own.setdefault("machine", {})[key] = value
@@ -206,26 +210,41 @@ def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False)
     if not resume:
         make_folder(config)
     order = [run for pair in zip(runs["plain"], runs["se"], strict=True) for run in pair]
-    try:
-        for index, run in enumerate(order):
-            if finished(run):
-                continue
-            with watch(f"{run.model} seed {run.seed}", index, len(order)) as progress:
-                if (run.out / CONFIG).is_file():
-                    resume_run(run.out, progress=progress)
-                else:
-                    train_run(run, progress=progress)
-    except UserError:
-        if not any(run.out.exists() for run in order):  # refused before anything was trained
-            shutil.rmtree(config.out)
-        raise
+    train_all(config, order, watch, lambda run: f"{run.model} seed {run.seed}")
     comparison = gather(config, data)
     write_report(comparison, config.out)
     return comparison
 
 
+def train_all(
+    config: CompareConfig,
+    order: Sequence[RunConfig],
+    watch: Watch,
+    label: Callable[[RunConfig], str],
+) -> None:
+    """Train the runs that are not finished, one after the other.
+
+    Raises:
+        UserError: a run was refused; if it was before anything was trained, the folder is gone.
+        SenetError: a run failed.
+    """
+    try:
+        for index, run in enumerate(order):
+            if finished(run):
+                continue
+            with watch(label(run), index, len(order)) as progress:
+                if (run.out / CONFIG).is_file():
+                    resume_run(run.out, progress=progress)
+                else:
+                    train_run(run, progress=progress)
+    except UserError:
+        if not any(run.out.exists() for run in order):
+            shutil.rmtree(config.out)
+        raise
+
+
 def make_folder(config: CompareConfig) -> None:
-    """Make the comparison's folder with its config.toml.
+    """Make the folder of a comparison or an ablation with its config.toml.
 
     Raises:
         UserError: it exists, or cannot be made.
@@ -235,7 +254,7 @@ def make_folder(config: CompareConfig) -> None:
     except FileExistsError:
         raise UserError(
             f"{config.out} exists and is never overwritten: give another --out, or go on with it "
-            f"by senet compare --resume {config.out}"
+            f"by senet {config.COMMAND} --resume {config.out}"
         ) from None
     except OSError as error:
         raise UserError(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from senet.data import Augmentation
-from senet.errors import UserError
+from senet.errors import SenetError, UserError
 from senet.insertion import insert
 from senet.models import build_model
 from senet.training.checkpoint import open_checkpoint
@@ -25,7 +25,7 @@ from senet.training.config import RunConfig
 from senet.training.loop import resume, train
 from senet.training.ranks import locked
 from senet.training.session import Session
-from senet.training.sharding import shard
+from senet.training.sharding import forward_of, shard
 
 Make = Callable[..., RunConfig]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -175,6 +175,37 @@ def inserted_vgg() -> torch.nn.Module:
     return model
 
 
+class InPlace(torch.nn.Module):
+    """A block whose shortcut counts on it that ReLU has changed x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.conv = torch.nn.ReLU(inplace=True), torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.relu(x)) + x
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_fsdp_with_a_block_that_changes_its_input() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), InPlace())
+    shard(model, torch.device("cpu"), 1)
+    with (
+        pytest.raises(SenetError, match=r"changes its input in place .* give --parallel ddp"),
+        forward_of(model),
+    ):
+        model(torch.randn(2, 3, 4, 4))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -185,24 +216,19 @@ def inserted_vgg() -> torch.nn.Module:
     ],
     ids=["se_resnet164_cifar", "se_mobilenet", "se_shufflenet_g3", "inserted"],
 )
+@pytest.mark.usefixtures("alone")
 def test_fsdp_gathers_what_a_network_reads(make: Callable[[], torch.nn.Module]) -> None:
     """Parameters that a block reads outside its own forward would be refused by PyTorch."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        plain, spread = make(), make()
-        spread.load_state_dict(plain.state_dict())
-        shard(spread, torch.device("cpu"), 1)
-        x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-        for model in (plain, spread):
-            torch.manual_seed(0)
-            model(x).square().sum().backward()
-        for one, two in zip(plain.parameters(), spread.parameters(), strict=True):
-            assert one.grad is not None
-            torch.testing.assert_close(two.grad.full_tensor(), one.grad)  # type: ignore[union-attr]
-    finally:
-        torch.distributed.destroy_process_group()
+    plain, spread = make(), make()
+    spread.load_state_dict(plain.state_dict())
+    shard(spread, torch.device("cpu"), 1)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    for model in (plain, spread):
+        torch.manual_seed(0)
+        model(x).square().sum().backward()
+    for one, two in zip(plain.parameters(), spread.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(two.grad.full_tensor(), one.grad)  # type: ignore[union-attr]
 
 
 def test_fsdp_where_it_makes_no_sense(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from cyclopts import App
 
+from .ablate import ablate
 from .bench import bench
 from .compare import compare
 from .evaluate import evaluate
@@ -33,6 +34,7 @@ app = App(
 COMMANDS: tuple[Callable[..., int | None], ...] = (
     train,
     compare,
+    ablate,
     evaluate,
     predict,
     models,

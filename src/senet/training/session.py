@@ -24,6 +24,7 @@ from senet.training.machine import accelerator_of, environment, random_state, se
 from senet.training.optimization import Average, build_optimizer, build_schedule
 from senet.training.progress import Progress
 from senet.training.sharding import (
+    forward_of,
     gathered,
     local,
     scattered_optimizer,
@@ -186,7 +187,8 @@ class Session:
             step: number of the step, from 1.
 
         Raises:
-            SenetError: the loss is not finite; no weight was changed.
+            SenetError: the loss is not finite, or a block that FSDP gathers changes its input; no
+                weight was changed.
         """
         recipe, device = self.recipe, self.accelerator.device
         for norm in self.frozen_norms:  # `evaluate` puts the whole network back into training mode
@@ -199,7 +201,8 @@ class Session:
             zip(images.chunk(parts), targets.chunk(parts), strict=True), start=1
         ):
             with self._gradients_stay() if number < parts else nullcontext():
-                logits = self.wrapped(x).float()
+                with forward_of(self.model):
+                    logits = self.wrapped(x).float()
                 each = F.cross_entropy(
                     logits, y, label_smoothing=recipe.label_smoothing, reduction="none"
                 )

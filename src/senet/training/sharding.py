@@ -10,6 +10,7 @@ give; each of them can go on from it.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from senet.errors import SenetError
 from senet.layers import SqueezeExcitation
 
 
@@ -60,6 +62,25 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called."""
     return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def forward_of(model: nn.Module) -> Iterator[None]:
+    """Around a forward pass of a sharded model, or of another.
+
+    Raises:
+        SenetError: a block changes its input in place, which PyTorch refuses. Nothing is done about
+            it: a network may count on the change.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_sharded(model) and "modified inplace" in str(error):
+            raise SenetError(
+                "a block of the network changes its input in place (by ReLU(inplace=True) or +=), "
+                "which FSDP does not allow: give --parallel ddp"
+            ) from error
+        raise
 
 
 def local(tensor: Tensor) -> Tensor:
