@@ -9,7 +9,7 @@ import pytest
 
 from cli_tools import make_data, run
 from senet.__main__ import main
-from senet.ablate import ABLATIONS, AblateConfig, folder_of
+from senet.ablate import ABLATIONS, AblateConfig, folder_of, label_of
 from senet.examine import read_rows
 from senet.models.cards import cards
 from senet.models.network import SEOptions
@@ -40,8 +40,9 @@ def test_every_row_of_the_papers_tables_has_a_variant() -> None:
     assert set(rows) == {name for name in cards() if name.startswith("table 1")}
     for name in set(rows):
         assert cards()[name].results[0].top1 > 20
-    for variants in ABLATIONS.values():
-        assert len({folder_of(name) for name in variants}) == len(variants)
+    for ablation, variants in ABLATIONS.items():
+        folders = {folder_of(label_of(ablation, name)) for name in variants}
+        assert len(folders) == len(variants)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -70,13 +71,17 @@ def test_each_variant_and_seed_has_a_run(ablated: Path) -> None:
             f"nosqueeze/seed{seed}": ("se_resnet8_cifar", {**se, "squeeze": "none"})
             for seed in (0, 1)
         },
-        **{f"r_16/seed{seed}": ("se_resnet8_cifar", {**se, "squeeze": "avg"}) for seed in (0, 1)},
+        **{f"se/seed{seed}": ("se_resnet8_cifar", {**se, "squeeze": "avg"}) for seed in (0, 1)},
     }
     results = json.loads((ablated / "results.json").read_text())
-    assert list(results["variants"]) == ["table 10, plain", "table 16, NoSqueeze", "table 10, r=16"]
-    for name, variant in results["variants"].items():
+    assert [(label, variant["card"]) for label, variant in results["variants"].items()] == [
+        ("plain", "table 10, plain"),
+        ("NoSqueeze", "table 16, NoSqueeze"),
+        ("SE", "table 10, r=16"),
+    ]
+    for label, variant in results["variants"].items():
         rows = [
-            read_rows(ablated / folder_of(name) / f"seed{seed}" / "metrics.csv") for seed in (0, 1)
+            read_rows(ablated / folder_of(label) / f"seed{seed}" / "metrics.csv") for seed in (0, 1)
         ]
         assert variant["top1_error"] == pytest.approx([100 - row[-1]["top1"] for row in rows])
     plain, without, se_block = results["variants"].values()
@@ -92,7 +97,7 @@ def test_resume_trains_what_is_missing_in_processes_too(
     config = out / "config.toml"
     config.write_text(config.read_text().replace("processes = 1", "processes = 2"))
     kept = (out / "plain" / "seed0" / "metrics.csv").stat().st_mtime_ns
-    for folder in ("nosqueeze/seed0", "r_16/seed1"):
+    for folder in ("nosqueeze/seed0", "se/seed1"):
         shutil.rmtree(out / folder)
     found = run(capsys, "ablate", "--resume", out)
     assert found.code == 0, found.err
@@ -100,7 +105,7 @@ def test_resume_trains_what_is_missing_in_processes_too(
     lines = [line for line in found.out.splitlines() if "top-1" in line and "seed" in line]
     assert {line.split(":")[0] for line in lines if "of 2)" in line} == {
         "nosqueeze seed 0",
-        "r_16 seed 1",
+        "se seed 1",
     }
     assert "NoSqueeze" in found.out
     assert " ± " in found.out

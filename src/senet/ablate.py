@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ ABLATIONS: Mapping[Ablation, Mapping[str, Mapping[str, Any] | None]] = {
         "table 10, r=16": {"squeeze": "avg"},
     },
 }
+# Rows that are called otherwise than in their own table: theirs is the paper's network, whatever
+# the reduction.
+LABELS: Mapping[tuple[str, str], str] = {("nosqueeze", "table 10, r=16"): "SE"}
 RESULTS = "results.json"
 
 
@@ -108,7 +112,7 @@ class AblateConfig(CompareConfig):
     def runs(self) -> dict[str, list[RunConfig]]:
         """The runs of each variant in the order of the seeds."""
         return {
-            name: self._seeds(folder_of(name), *self._network(options))
+            name: self._seeds(folder_of(label_of(self.ablation, name)), *self._network(options))
             for name, options in self.variants.items()
         }
 
@@ -118,9 +122,14 @@ class AblateConfig(CompareConfig):
         return [run for runs in zip(*self.runs().values(), strict=True) for run in runs]
 
 
-def folder_of(name: str) -> str:
-    """Folder of a variant: "table 10, r=2" → "r_2"."""
-    return re.sub(r"\W+", "_", name.partition(", ")[2].lower())
+def label_of(ablation: str, name: str) -> str:
+    """What a variant is called: "table 10, r=2" → "r=2"."""
+    return LABELS.get((ablation, name), name.partition(", ")[2])
+
+
+def folder_of(label: str) -> str:
+    """Folder of a variant: "r=2" → "r_2"."""
+    return re.sub(r"\W+", "_", label.lower())
 
 
 @dataclass(frozen=True)
@@ -128,21 +137,18 @@ class Variant:
     """What a variant's runs gave.
 
     Attributes:
+        label: what it is called.
         card: the paper's row.
         top1: top-1 error in percent, by seed.
         parameters: number of parameters.
         multiply_adds: multiply-adds for an image of the data.
     """
 
+    label: str
     card: Card
     top1: tuple[float, ...]
     parameters: int
     multiply_adds: int
-
-    @property
-    def label(self) -> str:
-        """The row's name in the paper."""
-        return self.card.name.partition(", ")[2]
 
 
 def run_ablation(
@@ -171,7 +177,10 @@ def run_ablation(
         train_all(config, config.order, watch, lambda run: f"{run.out.parent.name} seed {run.seed}")
     else:
         _train_in_processes(config, tell)
-    found = [_variant(name, runs) for name, runs in config.runs().items()]
+    found = [
+        _variant(label_of(config.ablation, name), cards()[name], runs)
+        for name, runs in config.runs().items()
+    ]
     atomic_write(config.out / RESULTS, to_json(config, found))
     return found
 
@@ -182,11 +191,14 @@ def _share_cores(processes: int) -> None:
     torch.set_num_threads(max(1, (cores or 1) // processes))
 
 
-def _train(run: RunConfig) -> None:
-    if (run.out / CONFIG).is_file():
-        resume(run.out)
-    else:
-        train(run)
+def _train(run: RunConfig) -> list[str]:
+    """Begin a run or go on with it; the warnings that it gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        if (run.out / CONFIG).is_file():
+            resume(run.out)
+        else:
+            train(run)
+    return list(dict.fromkeys(str(each.message) for each in caught))
 
 
 def _train_in_processes(config: AblateConfig, tell: Callable[[str], None]) -> None:
@@ -198,7 +210,8 @@ def _train_in_processes(config: AblateConfig, tell: Callable[[str], None]) -> No
         jobs = {pool.submit(_train, run): run for run in left}
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
-                job.result()
+                for text in job.result():
+                    warnings.warn(text, stacklevel=2)
                 run = jobs[job]
                 top1 = read_rows(run.out / "metrics.csv")[-1]["top1"]
                 label = f"{run.out.parent.name} seed {run.seed}"
@@ -208,11 +221,12 @@ def _train_in_processes(config: AblateConfig, tell: Callable[[str], None]) -> No
             raise
 
 
-def _variant(name: str, runs: list[RunConfig]) -> Variant:
+def _variant(label: str, card: Card, runs: list[RunConfig]) -> Variant:
     checkpoint = open_checkpoint(runs[0].out / "checkpoints" / "last")
     size = checkpoint.preprocessing.image_size
     return Variant(
-        card=cards()[name],
+        label=label,
+        card=card,
         top1=tuple(100 - read_rows(run.out / "metrics.csv")[-1]["top1"] for run in runs),
         parameters=count_parameters(checkpoint.model),
         multiply_adds=count_multiply_adds(
@@ -231,7 +245,8 @@ def to_json(config: AblateConfig, variants: list[Variant]) -> str:
         "epochs": config.training_recipe().epochs,
         "se_options": dict(config.se_options),
         "variants": {
-            v.card.name: {
+            v.label: {
+                "card": v.card.name,
                 "top1_error": v.top1,
                 "parameters": v.parameters,
                 "multiply_adds": v.multiply_adds,

@@ -1,5 +1,6 @@
 """`senet ablate`: the paper's ablations over one recipe and data set."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,9 +97,8 @@ def ablate(
         settings = AblateConfig.of_flags(options)
     try:
         found = run_ablation(
-            settings, watch=watch, tell=lambda line: print(line, flush=True),
-            continued=resume is not None,
-        )  # fmt: skip
+            settings, watch=watch, tell=partial(print, flush=True), continued=resume is not None
+        )
     except (Interrupted, KeyboardInterrupt) as stopped:
         hint = f"stopped; to go on: senet ablate --resume {settings.out}"
         raise KeyboardInterrupt(hint if settings.started else "") from stopped
