@@ -26,7 +26,7 @@ from .options import (
     SEFlags,
     Switch,
     given,
-    named,
+    of_comparison,
     prepare_process,
 )
 from .progress import watch
@@ -75,7 +75,7 @@ def ablate(
     from senet.errors import UserError
     from senet.training.loop import Interrupted
 
-    options = named(
+    options = of_comparison(
         ablation=ablation,
         model=model,
         data=data,
@@ -83,11 +83,11 @@ def ablate(
         seeds=seeds,
         processes=processes,
         out=out,
-        model_options=given(network),
-        se_options=given(se),
-        data_options=given(data_flags),
-        recipe_options=given(recipe_flags),
-        machine=machine.run_fields(),
+        se=se,
+        network=network,
+        data_flags=data_flags,
+        recipe_flags=recipe_flags,
+        machine=machine,
     )
     if resume is not None:
         settings = AblateConfig.of_folder(resume, refused=options | {"machine": given(machine)})

@@ -25,7 +25,7 @@ from .options import (
     SEFlags,
     Switch,
     given,
-    named,
+    of_comparison,
     prepare_process,
 )
 from .progress import watch
@@ -69,17 +69,17 @@ def compare(
     from senet.report import comparison_table, cost, verdict
     from senet.training.loop import Interrupted
 
-    options = named(
+    options = of_comparison(
         model=model,
         data=data,
         recipe=recipe,
         seeds=seeds,
         out=out,
-        model_options=given(network),
-        se_options=given(se),
-        data_options=given(data_flags),
-        recipe_options=given(recipe_flags),
-        machine=machine.run_fields(),
+        se=se,
+        network=network,
+        data_flags=data_flags,
+        recipe_flags=recipe_flags,
+        machine=machine,
     )
     if resume is None:
         settings = CompareConfig.of_flags(options)

@@ -203,6 +203,26 @@ def named(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def of_comparison(
+    *,
+    se: SEFlags,
+    network: NetworkFlags,
+    data_flags: DataFlags,
+    recipe_flags: RecipeFlags,
+    machine: MachineFlags,
+    **flags: Any,
+) -> dict[str, Any]:
+    """The flags that were given, as fields of `senet.compare.CompareConfig`."""
+    return named(
+        **flags,
+        model_options=given(network),
+        se_options=given(se),
+        data_options=given(data_flags),
+        recipe_options=given(recipe_flags),
+        machine=machine.run_fields(),
+    )
+
+
 def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Let a file given by --config stand in for the flags that were not given.
 
