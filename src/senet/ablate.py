@@ -279,10 +279,11 @@ def ablation_table(config: AblateConfig, variants: list[Variant]) -> Table:
             "" if paper.top5 is None else f"{paper.top5:.2f}",
             variant.card.paper_parameters or "",
         )
+    epochs = config.training_recipe().epochs
     base = ", ".join(f"{key} {value}" for key, value in config.se_options.items())
     table.caption = (
         f"mean ± sample standard deviation of {config.seeds} seeds after "
-        f"{config.training_recipe().epochs} epochs of the recipe {config.recipe}"
+        f"{epochs} epoch{'s' if epochs > 1 else ''} of the recipe {config.recipe}"
         f"{'; SE options otherwise: ' + base if base else ''}.\n"
         "Paper: SE-ResNet-50 on ImageNet, other training."
     )
