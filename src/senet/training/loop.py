@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from senet.data import StreamedImages
 from senet.errors import SenetError, UserError
 from senet.files import atomic_write
 from senet.training.checkpoint import load_training_state, save_checkpoint
@@ -280,10 +281,12 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
     if classes < 5:
         progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
     if (before := session.processes_before) is not None:
+        streamed = isinstance(session.data.train, StreamedImages)  # may share out its files anew
         progress.note(
             f"the run was made by {before} processes, now {session.accelerator.num_processes}: "
-            "each step takes the same images, but batch statistics, dropout, mixing and the order "
-            "of sums differ, so that its results differ from those of an uninterrupted run"
+            f"{'' if streamed else 'each step takes the same images, but '}batch statistics, "
+            "dropout, mixing and the order of sums differ, so that its results differ from those "
+            "of an uninterrupted run"
         )
     was, now = (state or {}).get("environment", {}), environment(session.config)
     changed = [f"{key} {value}, now {now[key]}" for key, value in was.items() if value != now[key]]
