@@ -1,5 +1,6 @@
 """Streams of Hugging Face's library, offline: made here as Parquet files, split, resumed."""
 
+import concurrent.futures.thread
 import gc
 import io
 import itertools
@@ -7,7 +8,7 @@ import multiprocessing
 import pickle
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from senet.data import (
     train_loader,
     val_loader,
 )
-from senet.data.hf_stream import StreamKey
+from senet.data.hf_stream import StreamKey, _read_ahead
 from senet.errors import SenetError, UserError
 
 datasets = pytest.importorskip("datasets")
@@ -415,3 +416,28 @@ def test_abandoned_epochs_leave_no_threads(folder: Path) -> None:
     for thread in readers():
         thread.join(timeout=30)
     assert not readers()
+
+
+def test_a_stream_is_left_alone_in_the_middle_of_anything() -> None:
+    """The garbage collector may close it while this thread holds the lock of all executors."""
+    closed = threading.Event()
+
+    def batches() -> Generator[list[StreamKey], None, None]:
+        try:
+            while True:
+                yield []
+        finally:
+            closed.set()
+
+    reading = _read_ahead(batches())
+    assert next(reading) == []
+
+    def leave() -> None:
+        with concurrent.futures.thread._global_shutdown_lock:  # type: ignore[attr-defined]
+            reading.close()  # type: ignore[attr-defined]
+
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(20)
+    assert not leaving.is_alive()
+    assert closed.wait(20)

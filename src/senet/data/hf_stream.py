@@ -9,15 +9,16 @@ workers; and a resumed run reads its epoch again from the start, without decodin
 the library's own `state_dict` forgets what the shuffle buffer held.
 """
 
+import atexit
 import io
 import itertools
+import threading
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from PIL import Image
 
@@ -31,6 +32,7 @@ PREFIX = "hf-stream:"
 SHUFFLE_BUFFER = 1000
 """Images in the shuffle buffer, the library's own default; they are held as files, undecoded."""
 _AHEAD = 2  # batches that are read ahead of those that the workers were given
+_CLOSING = 10.0  # seconds that the end of the program waits for a stream to be closed
 
 
 class Row(NamedTuple):
@@ -337,6 +339,68 @@ class StreamBatches:
             ]
 
 
+class _Reader:
+    """A thread that takes batches from an iterator as they are asked for.
+
+    `stop` may run while the garbage collector does, in the middle of whatever the thread at hand is
+    at: it takes no lock that this thread may hold, as that of an executor would be.
+
+    Args:
+        batches: what to read; closed in the thread, after `stop`.
+    """
+
+    def __init__(self, batches: Generator[list[StreamKey], None, None]) -> None:
+        self._batches = batches
+        self._wanted: SimpleQueue[bool] = SimpleQueue()  # reentrant, unlike Queue
+        self._found: SimpleQueue[list[StreamKey] | Exception | None] = SimpleQueue()
+        self._stopped = False
+        # A daemon, or an interpreter that ends while it waits would wait for it.
+        self._thread = threading.Thread(target=self._read, name="stream", daemon=True)
+        self._thread.start()
+        _READERS.add(self)
+
+    def _read(self) -> None:
+        while self._wanted.get() and not self._stopped:
+            try:
+                self._found.put(next(self._batches, None))
+            except Exception as error:  # raised where the batch is taken
+                self._found.put(error)
+        self._batches.close()
+
+    def ask(self) -> None:
+        """Let it read one more."""
+        self._wanted.put(True)
+
+    def take(self) -> list[StreamKey] | None:
+        """The oldest one that was asked for, None behind the last; raises what reading it did."""
+        found = self._found.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        """Let it close the iterator and end, without waiting for it."""
+        self._stopped = True
+        self._wanted.put(False)
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end."""
+        self._thread.join(seconds)
+
+
+_READERS: "WeakSet[_Reader]" = WeakSet()
+
+
+@atexit.register
+def _stop_readers() -> None:
+    """Let Arrow's threads end before the interpreter does."""
+    readers = list(_READERS)
+    for reader in readers:
+        reader.stop()
+    for reader in readers:
+        reader.join(_CLOSING)
+
+
 def _read_ahead(
     batches: Generator[list[StreamKey], None, None], count: int | None = None
 ) -> Iterator[list[StreamKey]]:
@@ -350,21 +414,16 @@ def _read_ahead(
         batches: what to read.
         count: how many there are, if that is known.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
-    waiting: deque[Future[list[StreamKey] | None]] = deque()
-    asked = 0
+    reader = _Reader(batches)
+    asked = taken = 0
     try:
         while True:
-            while len(waiting) <= _AHEAD and asked != count:
-                waiting.append(pool.submit(next, batches, None))
+            while asked - taken <= _AHEAD and asked != count:
+                reader.ask()
                 asked += 1
-            batch = waiting.popleft().result() if waiting else None
-            if batch is None:
+            if taken == asked or (batch := reader.take()) is None:
                 return
+            taken += 1
             yield batch
     finally:
-        for future in waiting:
-            future.cancel()
-        with suppress(RuntimeError):  # the interpreter ends, and with it the thread
-            pool.submit(batches.close)
-        pool.shutdown(wait=False)
+        reader.stop()
