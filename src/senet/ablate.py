@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from rich.table import Table
 
-from .compare import CompareConfig, Watch, finished, make_folder, train_all
+from .compare import CompareConfig, Watch, begin_or_go_on, finished, make_folder, train_all
 from .complexity import count_multiply_adds, count_parameters
 from .errors import UserError
 from .examine import open_run_data, read_rows
@@ -22,8 +22,7 @@ from .files import atomic_write
 from .models import build_model, entry
 from .models.cards import Card, cards
 from .training.checkpoint import open_checkpoint
-from .training.config import CONFIG, RunConfig
-from .training.loop import resume, train
+from .training.config import RunConfig
 
 Ablation = Literal["reduction", "squeeze", "excitation", "stages", "integration", "nosqueeze"]
 # By ablation: the paper's rows, named by their cards, and the options that make them. None is the
@@ -194,10 +193,7 @@ def _share_cores(processes: int) -> None:
 def _train(run: RunConfig) -> list[str]:
     """Begin a run or go on with it; the warnings that it gave."""
     with warnings.catch_warnings(record=True) as caught:
-        if (run.out / CONFIG).is_file():
-            resume(run.out)
-        else:
-            train(run)
+        begin_or_go_on(run)
     return list(dict.fromkeys(str(each.message) for each in caught))
 
 

@@ -216,6 +216,14 @@ def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False)
     return comparison
 
 
+def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> None:
+    """Train a run from the start, or from where it was stopped."""
+    if (run.out / CONFIG).is_file():
+        resume_run(run.out, progress=progress)
+    else:
+        train_run(run, progress=progress)
+
+
 def train_all(
     config: CompareConfig,
     order: Sequence[RunConfig],
@@ -233,10 +241,7 @@ def train_all(
             if finished(run):
                 continue
             with watch(label(run), index, len(order)) as progress:
-                if (run.out / CONFIG).is_file():
-                    resume_run(run.out, progress=progress)
-                else:
-                    train_run(run, progress=progress)
+                begin_or_go_on(run, progress)
     except UserError:
         if not any(run.out.exists() for run in order):
             shutil.rmtree(config.out)
