@@ -28,7 +28,8 @@ from senet.data import (
     train_loader,
     val_loader,
 )
-from senet.data.hf_stream import StreamKey, _read_ahead
+from senet.data.hf_stream import StreamKey
+from senet.data.read_ahead import read_ahead
 from senet.errors import SenetError, UserError
 
 datasets = pytest.importorskip("datasets")
@@ -429,7 +430,7 @@ def test_a_stream_is_left_alone_in_the_middle_of_anything() -> None:
         finally:
             closed.set()
 
-    reading = _read_ahead(batches())
+    reading = read_ahead(batches())
     assert next(reading) == []
 
     def leave() -> None:

@@ -9,30 +9,25 @@ workers; and a resumed run reads its epoch again from the start, without decodin
 the library's own `state_dict` forgets what the shuffle buffer held.
 """
 
-import atexit
 import io
 import itertools
-import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 from PIL import Image
 
 from senet.data.decoders import Decoder
 from senet.data.hugging_face import find_columns, no_class, open_splits, undecoded
 from senet.data.images import GREY_MODES, BadImageError, decode_image
+from senet.data.read_ahead import read_ahead
 from senet.data.samplers import EpochBatchSampler
 from senet.errors import SenetError, UserError
 
 PREFIX = "hf-stream:"
 SHUFFLE_BUFFER = 1000
 """Images in the shuffle buffer, the library's own default; they are held as files, undecoded."""
-_AHEAD = 2  # batches that are read ahead of those that the workers were given
-_CLOSING = 10.0  # seconds that the end of the program waits for a stream to be closed
 
 
 class Row(NamedTuple):
@@ -285,7 +280,7 @@ class StreamedBatchSampler(EpochBatchSampler):
             )
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[StreamKey]]:  # type: ignore[override]
-        return _read_ahead(self._read(epoch, start), len(self) - start)
+        return read_ahead(self._read(epoch, start), len(self) - start)
 
     def _read(self, epoch: int, start: int) -> Generator[list[StreamKey], None, None]:
         together, world_size = self.batch_size * self.world_size, self.world_size
@@ -323,7 +318,7 @@ class StreamBatches:
         return -(-len(self.source) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[StreamKey]]:
-        return _read_ahead(self._read())
+        return read_ahead(self._read())
 
     def _read(self) -> Generator[list[StreamKey], None, None]:
         rows = self.source.rows(rank=self.rank, world_size=self.world_size)
@@ -337,93 +332,3 @@ class StreamBatches:
                 StreamKey(0, step, place * self.world_size + self.rank, row)
                 for place, row in zip(places, part, strict=True)
             ]
-
-
-class _Reader:
-    """A thread that takes batches from an iterator as they are asked for.
-
-    `stop` may run while the garbage collector does, in the middle of whatever the thread at hand is
-    at: it takes no lock that this thread may hold, as that of an executor would be.
-
-    Args:
-        batches: what to read; closed in the thread, after `stop`.
-    """
-
-    def __init__(self, batches: Generator[list[StreamKey], None, None]) -> None:
-        self._batches = batches
-        self._wanted: SimpleQueue[bool] = SimpleQueue()  # reentrant, unlike Queue
-        self._found: SimpleQueue[list[StreamKey] | Exception | None] = SimpleQueue()
-        self._stopped = False
-        # A daemon, or an interpreter that ends while it waits would wait for it.
-        self._thread = threading.Thread(target=self._read, name="stream", daemon=True)
-        self._thread.start()
-        _READERS.add(self)
-
-    def _read(self) -> None:
-        while self._wanted.get() and not self._stopped:
-            try:
-                self._found.put(next(self._batches, None))
-            except Exception as error:  # raised where the batch is taken
-                self._found.put(error)
-        self._batches.close()
-
-    def ask(self) -> None:
-        """Let it read one more."""
-        self._wanted.put(True)
-
-    def take(self) -> list[StreamKey] | None:
-        """The oldest one that was asked for, None behind the last; raises what reading it did."""
-        found = self._found.get()
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def stop(self) -> None:
-        """Let it close the iterator and end, without waiting for it."""
-        self._stopped = True
-        self._wanted.put(False)
-
-    def join(self, seconds: float) -> None:
-        """Wait for its end."""
-        self._thread.join(seconds)
-
-
-_READERS: "WeakSet[_Reader]" = WeakSet()
-
-
-@atexit.register
-def _stop_readers() -> None:
-    """Let Arrow's threads end before the interpreter does."""
-    readers = list(_READERS)
-    for reader in readers:
-        reader.stop()
-    for reader in readers:
-        reader.join(_CLOSING)
-
-
-def _read_ahead(
-    batches: Generator[list[StreamKey], None, None], count: int | None = None
-) -> Iterator[list[StreamKey]]:
-    """The same, with the next ones being read in a thread while the caller works.
-
-    The thread starts with the first batch, when the loader has forked its workers. It closes the
-    stream too, and nobody waits for that: where files are interleaved, `datasets` (5.2) then
-    sleeps for 5 s, so that Arrow's threads may end.
-
-    Args:
-        batches: what to read.
-        count: how many there are, if that is known.
-    """
-    reader = _Reader(batches)
-    asked = taken = 0
-    try:
-        while True:
-            while asked - taken <= _AHEAD and asked != count:
-                reader.ask()
-                asked += 1
-            if taken == asked or (batch := reader.take()) is None:
-                return
-            taken += 1
-            yield batch
-    finally:
-        reader.stop()
