@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from senet.allocator import tune_allocator
+from senet.support.allocator import tune_allocator
 
 RESULTS = Path(__file__).with_name("results.csv")
 
@@ -34,30 +34,31 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     tuned = tune_allocator().applied
-    from senet import benchmark, benchmark_inference
-    from senet.units import print_table
+    from senet.bench import inference as bench_inference
+    from senet.bench import timing
+    from senet.support.text import print_table
 
-    benchmark.check_rounds(given.rounds, given.warmup)
+    timing.check_rounds(given.rounds, given.warmup)
     names = given.models.split(",")
-    cases = benchmark_inference.cases(
+    cases = bench_inference.cases(
         names,
         given.batch_sizes,
-        engines=given.engines.split(",") if given.engines else benchmark_inference.ENGINES,
+        engines=given.engines.split(",") if given.engines else bench_inference.ENGINES,
         plain_peers=not given.no_plain_peers,
     )
     command = shlex.join(["python", *sys.argv])
     found = []
-    for measured in benchmark.run_cases(
+    for measured in timing.run_cases(
         cases,
         rounds=given.rounds,
         warmup=given.warmup,
         advance=functools.partial(print, flush=True),
     ):
-        where = benchmark.environment(command, "tuned" if tuned else "untuned")
-        benchmark.append_results(given.results, measured, where)
+        where = timing.environment(command, "tuned" if tuned else "untuned")
+        timing.append_results(given.results, measured, where)
         found += measured
-    print_table(benchmark.results_table(found))
-    print(*benchmark_inference.conclusions(found), sep="\n")
+    print_table(timing.results_table(found))
+    print(*bench_inference.conclusions(found), sep="\n")
 
 
 if __name__ == "__main__":

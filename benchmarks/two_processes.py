@@ -27,11 +27,11 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
 from ranks_driver import launch, wait
 
-from senet.allocator import tune_allocator
+from senet.support.allocator import tune_allocator
 from senet.training.config import RunConfig
+from senet.training.fsdp import local
 from senet.training.recipe import get_recipe
 from senet.training.session import Session
-from senet.training.sharding import local
 
 # name: processes, threads of each, what is special
 CASES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from senet.surgery import insert_checkpoint
+from senet.commands.insert import insert_checkpoint
 from senet.training.config import RunConfig
 from senet.training.loop import RunResult, train
 from senet.training.recipe import get_recipe

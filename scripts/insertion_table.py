@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import senet
 from senet.errors import UserError
-from senet.insertion import insert, inserted_places, remove
+from senet.insertion.insert import insert, inserted_places, remove
 
 # Family → networks: "tv:" torchvision, "video:" its 3-d networks, "timm:" timm, "senet:" ours.
 MODELS: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""Make the embedded data set (src/senet/datasets/fashion_mnist) from Debian's Fashion-MNIST.
+"""Make the embedded data set (src/senet/data/sources/fashion_mnist) from Debian's Fashion-MNIST.
 
     apt-get download dataset-fashion-mnist && dpkg-deb --extract dataset-fashion-mnist_*.deb /tmp/fm
     python scripts/make_embedded_fashion_mnist.py /tmp/fm/usr/share/datasets/fashion-mnist
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-OUT = Path(__file__).parent.parent / "src" / "senet" / "datasets" / "fashion_mnist"
+OUT = Path(__file__).parent.parent / "src" / "senet" / "data" / "sources" / "fashion_mnist"
 PER_CLASS = {"train": 1000, "t10k": 200}
 CLASSES = 10
 

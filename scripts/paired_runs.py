@@ -10,7 +10,7 @@ import csv
 import tomllib
 from pathlib import Path
 
-from senet.report import PairedDifference, spread
+from senet.reports.comparison import PairedDifference, spread
 
 
 def read(run: Path) -> tuple[int, list[dict[str, str]]]:

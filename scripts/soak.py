@@ -19,9 +19,9 @@ import psutil
 import torch
 from PIL import Image
 
+from senet.support.progress import Silent
 from senet.training.config import RunConfig
 from senet.training.loop import train
-from senet.training.progress import Silent
 from senet.training.recipe import Recipe
 
 TESTS = Path(__file__).parents[1] / "tests"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import datasets
 
-from senet.benchmark_data import write_pictures
-from senet.data.hf_stream import open_stream
+from senet.bench.data import write_pictures
+from senet.data.sources.stream import open_stream
 
 IMAGES, FILES, PICTURES, PASSES = 8192, 4, 64, 5
 

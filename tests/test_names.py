@@ -14,7 +14,8 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_names_of_backbones_and_weights() -> None:
-    from senet import backbones, detection, segmentation, weights
+    from senet import detection, segmentation, weights
+    from senet.models import features as backbones
 
     assert senet.features is backbones.features
     assert senet.save_weights is weights.save_weights

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from cli_tools import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cli_tools import run
 from senet import create_model
+from senet.checkpoint.files import open_checkpoint
 from senet.data import Preprocessing
 from senet.data.images import decode_image
-from senet.data.shard_index import Shard, ShardIndex, Table
+from senet.data.shards.index import Shard, ShardIndex, Table
 from senet.errors import SenetError, UserError
-from senet.sources import open_source, rebuild
-from senet.training.checkpoint import open_checkpoint
+from senet.networks.anywhere import open_source, rebuild
 from senet.training.config import RunConfig
 from senet.weights import read_state_dict
 

@@ -4,19 +4,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from senet.adapters import load_adapter as load_adapter
-    from senet.adapters import save_adapter as save_adapter
-    from senet.backbones import features as features
-    from senet.export_network import export as export
-    from senet.factory import create_model as create_model
-    from senet.folding import fold_gates as fold_gates
-    from senet.gate_statistics import GateStatistics as GateStatistics
-    from senet.gates import record_gates as record_gates
+    from senet.checkpoint.adapter import load_adapter as load_adapter
+    from senet.checkpoint.adapter import save_adapter as save_adapter
+    from senet.gates.fold import fold_gates as fold_gates
+    from senet.gates.record import record_gates as record_gates
+    from senet.gates.statistics import GateStatistics as GateStatistics
     from senet.inference import optimize as optimize
-    from senet.insertion import insert as insert
-    from senet.insertion import remove as remove
-    from senet.layers import SqueezeExcitation as SqueezeExcitation
+    from senet.insertion.insert import insert as insert
+    from senet.insertion.insert import remove as remove
     from senet.models import list_models as list_models
+    from senet.models.features import features as features
+    from senet.networks.create import create_model as create_model
+    from senet.nn.block import SqueezeExcitation as SqueezeExcitation
+    from senet.runtimes.export import export as export
     from senet.weights import load_weights as load_weights
     from senet.weights import save_weights as save_weights
 
@@ -24,22 +24,22 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import senet` loads no PyTorch.
 _HOMES = {
-    "GateStatistics": "senet.gate_statistics",
-    "SqueezeExcitation": "senet.layers",
-    "create_model": "senet.factory",
+    "GateStatistics": "senet.gates.statistics",
+    "SqueezeExcitation": "senet.nn.block",
+    "create_model": "senet.networks.create",
     "detection": "senet.detection",
-    "export": "senet.export_network",
-    "features": "senet.backbones",
-    "fold_gates": "senet.folding",
-    "insert": "senet.insertion",
+    "export": "senet.runtimes.export",
+    "features": "senet.models.features",
+    "fold_gates": "senet.gates.fold",
+    "insert": "senet.insertion.insert",
     "list_models": "senet.models",
-    "load_adapter": "senet.adapters",
+    "load_adapter": "senet.checkpoint.adapter",
     "load_weights": "senet.weights",
     "ops": "senet.ops",
     "optimize": "senet.inference",
-    "record_gates": "senet.gates",
-    "remove": "senet.insertion",
-    "save_adapter": "senet.adapters",
+    "record_gates": "senet.gates.record",
+    "remove": "senet.insertion.insert",
+    "save_adapter": "senet.checkpoint.adapter",
     "save_weights": "senet.weights",
     "segmentation": "senet.segmentation",
 }

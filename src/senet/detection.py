@@ -11,10 +11,10 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from senet.backbones import FeatureMaps
 from senet.errors import UserError
-from senet.factory import create_model
 from senet.models import Network
+from senet.models.features import FeatureMaps
+from senet.networks.create import create_model
 
 _PYRAMID_CHANNELS = 256
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

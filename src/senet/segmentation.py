@@ -10,9 +10,9 @@ from torchvision.models.segmentation import DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
-from senet.backbones import FeatureMaps, dilate
 from senet.detection import resolve
 from senet.models import Network
+from senet.models.features import FeatureMaps, dilate
 
 
 class SegmentationBackbone(nn.Module):

@@ -24,9 +24,9 @@ from senet.data import (
     train_loader,
     val_loader,
 )
-from senet.data import sharding as writing
-from senet.data.shard_index import Shard, ShardIndex
-from senet.data.sharding import size_in_bytes, write_shards
+from senet.data.shards import write as writing
+from senet.data.shards.index import Shard, ShardIndex
+from senet.data.shards.write import size_in_bytes, write_shards
 from senet.errors import UserError
 
 MakeFolder = Callable[..., Path]

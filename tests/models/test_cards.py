@@ -2,10 +2,10 @@
 
 import pytest
 
-from senet.complexity import count_multiply_adds, count_parameters, meta_model
 from senet.models import entry, list_models
 from senet.models.cards import cards
-from senet.published import (
+from senet.models.cost import count_multiply_adds, count_parameters, meta_model
+from senet.models.paper import (
     agrees,
     paper_table,
     published_multiply_adds,

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from senet.complexity import count_multiply_adds, count_parameters, meta_model
+from senet.models.cost import count_multiply_adds, count_parameters, meta_model
 
 CIFAR_PARAMETERS = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85}
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import senet
-from senet.complexity import count_multiply_adds, count_parameters, meta_model
 from senet.errors import UserError
 from senet.models import entry, list_models
+from senet.models.cost import count_multiply_adds, count_parameters, meta_model
 
 SE_NAMES = [name for name in list_models() if entry(name).se]
 PLAIN_NAMES = [name for name in list_models() if not entry(name).se]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from senet import ops
-from senet.layers import SqueezeExcitation, bn_relu, bn_relu_into, residual_tail
+from senet.nn.block import SqueezeExcitation
+from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
 from senet.ops import cpu
 
 needs_kernels = pytest.mark.skipif(bool(cpu.MISSING), reason="needs the C++ kernels")

@@ -12,9 +12,9 @@ from torch.library import opcheck
 
 from senet import ops
 from senet.errors import UserError
-from senet.factory import create_model
 from senet.inference import optimize
 from senet.inference.modules import FusedConv
+from senet.networks.create import create_model
 from senet.ops import operators, triton, triton_tiling
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache")

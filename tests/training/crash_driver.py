@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from senet.support.progress import Silent
 from senet.training.config import RunConfig
 from senet.training.loop import resume, train
-from senet.training.progress import Silent
 
 FILES = ("metrics.csv", "checkpoints/last/model.safetensors", "checkpoints/best/model.safetensors")
 

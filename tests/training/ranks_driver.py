@@ -31,9 +31,9 @@ import torch
 from crash_driver import digests
 from safetensors.torch import load_file
 
+from senet.support.progress import Silent
 from senet.training.config import RunConfig
 from senet.training.loop import Interrupted, resume, train
-from senet.training.progress import Silent
 
 PATIENCE = 60.0  # seconds for the other process to notice
 
@@ -228,7 +228,7 @@ def difference(one: Path, other: Path) -> float:
 def holding(run: Path) -> None:
     """Let each process write how many bytes of what it holds, at its first step."""
     import senet.training.session as session
-    from senet.training.sharding import local
+    from senet.training.fsdp import local
 
     inner = session.Session.train_step
 
@@ -308,9 +308,10 @@ def gradients(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from torch import nn
 
-    from senet.branches import joined
-    from senet.layers import SqueezeExcitation, residual_tail
-    from senet.sync_bn import convert
+    from senet.nn.block import SqueezeExcitation
+    from senet.nn.branches import joined
+    from senet.nn.sync_bn import convert
+    from senet.nn.tails import residual_tail
 
     torch.manual_seed(3)
     blocks: dict[str, nn.Module] = {name: nn.BatchNorm2d(6) for name in ("bn", "other", "a", "b")}

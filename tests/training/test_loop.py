@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from senet.checkpoint.files import defect, open_checkpoint
 from senet.data import Augmentation, load_data, val_loader
 from senet.errors import SenetError, UserError
-from senet.training.checkpoint import defect, open_checkpoint
+from senet.support.device import choose_device
 from senet.training.config import RunConfig
 from senet.training.evaluation import evaluate
-from senet.training.loop import choose_device, train
+from senet.training.loop import train
 from senet.training.session import Session
 
 Make = Callable[..., RunConfig]

@@ -16,16 +16,16 @@ import pytest
 import torch
 import torchvision
 
+from senet.checkpoint.files import open_checkpoint
 from senet.data import Augmentation
 from senet.errors import SenetError, UserError
-from senet.insertion import insert
+from senet.insertion.insert import insert
 from senet.models import build_model
-from senet.training.checkpoint import open_checkpoint
 from senet.training.config import RunConfig
+from senet.training.fsdp import forward_of, shard
 from senet.training.loop import resume, train
 from senet.training.ranks import locked
 from senet.training.session import Session
-from senet.training.sharding import forward_of, shard
 
 Make = Callable[..., RunConfig]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

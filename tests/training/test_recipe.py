@@ -10,7 +10,7 @@ from torch import nn
 from senet.data import Augmentation
 from senet.errors import UserError
 from senet.models import build_model
-from senet.training.optimization import Average, build_optimizer, build_schedule
+from senet.training.optimizer import Average, build_optimizer, build_schedule
 from senet.training.recipe import RECIPES, Recipe, get_recipe
 
 

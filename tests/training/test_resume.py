@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from senet.checkpoint import files as checkpoint
+from senet.checkpoint.files import defect
 from senet.errors import SenetError, UserError
-from senet.training import checkpoint
-from senet.training.checkpoint import defect
+from senet.support.progress import Silent
 from senet.training.config import RunConfig
 from senet.training.loop import Interrupted, resume, train
-from senet.training.progress import Silent
 from senet.training.session import Position, Session
 
 Make = Callable[..., RunConfig]

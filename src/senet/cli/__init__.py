@@ -9,20 +9,20 @@ from collections.abc import Callable
 
 from cyclopts import App
 
-from .ablate import ablate
-from .bench import bench
-from .compare import compare
-from .evaluate import evaluate
-from .explain import explain
-from .export import export
-from .fold import fold
-from .insert import insert
-from .models import models
-from .options import apply_config_file
-from .predict import predict
-from .shard import shard
-from .summary import summary
-from .train import train
+from senet.cli.ablate import ablate
+from senet.cli.bench import bench
+from senet.cli.compare import compare
+from senet.cli.evaluate import evaluate
+from senet.cli.explain import explain
+from senet.cli.export import export
+from senet.cli.fold import fold
+from senet.cli.insert import insert
+from senet.cli.models import models
+from senet.cli.options import apply_config_file
+from senet.cli.predict import predict
+from senet.cli.shard import shard
+from senet.cli.summary import summary
+from senet.cli.train import train
 
 app = App(
     name="senet",

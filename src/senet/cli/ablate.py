@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from senet.units import print_table
-
-from .options import (
+from senet.cli.options import (
     MODEL_GROUP,
     NO_DATA,
     NO_MACHINE,
@@ -29,7 +27,8 @@ from .options import (
     of_comparison,
     prepare_process,
 )
-from .progress import watch
+from senet.support.progress import watch
+from senet.support.text import print_table
 
 
 def ablate(
@@ -71,8 +70,8 @@ def ablate(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.ablate import AblateConfig, ablation_table, run_ablation
     from senet.errors import UserError
+    from senet.experiments.ablate import AblateConfig, ablation_table, run_ablation
     from senet.training.loop import Interrupted
 
     options = of_comparison(

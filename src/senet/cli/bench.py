@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from senet.cli.options import Names, Switch, Whole, WholeNumbers, prepare_process
 from senet.errors import UserError
-from senet.units import print_table
-
-from .options import Names, Switch, Whole, WholeNumbers, prepare_process
+from senet.support.text import print_table
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from senet.benchmark import Case, Measurement
+    from senet.bench.timing import Case, Measurement
 
 
 @contextmanager
@@ -101,9 +100,9 @@ def bench(
                 raise UserError(f"--{flag} is for the CPU; --device cuda measures fixed cases")
         _bench_gpu(what, rounds, warmup, batch_sizes, not no_compile, results)
         return
-    from senet import benchmark
+    from senet.bench import timing
 
-    benchmark.check_rounds(rounds, warmup)
+    timing.check_rounds(rounds, warmup)
     if batch_sizes is not None and what in ("ops", "data"):
         raise UserError(f"--batch-sizes is an option of 'train' and 'inference'; {what!r} has none")
     allocator = "untuned" if no_tune_allocator else "tuned"
@@ -112,8 +111,8 @@ def bench(
 
     def record(measurements: "Sequence[Measurement]") -> None:
         if results is not None:
-            where = benchmark.environment(command, allocator)
-            benchmark.append_results(results, measurements, where)
+            where = timing.environment(command, allocator)
+            timing.append_results(results, measurements, where)
         found.extend(measurements)
 
     with ExitStack() as held:
@@ -121,18 +120,18 @@ def bench(
             plan = _data_plan(images, workers, held)
         else:
             plan = _plan(what, models, batch_sizes, compiled=not no_compile)
-        cases = benchmark.chosen(plan.cases, only)
+        cases = timing.chosen(plan.cases, only)
         memory_sizes = () if no_memory else plan.memory_sizes
         steps = len(memory_sizes) * plan.memory_networks
         advance = held.enter_context(_steps_bar(len(cases) + steps))
         for size in memory_sizes:
-            from senet import benchmark_train
+            from senet.bench import train as bench_train
 
             tuned = not no_tune_allocator
-            record(benchmark_train.measure_memory(size, tuned=tuned, advance=advance))
-        for measured in benchmark.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
+            record(bench_train.measure_memory(size, tuned=tuned, advance=advance))
+        for measured in timing.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
             record(measured)
-    print_table(benchmark.results_table(found))
+    print_table(timing.results_table(found))
     for line in plan.conclude(found):
         print(line)
 
@@ -149,18 +148,18 @@ class _Plan:
 
 def _data_plan(images: Path | None, workers: Sequence[int] | None, held: ExitStack) -> _Plan:
     """The cases of 'data'; synthetic images are kept until `held` is closed."""
-    from senet import benchmark_data
+    from senet.bench import data as bench_data
     from senet.data import check_decoder
 
     check_decoder("turbo")
     if images is None:
         folder = Path(held.enter_context(TemporaryDirectory(prefix="senet-bench-")))
-        paths = benchmark_data.write_pictures(folder)
+        paths = bench_data.write_pictures(folder)
     else:
-        paths = benchmark_data.find_jpegs(images)
-    cases = benchmark_data.cases(paths, workers or benchmark_data.WORKERS)
-    about = benchmark_data.describe(paths)
-    return _Plan(cases, lambda found: [about, *benchmark_data.conclusions(found)])
+        paths = bench_data.find_jpegs(images)
+    cases = bench_data.cases(paths, workers or bench_data.WORKERS)
+    about = bench_data.describe(paths)
+    return _Plan(cases, lambda found: [about, *bench_data.conclusions(found)])
 
 
 def _plan(
@@ -171,49 +170,49 @@ def _plan(
     compiled: bool,
 ) -> _Plan:
     if what == "ops":
-        from senet import benchmark_ops
+        from senet.bench import ops as bench_ops
 
-        return _Plan(benchmark_ops.cases(compiled=compiled), benchmark_ops.conclusions)
+        return _Plan(bench_ops.cases(compiled=compiled), bench_ops.conclusions)
     if what == "train":
-        from senet import benchmark_train
+        from senet.bench import train as bench_train
 
-        sizes = batch_sizes or benchmark_train.BATCH_SIZES
+        sizes = batch_sizes or bench_train.BATCH_SIZES
         if min(sizes) < 2:
             raise UserError(f"--batch-sizes must be at least 2, got {tuple(sizes)}")
         return _Plan(
-            benchmark_train.cases(sizes, compiled=compiled),
-            benchmark_train.conclusions,
+            bench_train.cases(sizes, compiled=compiled),
+            bench_train.conclusions,
             sizes,
-            len(benchmark_train.NETWORKS) - 1,
+            len(bench_train.NETWORKS) - 1,
         )
-    from senet import benchmark_inference
+    from senet.bench import inference as bench_inference
 
     engines = [
         engine
-        for engine in benchmark_inference.ENGINES
-        if compiled or engine != benchmark_inference.COMPILED
+        for engine in bench_inference.ENGINES
+        if compiled or engine != bench_inference.COMPILED
     ]
     models = models or ("se_resnet50",)
     opened = {name: _open_model(name) for name in models}  # a wrong name is told before all work
-    cases = benchmark_inference.cases(
+    cases = bench_inference.cases(
         models,
-        batch_sizes or benchmark_inference.BATCH_SIZES,
+        batch_sizes or bench_inference.BATCH_SIZES,
         engines=engines,
         open_model=lambda name: copy.deepcopy(opened[name]),
     )
-    return _Plan(cases, benchmark_inference.conclusions)
+    return _Plan(cases, bench_inference.conclusions)
 
 
 def _open_model(name: str) -> "nn.Module":
     """A network of the user's, or of a name."""
     if Path(name).exists():
-        from senet.training.checkpoint import open_checkpoint
+        from senet.checkpoint.files import open_checkpoint
 
         checkpoint = open_checkpoint(Path(name))
         found = checkpoint.preprocessing  # its images, which may be others than the network's own
         checkpoint.model.input_size = (found.channels, found.image_size, found.image_size)
         return checkpoint.model
-    from senet.sources import open_source
+    from senet.networks.anywhere import open_source
 
     return open_source(name)
 
@@ -227,21 +226,21 @@ def _bench_gpu(
     results: Path | None,
 ) -> None:
     """`senet bench --device cuda`."""
-    from senet import benchmark, benchmark_gpu
+    from senet.bench import gpu, timing
 
-    benchmark.check_rounds(rounds, warmup)
-    benchmark_gpu.check_device("cuda")
+    timing.check_rounds(rounds, warmup)
+    gpu.check_device("cuda")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    cases = benchmark_gpu.cases(what, "cuda", batch_sizes, compiled=compiled)
+    cases = gpu.cases(what, "cuda", batch_sizes, compiled=compiled)
     found: list[Measurement] = []
     with _steps_bar(len(cases)) as advance:
         for case in cases:
             advance(f"{case.benchmark} {case.name}")
-            measured = benchmark_gpu.measure(case, "cuda", rounds=rounds, warmup=warmup)
+            measured = gpu.measure(case, "cuda", rounds=rounds, warmup=warmup)
             if results is not None:
-                where = benchmark.environment(command, "PyTorch's on the GPU", "cuda")
-                benchmark.append_results(results, measured, where)
+                where = timing.environment(command, "PyTorch's on the GPU", "cuda")
+                timing.append_results(results, measured, where)
             found += measured
-    print_table(benchmark.results_table(found))
-    for line in benchmark_gpu.conclusions(found):
+    print_table(timing.results_table(found))
+    for line in gpu.conclusions(found):
         print(line)

@@ -5,9 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from senet.units import print_table
-
-from .options import (
+from senet.cli.options import (
     MODEL_GROUP,
     NO_DATA,
     NO_MACHINE,
@@ -28,7 +26,8 @@ from .options import (
     of_comparison,
     prepare_process,
 )
-from .progress import watch
+from senet.support.progress import watch
+from senet.support.text import print_table
 
 
 def compare(
@@ -65,8 +64,8 @@ def compare(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.compare import CompareConfig, run_comparison
-    from senet.report import comparison_table, cost, verdict
+    from senet.experiments.compare import CompareConfig, run_comparison
+    from senet.reports.comparison import comparison_table, cost, verdict
     from senet.training.loop import Interrupted
 
     options = of_comparison(

@@ -2,8 +2,17 @@
 
 from pathlib import Path
 
-from .options import NO_DATA, Config, DataFlags, Device, Switch, Whole, given, prepare_process
-from .progress import watch
+from senet.cli.options import (
+    NO_DATA,
+    Config,
+    DataFlags,
+    Device,
+    Switch,
+    Whole,
+    given,
+    prepare_process,
+)
+from senet.support.progress import watch
 
 
 def evaluate(
@@ -40,7 +49,7 @@ def evaluate(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.evaluate import evaluate_path, print_evaluation
+    from senet.commands.evaluate import evaluate_path, print_evaluation
 
     with watch() as progress:
         result = evaluate_path(

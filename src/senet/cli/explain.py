@@ -5,10 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from senet.units import print_table
-
-from .options import NO_DATA, Config, DataFlags, Switch, Whole, given, prepare_process
-from .progress import watch
+from senet.cli.options import NO_DATA, Config, DataFlags, Switch, Whole, given, prepare_process
+from senet.support.progress import watch
+from senet.support.text import print_table
 
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
@@ -46,7 +45,7 @@ def explain(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.explain import explain as explain_checkpoint
+    from senet.commands.explain import explain as explain_checkpoint
 
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     with watch() as progress:

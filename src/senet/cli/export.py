@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from senet.errors import UserError
-
-from .options import (
+from senet.cli.options import (
     NO_DATA,
     DataFlags,
     OptionalWhole,
@@ -15,12 +13,13 @@ from .options import (
     named,
     prepare_process,
 )
+from senet.errors import UserError
 
 if TYPE_CHECKING:
-    from senet.export_runtimes import Format
-    from senet.training.checkpoint import Checkpoint
+    from senet.checkpoint.files import Checkpoint
+    from senet.runtimes.sessions import Format
 
-# Those of `senet.export_runtimes.SUFFIXES`, which needs PyTorch.
+# Those of `senet.runtimes.sessions.SUFFIXES`, which needs PyTorch.
 ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 
@@ -75,7 +74,7 @@ def export(
     options |= named(data=data, calibration_images=calibration_images) | given(data_flags)
     _check(chosen, options)
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.training.checkpoint import open_checkpoint, open_weights
+    from senet.checkpoint.files import open_checkpoint, open_weights
 
     opened = open_checkpoint(checkpoint) if model is None else open_weights(model, checkpoint)
     if chosen == "timm":
@@ -123,7 +122,7 @@ def _write_runtime(
     options: Mapping[str, Any],
     data_flags: DataFlags,
 ) -> None:
-    from senet.deployment import export_checkpoint, print_report
+    from senet.commands.export import export_checkpoint, print_report
 
     own = ("batch", "any_size", "form", "opset", "int8", "calibration_images")
     report = export_checkpoint(

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from senet.units import print_table
-
-from .options import NO_DATA, Config, DataFlags, Switch, Whole, given, prepare_process
-from .progress import watch
+from senet.cli.options import NO_DATA, Config, DataFlags, Switch, Whole, given, prepare_process
+from senet.support.progress import watch
+from senet.support.text import print_table
 
 
 def fold(
@@ -45,7 +44,7 @@ def fold(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.surgery import fold_checkpoint
+    from senet.commands.fold import fold_checkpoint
 
     with watch() as progress:
         result = fold_checkpoint(

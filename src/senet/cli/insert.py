@@ -5,9 +5,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from senet.units import print_table
-
-from .options import Config, OptionalWhole, WholeNumbers
+from senet.cli.options import Config, OptionalWhole, WholeNumbers
+from senet.support.text import print_table
 
 Places = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
@@ -40,8 +39,8 @@ def insert(
         num_classes: classes of the model (default: 1000, or those of the checkpoint).
         image_size: side of the images in pixels (default: the model's own).
     """
-    from senet.insertion import RULES
-    from senet.surgery import insert_checkpoint
+    from senet.commands.insert import insert_checkpoint
+    from senet.insertion.insert import RULES
 
     single = where[0] if len(where) == 1 and where[0] in RULES else None
     place = single or (list(where) if where else "auto")

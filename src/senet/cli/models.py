@@ -1,9 +1,8 @@
 """`senet models`: the networks there are."""
 
+from senet.cli.options import Switch
 from senet.errors import UserError
-from senet.units import print_table
-
-from .options import Switch
+from senet.support.text import print_table
 
 
 def models(pattern: str = "*", /, *, table: Switch = False) -> None:
@@ -16,10 +15,10 @@ def models(pattern: str = "*", /, *, table: Switch = False) -> None:
     if table:
         if pattern != "*":
             raise UserError(f"--table shows the paper's networks: leave out {pattern!r}")
-        from senet.published import paper_table
+        from senet.models.paper import paper_table
 
         print_table(paper_table())
         return
-    from senet.summary import model_table
+    from senet.commands.summary import model_table
 
     print_table(model_table(pattern))

@@ -212,7 +212,7 @@ def of_comparison(
     machine: MachineFlags,
     **flags: Any,
 ) -> dict[str, Any]:
-    """The flags that were given, as fields of `senet.compare.CompareConfig`."""
+    """The flags that were given, as fields of `senet.experiments.compare.CompareConfig`."""
     return named(
         **flags,
         model_options=given(network),
@@ -305,6 +305,6 @@ def config_place(tokens: Sequence[str], text: str) -> str:
 def prepare_process(*, tune_allocator: bool) -> None:
     """Settings for the whole process that must come before PyTorch allocates anything."""
     if tune_allocator:
-        from senet.allocator import tune_allocator as tune
+        from senet.support.allocator import tune_allocator as tune
 
         tune()

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from .options import Config, Decode, Device, Switch, Whole, prepare_process
-from .progress import watch
+from senet.cli.options import Config, Decode, Device, Switch, Whole, prepare_process
+from senet.support.progress import watch
 
 
 def predict(
@@ -48,7 +48,7 @@ def predict(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.predict import print_predictions
+    from senet.commands.predict import print_predictions
 
     with watch() as progress:
         return print_predictions(

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from senet.cli.options import NO_DATA, DataFlags, Whole, given
 from senet.errors import UserError
-
-from .options import NO_DATA, DataFlags, Whole, given
 
 
 def shard(
@@ -29,8 +28,8 @@ def shard(
         workers: shards written at a time.
     """
     from senet.data import load_data
-    from senet.data.shard_index import Shard
-    from senet.data.sharding import size_in_bytes, write_shards
+    from senet.data.shards.index import Shard
+    from senet.data.shards.write import size_in_bytes, write_shards
 
     size = size_in_bytes(shard_size)
     options = given(data_flags)

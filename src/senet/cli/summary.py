@@ -4,9 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from senet.units import print_table
-
-from .options import (
+from senet.cli.options import (
     NO_NETWORK,
     NO_SE,
     NetworkFlags,
@@ -16,6 +14,7 @@ from .options import (
     given,
     named,
 )
+from senet.support.text import print_table
 
 
 def summary(
@@ -38,7 +37,7 @@ def summary(
         num_classes: classes of the network (default: 1000, 10 for CIFAR networks).
         channels: channels of the block; only with 'block'.
     """
-    from senet.summary import print_network, summary_of_block
+    from senet.commands.summary import print_network, summary_of_block
 
     options = given(se) | given(network)
     if name == "block":

@@ -6,10 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from senet.errors import StopSignal, UserError
-from senet.units import duration
-
-from .options import (
+from senet.cli.options import (
     MODEL_GROUP,
     NO_DATA,
     NO_MACHINE,
@@ -33,7 +30,9 @@ from .options import (
     prepare_process,
     read_toml,
 )
-from .progress import watch
+from senet.errors import StopSignal, UserError
+from senet.support.progress import watch
+from senet.support.text import duration
 
 if TYPE_CHECKING:
     from senet.training.config import RunConfig
@@ -101,7 +100,7 @@ def train(
         raise UserError("--resume goes on with the run's own configuration: leave out --config")
     options = given(se) | given(network)
     if init is not None and model is None:
-        from senet.training.checkpoint import open_checkpoint
+        from senet.checkpoint.files import open_checkpoint
 
         model = open_checkpoint(init).model.config["name"]
     run_options = named(model=model, data=data, seed=seed, out=out, init=init, train=trained)
@@ -120,14 +119,14 @@ def train(
     leave_processes()
     if rank() != 0:
         return
-    from senet.examine import draw_run
+    from senet.experiments.runs import draw_run
 
     draw_run(result.run, result.evaluation.confusion.numpy())
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
     if trained in ("se", "se+head"):
-        from senet.adapters import save_adapter
-        from senet.training.checkpoint import open_checkpoint
+        from senet.checkpoint.adapter import save_adapter
+        from senet.checkpoint.files import open_checkpoint
 
         tuned = open_checkpoint(result.run).model
         size = save_adapter(tuned, result.run / "adapter.safetensors", head=trained == "se+head")

@@ -5,8 +5,6 @@ one image of any kind, and `Preprocessing.transform` makes it the network's inpu
 """
 
 from senet.data.decoders import Decoder, check_decoder
-from senet.data.folders import CHECKED_LIMIT, MEMORY_LIMIT
-from senet.data.hf_stream import StreamedImages
 from senet.data.image_data import ImageData, map_style
 from senet.data.images import (
     BadImageError,
@@ -16,10 +14,12 @@ from senet.data.images import (
     load_image,
     to_mode,
 )
+from senet.data.load import DATA_SETS, load_data
 from senet.data.loaders import Batch, TrainLoader, train_loader, val_loader
 from senet.data.samplers import EpochBatchSampler, Key
-from senet.data.shards import BadShards
-from senet.data.sources import DATA_SETS, load_data
+from senet.data.shards.read import BadShards
+from senet.data.sources.folders import CHECKED_LIMIT, MEMORY_LIMIT
+from senet.data.sources.stream import StreamedImages
 from senet.data.transforms import Augmentation, Preprocessing
 
 __all__ = [

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from senet.data.hf_stream import StreamedImages
 from senet.data.images import ImageSource
+from senet.data.sources.stream import StreamedImages
 from senet.data.transforms import Preprocessing
 from senet.errors import UserError
 

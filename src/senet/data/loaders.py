@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from senet.data.hf_stream import StreamBatches, StreamedBatchSampler, StreamedImages, StreamKey
 from senet.data.image_data import ImageData
 from senet.data.images import BadImageError, ImageSource, MemoryImages
 from senet.data.samplers import EpochBatchSampler, Key, mix_seed
+from senet.data.sources.stream import StreamBatches, StreamedBatchSampler, StreamedImages, StreamKey
 from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
 from senet.errors import UserError
 

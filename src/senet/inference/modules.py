@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation
+from senet.nn.block import SqueezeExcitation
 from senet.ops import triton
 
 

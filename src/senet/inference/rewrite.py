@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
-from senet.layers import SqueezeExcitation
 from senet.models.residual import PaddedShortcut
+from senet.nn.block import SqueezeExcitation
 
 RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
 ADDS = (operator.add, operator.iadd, torch.add)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.branches import joined
-from senet.layers import SqueezeExcitation, bn_relu, hooked
 from senet.models.network import SEOptions
+from senet.nn.block import SqueezeExcitation, hooked
+from senet.nn.branches import joined
+from senet.nn.tails import bn_relu
 
 Pool = Callable[[Tensor], Tensor]
 Kernel = int | tuple[int, int]

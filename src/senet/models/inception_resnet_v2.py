@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation
 from senet.models.inception import ConvBNReLU, Kernel, max_pool_half
 from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
+from senet.nn.block import SqueezeExcitation
 
 # Channels, kernel, stride and padding of each convolution of a branch.
 Layer = tuple[int, Kernel] | tuple[int, Kernel, int, int]

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu, residual_tail
 from senet.models.network import Network, SEOptions, Stage, stage_options
 from senet.models.registry import register
 from senet.models.residual import conv
 from senet.models.resnet import initialise
+from senet.nn.block import SqueezeExcitation
+from senet.nn.tails import bn_relu, residual_tail
 
 # Table 1 of 1704.04861: channels of the pointwise convolutions; the first of a stage strides.
 _STAGES: dict[int, tuple[int, ...]] = {

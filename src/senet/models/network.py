@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.errors import UserError
-from senet.hub import HubMixin
-from senet.layers import GATES, SQUEEZES, GateName, Squeeze, SqueezeExcitation, hidden_width
+from senet.models.hub import HubMixin
+from senet.nn.block import GATES, SQUEEZES, GateName, Squeeze, SqueezeExcitation, hidden_width
 
 Integration = Literal["standard", "pre", "post", "identity", "3x3"]
 INTEGRATIONS: tuple[str, ...] = get_args(Integration)
@@ -158,7 +158,7 @@ class Network(nn.Module, HubMixin, ABC):
         if changed := config.keys() & {"inserted", "folded"}:
             raise UserError(
                 f"{config['name']} was changed after it was made ({', '.join(sorted(changed))}): "
-                "senet.training.checkpoint.open_checkpoint opens it"
+                "senet.checkpoint.files.open_checkpoint opens it"
             )
         options = config["options"]
         shape = {key: config[key] for key in ("num_classes", "in_channels")}

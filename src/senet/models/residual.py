@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu, bn_relu_into, residual_tail
 from senet.models.network import SEOptions
+from senet.nn.block import SqueezeExcitation
+from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
 
 
 def conv(

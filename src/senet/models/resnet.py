@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu, bn_relu_into
 from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.residual import (
@@ -22,6 +21,8 @@ from senet.models.residual import (
     PreActivationBottleneck,
     conv,
 )
+from senet.nn.block import SqueezeExcitation
+from senet.nn.tails import bn_relu, bn_relu_into
 
 Variant = Literal["torch", "caffe", "cadene"]
 Stem = Literal["7x7", "deep", "cifar"]

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu
 from senet.models.network import Network, SEOptions, Stage, stage_options
 from senet.models.registry import register
 from senet.models.residual import conv
 from senet.models.resnet import initialise
+from senet.nn.block import SqueezeExcitation
+from senet.nn.tails import bn_relu
 
 Backward = Literal["shake", "even"]
 

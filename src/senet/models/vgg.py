@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.layers import SqueezeExcitation, bn_relu
 from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
+from senet.nn.block import SqueezeExcitation
+from senet.nn.tails import bn_relu
 
 _STAGES: dict[int, tuple[int, ...]] = {
     1: (64, 64),

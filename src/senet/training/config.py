@@ -12,7 +12,7 @@ import tomli_w
 
 from senet.data import BadShards, Decoder
 from senet.errors import UserError
-from senet.files import atomic_write
+from senet.support.files import atomic_write
 from senet.training.recipe import Recipe
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -61,10 +61,10 @@ class RunConfig:
             batches that do not fit into memory. Each part has batch statistics of its own.
         sync_bn: batch norm over the images of all processes (of a part) instead of each
             process's own, see
-            `senet.sync_bn`.
+            `senet.nn.sync_bn`.
         parallel: how several processes share the network: "ddp" (each holds all of it) or "fsdp"
             (each holds a part of its parameters, gradients, momentum and average, see
-            `senet.training.sharding`). Results differ in the last digits.
+            `senet.training.fsdp`). Results differ in the last digits.
         out: the run folder; it must not exist.
         num_workers: processes that load images; 0: none beside the training process.
         checkpoint_steps: steps between checkpoints within an epoch; 0: after each epoch only.

@@ -11,8 +11,8 @@ from torchmetrics import MaxMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from senet.errors import UserError
-from senet.training.progress import Progress, Silent
-from senet.training.sharding import is_sharded, release, together
+from senet.support.progress import Progress, Silent
+from senet.training.fsdp import is_sharded, release, together
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

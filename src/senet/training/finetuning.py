@@ -3,12 +3,12 @@
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from senet.anatomy.recognition import excitations
+from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import ImageData
 from senet.errors import UserError
 from senet.models import Network
-from senet.recognition import excitations
-from senet.sources import head_of, new_head
-from senet.training.checkpoint import Checkpoint, open_checkpoint
+from senet.networks.anywhere import head_of, new_head
 from senet.training.config import RunConfig, Trained
 
 

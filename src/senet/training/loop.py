@@ -19,14 +19,15 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from senet.checkpoint.files import load_training_state, save_checkpoint
 from senet.data import StreamedImages
 from senet.errors import SenetError, UserError
-from senet.files import atomic_write
-from senet.training.checkpoint import load_training_state, save_checkpoint
+from senet.support.device import choose_device
+from senet.support.files import atomic_write
+from senet.support.progress import Progress, Silent
 from senet.training.config import CONFIG, RunConfig, flatten
 from senet.training.evaluation import Evaluation, Stopped
-from senet.training.machine import choose_device, environment
-from senet.training.progress import Progress, Silent
+from senet.training.machine import environment
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
 from senet.training.session import Position, Session
 

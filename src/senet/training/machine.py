@@ -1,4 +1,4 @@
-"""What a run takes from its machine: device, processes, random states; what its digits hang on."""
+"""What a run takes from its machine: processes, random states; what its digits hang on."""
 
 import os
 import random
@@ -13,27 +13,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 import senet
 from senet.errors import UserError
+from senet.support.device import choose_device
 from senet.training.config import RunConfig
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, "auto" being a GPU where there is one.
-
-    Raises:
-        UserError: another name than "auto", "cpu", "cuda" and "mps", or it is not available.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(key for key, here in available.items() if here)
-    if name not in available:
-        raise UserError(f"device must be one of auto, {', '.join(available)}, got {name!r}")
-    if not available[name]:
-        raise UserError(f"device {name!r} is not available here; use 'cpu' or 'auto'")
-    return torch.device(name)
 
 
 def accelerator_of(config: RunConfig) -> Accelerator:

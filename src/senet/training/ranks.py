@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from senet.errors import UserError
-from senet.training.progress import Progress
+from senet.support.progress import Progress
 
 LOCK, LOGS = ".lock", "logs"
 GRACE = 5.0

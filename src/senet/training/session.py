@@ -16,14 +16,12 @@ from torchmetrics import MeanMetric
 from senet.data import ImageData, load_data, train_loader, val_loader
 from senet.errors import SenetError, UserError
 from senet.models import build_model
-from senet.sync_bn import convert
+from senet.nn.sync_bn import convert
+from senet.support.progress import Progress
 from senet.training.config import RunConfig
 from senet.training.evaluation import Evaluation, evaluate
 from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
-from senet.training.machine import accelerator_of, environment, random_state, set_random_state
-from senet.training.optimization import Average, build_optimizer, build_schedule
-from senet.training.progress import Progress
-from senet.training.sharding import (
+from senet.training.fsdp import (
     forward_of,
     gathered,
     local,
@@ -31,6 +29,8 @@ from senet.training.sharding import (
     scattered_weights,
     shard,
 )
+from senet.training.machine import accelerator_of, environment, random_state, set_random_state
+from senet.training.optimizer import Average, build_optimizer, build_schedule
 
 
 @dataclass

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from senet.errors import UserError
-from senet.layers import SqueezeExcitation
 from senet.models import Network, SEOptions
 from senet.models.registry import SE_OPTIONS
 from senet.models.resnet import ResNet
+from senet.nn.block import SqueezeExcitation
 from senet.weights.files import State, read_with_description, unwrap
 from senet.weights.layouts import Layout, detect
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save
 
 from senet.errors import UserError
-from senet.files import atomic_write
-from senet.hub import metadata
-from senet.layers import SqueezeExcitation
 from senet.models import Network, SEOptions
+from senet.models.hub import metadata
+from senet.nn.block import SqueezeExcitation
+from senet.support.files import atomic_write
 from senet.weights.files import State
 from senet.weights.layouts import LAYOUTS
 

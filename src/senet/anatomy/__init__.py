@@ -1,0 +1,1 @@
+"""What any model consists of: a recording of its run, its SE blocks."""

@@ -1,0 +1,391 @@
+"""What a model does in one forward pass: its operations, who feeds whom, in which module.
+
+torch.fx cannot follow control flow, and what it gives has no shapes; recording one real pass works
+for any model. The functions that PyTorch is asked for become nodes, and hooks tell in which module
+call each one happened.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from senet.nn.hooks import expected_hooks
+
+# Names of torch functions and Tensor methods, by what they do to a map.
+_KINDS = {
+    "conv": ("conv1d", "conv2d", "conv3d"),
+    "deconv": ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    "linear": ("linear", "matmul", "__matmul__", "bmm"),
+    "norm": ("batch_norm", "group_norm", "instance_norm"),
+    "norm_last": ("layer_norm", "rms_norm"),
+    "add": ("add", "add_", "__add__", "__radd__", "__iadd__"),
+    "mul": ("mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"),
+    "div": ("div", "div_", "__truediv__", "__itruediv__"),
+    "cat": ("cat", "concat", "concatenate"),
+    "dropout": (
+        *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+        *("feature_dropout", "feature_alpha_dropout"),
+    ),
+    "permute": ("permute", "transpose", "movedim", "swapaxes"),
+    "reshape": ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    "same": ("contiguous", "clone", "to", "type", "float", "half", "type_as", "detach", "alias"),
+    "part": ("__getitem__", "chunk", "split", "narrow", "unbind", "tensor_split", "select"),
+    "relu": ("relu", "relu_"),
+    "activation": (
+        *("relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "gelu", "silu", "silu_"),
+        *("hardswish", "hardswish_", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "mish", "elu"),
+        *("prelu", "selu", "softplus", "clamp", "clamp_", "celu", "elu_", "mish_"),
+    ),
+    "average_pool": (
+        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
+        *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean"),
+    ),
+    "max_pool": (
+        *("max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch", "adaptive_max_pool2d"),
+        *("max_pool1d_with_indices", "max_pool2d_with_indices", "amax"),
+    ),
+    "resize": ("interpolate", "upsample", "grid_sample"),
+}
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
+# Methods that may give back the very tensor they got.
+_NOTHING = ("to", "contiguous", "type", "float", "type_as", "requires_grad_")
+
+
+@dataclass(eq=False)
+class Node:
+    """A tensor that an operation gave.
+
+    Attributes:
+        index: position in the order of execution.
+        kind: a key of the table above, "input", "parameter" (whatever does not depend on the
+            input) or "other".
+        name: name of the function.
+        inputs: tensors it was made of, in the order of the arguments.
+        shape: its shape.
+        dtype: its dtype.
+        calls: the module calls around the operation, outermost first.
+        users: operations that read it.
+        channel_dim: position of the channels, None where unknown.
+        arguments: its arguments that are no tensors.
+        stride: of a convolution, the largest; 1 otherwise.
+        groups: of a convolution; 1 otherwise.
+        is_output: whether the model returns it.
+        tensor: the tensor itself, of a parameter or constant only.
+    """
+
+    index: int
+    kind: str
+    name: str
+    inputs: tuple["Node", ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    calls: tuple["Call", ...]
+    users: list["Node"] = field(default_factory=list)
+    channel_dim: int | None = None
+    arguments: tuple[Any, ...] = ()
+    stride: int = 1
+    groups: int = 1
+    is_output: bool = False
+    tensor: Tensor | None = None
+
+    @property
+    def moving(self) -> bool:
+        """Whether it depends on the model's input."""
+        return self.kind != "parameter"
+
+    @property
+    def sources(self) -> tuple["Node", ...]:
+        """The inputs that depend on the model's input."""
+        return tuple(node for node in self.inputs if node.moving)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it can be a batch of feature maps: floating, three to five dimensions."""
+        return self.dtype.is_floating_point and 3 <= len(self.shape) <= 5
+
+    @property
+    def channels(self) -> int:
+        """Size of the channel dimension."""
+        assert self.channel_dim is not None
+        return self.shape[self.channel_dim]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Sizes of the dimensions that are neither images nor channels."""
+        return tuple(n for d, n in enumerate(self.shape) if d not in (0, self.channel_dim))
+
+    def within(self, call: "Call") -> bool:
+        """Whether it was computed inside that module call."""
+        return call in self.calls
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module.
+
+    Attributes:
+        module: the module.
+        name: its dotted name, "" for the model itself.
+        inputs: tensors among its arguments.
+        output: what it returned where that is one tensor.
+    """
+
+    module: nn.Module
+    name: str
+    inputs: tuple[Node, ...] = ()
+    output: Node | None = None
+
+
+@dataclass
+class Trace:
+    """A recorded forward pass.
+
+    Attributes:
+        nodes: tensors in the order of execution.
+        calls: module calls in the order of their end (inner before outer).
+        result: what the model returned.
+    """
+
+    nodes: list[Node]
+    calls: list[Call]
+    result: Any
+
+    def owners(self, node: Node) -> list[Call]:
+        """Module calls that returned exactly this tensor, innermost first."""
+        return [call for call in self.calls if call.output is node]
+
+    def calls_of(self, module: nn.Module) -> list[Call]:
+        """All calls of a module."""
+        return [call for call in self.calls if call.module is module]
+
+    def ancestors(self) -> list[int]:
+        """By node, the set of nodes it was computed from (itself included) as a bit mask."""
+        masks: list[int] = []
+        for node in self.nodes:
+            mask = 1 << node.index
+            for source in node.sources:
+                mask |= masks[source.index]
+            masks.append(mask)
+        return masks
+
+
+class _Recorder(TorchFunctionMode):
+    """Turns what PyTorch is asked for into nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.calls: list[Call] = []
+        self.stack: list[Call] = []
+        # Nodes by id of the tensor; `alive` keeps ids from being used again.
+        self.known: dict[int, Node] = {}
+        self.alive: list[Tensor] = []
+        self.constants: dict[int, Node] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if name == "__setitem__" and isinstance(args[0], Tensor):
+            self.add(args[0], name, tensors, ())
+            return result
+        # A property such as x.shape gives no tensor and leaves no node.
+        for output in tree_leaves(result):
+            if isinstance(output, Tensor):
+                same = any(output is tensor for tensor in tensors)
+                if same and name in (
+                    "to",
+                    "contiguous",
+                    "type",
+                    "float",
+                    "type_as",
+                    "requires_grad_",
+                ):
+                    continue  # nothing happened
+                plain = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+                self.add(output, name, tensors, plain, kwargs, args)
+        return result
+
+    def node(self, tensor: Tensor) -> Node:
+        """The node of a tensor; one that no operation made is a parameter or a constant."""
+        key = id(tensor)
+        if key in self.known:
+            return self.known[key]
+        if key not in self.constants:
+            self.alive.append(tensor)
+            self.constants[key] = Node(
+                -1, "parameter", "", (), tuple(tensor.shape), tensor.dtype, (), tensor=tensor
+            )
+        return self.constants[key]
+
+    def add(
+        self,
+        output: Tensor,
+        name: str,
+        tensors: list[Tensor],
+        plain: tuple[Any, ...],
+        kwargs: Any = None,
+        args: tuple[Any, ...] = (),
+        kind: str | None = None,
+    ) -> None:
+        inputs = tuple(self.node(tensor) for tensor in tensors)
+        if kind is None and not any(node.moving for node in inputs):
+            return  # a function of parameters only, such as a standardised weight
+        node = Node(
+            index=len(self.nodes),
+            kind=kind or _KIND_OF.get(name, "other"),
+            name=name,
+            inputs=inputs,
+            shape=tuple(output.shape),
+            dtype=output.dtype,
+            calls=tuple(self.stack),
+            arguments=plain,
+        )
+        if node.kind in ("conv", "deconv"):
+            node.stride = _largest(_argument("stride", 3, args, kwargs, 1))
+            node.groups = int(_argument("groups", 6, args, kwargs, 1)) if node.kind == "conv" else 1
+        node.channel_dim = _channel_dim(node, args, kwargs)
+        for source in {id(n): n for n in node.sources}.values():
+            source.users.append(node)
+        self.nodes.append(node)
+        self.known[id(output)] = node
+        self.alive.append(output)
+
+    def enter(self, module: nn.Module, name: str, arguments: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self.stack.append(Call(module, name, tuple(self.node(tensor) for tensor in tensors)))
+
+    def leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        call = self.stack.pop()
+        assert call.module is module
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            if id(tensor) not in self.known and any(node.moving for node in call.inputs):
+                # Made out of sight, by a scripted or compiled function for instance.
+                sources = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+                self.stack.append(call)
+                self.add(tensor, type(module).__name__, sources, ())
+                self.stack.pop()
+        if isinstance(output, Tensor):
+            call.output = self.known.get(id(output))
+        self.calls.append(call)
+
+
+def _argument(name: str, position: int, args: tuple[Any, ...], kwargs: Any, default: Any) -> Any:
+    if kwargs and name in kwargs:
+        return kwargs[name]
+    return args[position] if len(args) > position else default
+
+
+def _largest(value: Any) -> int:
+    return int(max(value)) if isinstance(value, (tuple, list)) else int(value)
+
+
+def _channel_dim(node: Node, args: tuple[Any, ...], kwargs: Any) -> int | None:
+    """Where the channels of a new node stand, from what it does and where they stood before."""
+    if node.kind in ("conv", "deconv", "norm", "input"):
+        return 1
+    if node.kind in ("linear", "norm_last"):
+        return len(node.shape) - 1
+    source = next((n for n in node.sources if len(n.shape) == len(node.shape)), None)
+    before = source.channel_dim if source is not None else None
+    if source is None or before is None:
+        return _restored(node)
+    if node.kind == "permute":
+        return _moved(node, before, args, kwargs)
+    if node.kind == "reshape" and node.shape[before] != source.shape[before]:
+        return None
+    return before
+
+
+def _restored(node: Node) -> int | None:
+    """The channels of a view that undoes the views before it, as a channel shuffle does."""
+    source = node
+    while source.kind in ("reshape", "permute", "same") and len(source.sources) == 1:
+        source = source.sources[0]
+        if source.channel_dim is not None:
+            return source.channel_dim if source.shape == node.shape else None
+    return None
+
+
+def _moved(node: Node, before: int, args: tuple[Any, ...], kwargs: Any) -> int | None:
+    numbers = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, int)]
+    rank = len(node.shape)
+    numbers = [number % rank for number in numbers]
+    if node.name == "permute" and len(numbers) == rank:
+        return numbers.index(before)
+    if len(numbers) == 2 and node.name in ("transpose", "swapaxes"):
+        return {numbers[0]: numbers[1], numbers[1]: numbers[0]}.get(before, before)
+    return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: no random numbers drawn, no statistics changed."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    """The model's output in evaluation mode, without gradients; its mode is kept."""
+    with _evaluating(model), torch.no_grad(), expected_hooks():
+        return model(*arguments)
+
+
+def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
+    """Run the model once, in evaluation mode and without gradients, and record what it does.
+
+    Args:
+        model: any module; its mode, hooks and statistics are as before afterwards.
+        arguments: what it is called with.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    recorder = _Recorder()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # its parent sees what it returns
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: recorder.enter(
+                    module, name, (args, kwargs)
+                ),
+                with_kwargs=True,
+            )
+        )
+        handles.append(
+            module.register_forward_hook(
+                lambda module, args, kwargs, output: recorder.leave(module, (args, kwargs), output),
+                with_kwargs=True,
+            )
+        )
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor):
+            recorder.add(leaf, "input", [], (), kind="input")
+    try:
+        with _evaluating(model), torch.no_grad(), expected_hooks(), recorder:
+            result = model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor) and id(leaf) in recorder.known:
+            recorder.known[id(leaf)].is_output = True
+    return Trace(recorder.nodes, recorder.calls, result)

@@ -1,0 +1,1 @@
+"""Fair timings against named peers, contestants in turns."""

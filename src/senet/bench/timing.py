@@ -1,0 +1,319 @@
+"""Fair timing: contestants alternate in one process, and every row says where it was measured.
+
+What is compared is in `senet.bench.ops` and `senet.bench.train`; this file times, records
+and tabulates. The first contestant of a case is ours, and ratios are to it.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from senet import ops
+from senet.errors import UserError
+from senet.support.files import atomic_write
+
+# Calls shorter than this are repeated within a round, so that the clock and a stray interrupt weigh
+# little.
+_ROUND_SECONDS = 0.02
+_QUANTILES = (0.2, 0.5, 0.8)
+
+COLUMNS = (
+    "date", "command", "benchmark", "case", "contestant", "unit", "q20", "q50", "q80", "ratio",
+    "rounds", "threads", "isa", "cpu", "load", "allocator", "torch", "torchvision", "timm",
+    "senet", "python",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the work of a case.
+
+    Attributes:
+        name: as it is shown.
+        run: does the work once.
+    """
+
+    name: str
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work that contestants do.
+
+    Attributes:
+        benchmark: the claim it belongs to, such as "tail".
+        name: the shape or batch, such as "16×256×56×56".
+        build: makes the contestants, ours first; called when the case's turn comes.
+        unit: what a value is called.
+        divisor: how many units of work a call does; values are a call's milliseconds over it.
+        settle: whether each turn begins with a call that is not timed. Thread pools go on
+            spinning for milliseconds after a call; where contestants have pools of their own, each
+            would slow down the next one.
+    """
+
+    benchmark: str
+    name: str
+    build: Callable[[], Sequence[Contestant]]
+    settle: bool = False
+    unit: str = "ms"
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one contestant needed in one case.
+
+    Attributes:
+        benchmark, case, contestant: names, as in `Case` and `Contestant`.
+        unit: "ms" a call, "ms/image" or "MiB".
+        quantiles: 20, 50 and 80% over the rounds.
+        ratio: median over the rounds of this contestant's value over that of ours in the same
+            round; above 1 ours is better.
+        rounds: how many values there were.
+        least: the smallest of them.
+    """
+
+    benchmark: str
+    case: str
+    contestant: str
+    unit: str
+    quantiles: tuple[float, float, float]
+    ratio: float
+    rounds: int
+    least: float
+
+
+def chosen(cases: Sequence[Case], only: str | None) -> list[Case]:
+    """The cases whose benchmark and name contain `only` (`x` matches `×`); all for None.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [f"{case.benchmark} {case.name}" for case in cases]
+    wanted = (only or "").replace("×", "x")
+    found = [c for c, name in zip(cases, names, strict=True) if wanted in name.replace("×", "x")]
+    if not found:
+        raise UserError(f"--only {only!r} matches no case; there are: {', '.join(names)}")
+    return found
+
+
+def check_rounds(rounds: int, warmup: int) -> None:
+    """Raise UserError unless there is something to measure."""
+    if rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {rounds}")
+    if warmup < 1:
+        raise UserError(f"--warmup must be at least 1 (it compiles and allocates), got {warmup}")
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20, 50 and 80% quantiles, linearly interpolated."""
+    ordered = sorted(values)
+    found = []
+    for share in _QUANTILES:
+        position = share * (len(ordered) - 1)
+        low = math.floor(position)
+        high = math.ceil(position)
+        found.append(ordered[low] + (ordered[high] - ordered[low]) * (position - low))
+    return found[0], found[1], found[2]
+
+
+def summarize(
+    benchmark: str, case: str, unit: str, values: dict[str, Sequence[float]]
+) -> list[Measurement]:
+    """Measurements of contestants from their values in each round; the first one is ours."""
+    ours = next(iter(values.values()))
+    return [
+        Measurement(
+            benchmark,
+            case,
+            name,
+            unit,
+            quantiles(theirs),
+            statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+            len(theirs),
+            min(theirs),
+        )
+        for name, theirs in values.items()
+    ]
+
+
+def elapsed(run: Callable[[], object], count: int, device: str) -> float:
+    """Seconds of `count` calls one after the other; on "cuda" between two events of the GPU's."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+    began = time.perf_counter()
+    for _ in range(count):
+        run()
+    return time.perf_counter() - began
+
+
+def measure(case: Case, *, rounds: int, warmup: int, device: str = "cpu") -> list[Measurement]:
+    """Time the contestants of a case in turns: A B C, A B C, …
+
+    Whatever else the machine does then hits all of them alike, and the ratios of a round hold on
+    a loaded machine too.
+
+    Args:
+        case: what to time.
+        rounds: how often each contestant's turn comes.
+        warmup: rounds before that are not counted.
+        device: "cpu", or "cuda" for the GPU's own clock.
+
+    Returns:
+        A measurement a contestant, in milliseconds a call (over the case's divisor).
+    """
+    contestants = case.build()
+    repeats = {}
+    for contestant in contestants:
+        for _ in range(warmup):
+            seconds = elapsed(contestant.run, 1, device)
+        repeats[contestant.name] = max(1, math.ceil(_ROUND_SECONDS / seconds))
+    values: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(rounds):
+        for contestant in contestants:
+            count = repeats[contestant.name]
+            if case.settle:
+                contestant.run()
+            seconds = elapsed(contestant.run, count, device)
+            values[contestant.name].append(1e3 * seconds / count / case.divisor)
+    return summarize(case.benchmark, case.name, case.unit, dict(values))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean of the logarithms; NaN for no values."""
+    return statistics.geometric_mean(found) if (found := list(values)) else math.nan
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def graphics_processor() -> tuple[str, str]:
+    """Name of the GPU with its memory and driver, and its architecture with the CUDA version."""
+    properties = torch.cuda.get_device_properties()
+    driver = Path("/proc/driver/nvidia/version")
+    text = driver.read_text(encoding="utf-8").splitlines()[0] if driver.exists() else ""
+    name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {text}".rstrip("; ")
+    version = torch.version.hip or torch.version.cuda
+    return name, f"{properties.major}.{properties.minor}, runtime {version}"
+
+
+def environment(command: str, allocator: str, device: str = "cpu") -> dict[str, str]:
+    """The columns of results.csv that say where, when and with what a row was measured.
+
+    On "cuda" the columns isa and cpu are those of the GPU.
+    """
+    if device == "cuda":
+        name, architecture = graphics_processor()
+        return environment(command, allocator) | {"cpu": name, "isa": architecture}
+    reason = ops.implementations()["cpu"].reason
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "threads": str(torch.get_num_threads()),
+        "isa": reason.rpartition(" ")[2] if ops.implementations()["cpu"].available else "none",
+        "cpu": processor(),
+        "load": f"{os.getloadavg()[0]:.2f}",
+        "allocator": allocator,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "torchvision", "timm", "senet")},
+    }
+
+
+def append_results(path: Path, measurements: Sequence[Measurement], where: dict[str, str]) -> None:
+    """Add a row a measurement to a CSV file, with a header if it is new.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    if not text:
+        writer.writeheader()
+    elif text.partition("\n")[0] != ",".join(COLUMNS):
+        raise UserError(f"{path} has other columns than `senet bench` writes; choose another file")
+    for m in measurements:
+        q20, q50, q80 = (f"{value:.4g}" for value in m.quantiles)
+        numbers = {"q20": q20, "q50": q50, "q80": q80, "ratio": f"{m.ratio:.4g}"}
+        names = {"benchmark": m.benchmark, "case": m.case, "contestant": m.contestant}
+        rest = {"unit": m.unit, "rounds": str(m.rounds)}
+        writer.writerow({**where, **names, **numbers, **rest})
+    atomic_write(path, text + out.getvalue())
+
+
+def results_table(measurements: Sequence[Measurement]) -> Table:
+    """Rows of cases and contestants with quantiles and ratios to ours."""
+    table = Table()
+    for name in ("benchmark", "case", "contestant"):
+        table.add_column(name)
+    for name in ("20%", "median", "80%", "unit", "× ours"):
+        table.add_column(name, justify="right")
+    last: tuple[str, str] = ("", "")
+    for m in measurements:
+        if last not in (("", ""), (m.benchmark, m.case)):
+            table.add_section()
+        first = (m.benchmark, m.case) != last
+        last = (m.benchmark, m.case)
+        table.add_row(
+            *(last if first else ("", "")),
+            m.contestant,
+            *(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in m.quantiles),
+            m.unit,
+            f"{m.ratio:.2f}",
+        )
+    return table
+
+
+def run_cases(
+    cases: Sequence[Case],
+    *,
+    rounds: int,
+    warmup: int,
+    advance: Callable[[str], None],
+    device: str = "cpu",
+) -> Iterator[list[Measurement]]:
+    """Measure the cases one after the other.
+
+    Args:
+        cases: what to measure.
+        rounds, warmup, device: as for `measure`.
+        advance: told the name of each case before it begins.
+    """
+    for case in cases:
+        advance(f"{case.benchmark} {case.name}")
+        yield measure(case, rounds=rounds, warmup=warmup, device=device)

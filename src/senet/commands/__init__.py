@@ -1,0 +1,1 @@
+"""What a command does; the command line shows it."""

@@ -1,0 +1,230 @@
+"""The accuracy of a trained network on a data set, as a table, JSON and a figure."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
+from senet.data import ImageData, Preprocessing, load_data, val_loader
+from senet.errors import UserError
+from senet.reports.figures import confusion_matrix, save_figure, themed
+from senet.support.device import choose_device
+from senet.support.progress import Progress
+from senet.support.text import print_table
+from senet.training.evaluation import Evaluation, evaluate
+
+
+def check_classes(checkpoint: Checkpoint, data: ImageData) -> None:
+    """Refuse data whose classes are not those of the checkpoint.
+
+    Raises:
+        UserError: another number of classes, or other names in the same number (where the
+            checkpoint knows names).
+    """
+    known, found = checkpoint.classes, data.classes
+    if len(known) != len(found):
+        raise UserError(
+            f"num_classes differs: the checkpoint has {len(known)} classes, {data.name} has "
+            f"{len(found)}; evaluate on data with the classes it was trained on"
+        )
+    if checkpoint.model.classes is None:
+        return  # weights from elsewhere: their classes have no names
+    for index, (a, b) in enumerate(zip(known, found, strict=True)):
+        if a != b:
+            raise UserError(
+                f"class {index} is {a!r} in the checkpoint, but {b!r} in {data.name}; evaluate on "
+                "data with the classes it was trained on"
+            )
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    data: ImageData,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a checkpoint on the validation images of `data`, prepared as the checkpoint says.
+
+    Args:
+        checkpoint: network, classes and preprocessing.
+        data: images; its own preprocessing is not used.
+        image_size: side of the input in pixels instead of the checkpoint's.
+        batch_size: images at a time.
+        workers: processes that read images; 0: this one.
+        device: "auto", "cpu", "cuda" or "mps".
+        progress: hears of each batch.
+
+    Raises:
+        UserError: other classes, or a side smaller than the network takes.
+    """
+    check_classes(checkpoint, data)
+    preprocessing = checkpoint.preprocessing
+    if image_size is not None:
+        preprocessing = resized(preprocessing, image_size)
+    least = checkpoint.model.min_input_size
+    if preprocessing.image_size < least:
+        raise UserError(
+            f"images of {preprocessing.image_size} pixels are too small: the network takes "
+            f"{least} and more"
+        )
+    loader = val_loader(
+        dataclasses.replace(data, preprocessing=preprocessing),
+        batch_size=batch_size,
+        num_workers=workers,
+    )
+    model = checkpoint.model.to(choose_device(device)).to(memory_format=torch.channels_last)
+    return evaluate(model, loader, data.classes, progress=progress)
+
+
+def resized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
+    """The same preprocessing for another side, with the share that the centre crop keeps."""
+    resize = preprocessing.resize
+    if resize is not None:
+        resize = round(resize * image_size / preprocessing.image_size)
+    return dataclasses.replace(preprocessing, image_size=image_size, resize=resize)
+
+
+def open_data(
+    checkpoint: Checkpoint, data_name: str | None, data_options: Mapping[str, Any]
+) -> ImageData:
+    """Data by name; by default what the checkpoint was trained on, with its val_fraction.
+
+    Args:
+        checkpoint: says what it was trained on.
+        data_name: data set or folder.
+        data_options: data_root and further fields of `RunConfig` that say how data are read.
+
+    Raises:
+        UserError: as for `load_data`, or no data named where the checkpoint does not say them.
+    """
+    options = dict(data_options)
+    if data_name is None:
+        data_name = checkpoint.config.get("data")
+        if data_name is None:
+            raise UserError(f"{checkpoint.path} does not say what it was trained on: give --data")
+        for name in ("val_fraction", "skip_bad_images", "bad_shards", "decode"):
+            if name in checkpoint.config:
+                options.setdefault(name, checkpoint.config[name])
+    if "data_root" in options:
+        options["root"] = options.pop("data_root")
+    return load_data(data_name, **options)
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """An evaluation and what was evaluated.
+
+    Attributes:
+        checkpoint: network, classes and preprocessing.
+        data: the images.
+        result: accuracy, loss and confusions.
+    """
+
+    checkpoint: Checkpoint
+    data: ImageData
+    result: Evaluation
+
+
+def evaluate_path(
+    path: Path,
+    data_name: str | None,
+    data_options: Mapping[str, Any],
+    *,
+    model_name: str | None = None,
+    batch_size: int,
+    workers: int,
+    device: str,
+    progress: Progress | None = None,
+) -> CheckpointEvaluation:
+    """Open a checkpoint and data by name, and evaluate.
+
+    Args:
+        path: as for `open_checkpoint`; with `model_name`, as for `open_weights`.
+        data_name: data set or folder; by default that of the training, with its val_fraction.
+        data_options: data_root and further fields of `RunConfig` that say how data are read.
+        model_name: name of the network, for weights that do not say it.
+        batch_size: images at a time.
+        workers: processes that read images; 0: this one.
+        device: "auto", "cpu", "cuda" or "mps".
+        progress: hears of each batch.
+
+    Raises:
+        UserError: as for `open_checkpoint`, `open_weights`, `load_data` and
+            `evaluate_checkpoint`, or no data named where the checkpoint does not say them.
+    """
+    checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
+    data = open_data(checkpoint, data_name, data_options)
+    result = evaluate_checkpoint(
+        checkpoint,
+        data,
+        image_size=data_options.get("image_size"),
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        progress=progress,
+    )
+    return CheckpointEvaluation(checkpoint, data, result)
+
+
+def print_evaluation(
+    evaluation: CheckpointEvaluation, *, as_json: bool, figures: Path | None
+) -> None:
+    """Print a table, or JSON; draw `confusion_matrix.png` and `.svg` into the folder `figures`."""
+    checkpoint, result = evaluation.checkpoint, evaluation.result
+    if figures is not None:
+        with themed():
+            name = checkpoint.model.config["name"]
+            classes = evaluation.data.classes
+            figure = confusion_matrix({name: result.confusion.numpy()}, classes)
+            save_figure(figure, figures, "confusion_matrix")
+    if as_json:
+        print(_as_json(checkpoint, evaluation.data, result))
+    else:
+        print_table(_table(checkpoint, evaluation.data, result))
+
+
+def _as_json(checkpoint: Checkpoint, data: ImageData, result: Evaluation) -> str:
+    content = {
+        "checkpoint": str(checkpoint.path),
+        "model": checkpoint.model.config["name"],
+        "data": data.name,
+        "n": result.n,
+        "top1": result.top1,
+        f"top{result.k}": result.top5,
+        "loss": result.loss,
+        "images_per_second": result.images_per_second,
+        "skipped": list(data.skipped),
+        "classes": list(data.classes),
+        "confusion": result.confusion.tolist(),
+    }
+    return json.dumps(content, indent=1)
+
+
+def _table(checkpoint: Checkpoint, data: ImageData, result: Evaluation) -> Table:
+    table = Table()
+    table.add_column("model")
+    table.add_column("data")
+    for name in ("images", "top-1 (%)", f"top-{result.k} (%)", "loss", "images/s"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        checkpoint.model.config["name"],
+        data.name,
+        f"{result.n:,}",
+        f"{result.top1:.2f}",
+        f"{result.top5:.2f}",
+        f"{result.loss:.4f}",
+        f"{result.images_per_second:.0f}",
+    )
+    if data.skipped:
+        table.caption = f"{len(data.skipped)} images could not be read and were left out"
+    return table

@@ -1,0 +1,292 @@
+"""Explain a checkpoint's gates: statistics, figures, tables and the report, from a data set."""
+
+import csv
+import dataclasses
+import io
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from rich.table import Table
+
+from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.commands.evaluate import check_classes, open_data, resized
+from senet.data import ImageData, map_style, val_loader
+from senet.errors import UserError
+from senet.gates.record import record_gates
+from senet.gates.statistics import GateStatistics
+from senet.reports.figures import DASHES, gates_per_stage, save_figure, themed
+from senet.reports.gates import explain_page
+from senet.support.device import choose_device
+from senet.support.files import atomic_write
+from senet.support.progress import Progress, Silent
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MAX_SPREAD = 3  # more bands can no longer be told apart; fig. 7 of the paper has two
+# Gates that can pass 1, so that 1 = "unchanged" lies inside their range.
+_CROSSING_ONE = ("identity_sigmoid", "relu")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` wrote, and from what.
+
+    Attributes:
+        folder: where.
+        statistics: of the gates.
+        data: the images.
+        checkpoint: the network.
+    """
+
+    folder: Path
+    statistics: GateStatistics
+    data: ImageData
+    checkpoint: Checkpoint
+
+    def table(self) -> Table:
+        """A row a block for a terminal."""
+        table = Table()
+        table.add_column("block")
+        for name in ("channels", "mean gate", "spread", "between classes (%)", "near 0/low (%)"):
+            table.add_column(name, justify="right")
+        table.add_column("near 1/high (%)", justify="right")
+        for block in self.statistics.blocks.values():
+            ends = block.saturation
+            table.add_row(
+                block.name,
+                f"{block.channels:,}",
+                f"{float(block.mean.mean()):.3f}",
+                f"{float(block.variance.mean().sqrt()):.3f}",
+                f"{100 * block.between_share:.1f}",
+                "" if ends is None else f"{100 * ends[0]:.1f}",
+                "" if ends is None else f"{100 * ends[1]:.1f}",
+            )
+        return table
+
+
+def open_for_gates(
+    path: Path, data_name: str | None, data_options: Mapping[str, Any], image_size: int | None
+) -> tuple[Checkpoint, ImageData]:
+    """A checkpoint and the images to watch or judge it on, prepared as the checkpoint says.
+
+    Args:
+        path: run folder, checkpoint folder or model.safetensors.
+        data_name: data set or folder; by default that of the training.
+        data_options: further fields of `RunConfig` that say how data are read.
+        image_size: side of the input instead of the checkpoint's.
+
+    Raises:
+        UserError: unknown data, or classes that are not the checkpoint's.
+    """
+    checkpoint = open_checkpoint(path)
+    data = open_data(checkpoint, data_name, data_options)
+    check_classes(checkpoint, data)
+    preprocessing = checkpoint.preprocessing
+    if image_size is not None:
+        preprocessing = resized(preprocessing, image_size)
+    return checkpoint, dataclasses.replace(data, preprocessing=preprocessing)
+
+
+def explain(
+    path: Path,
+    out: Path,
+    data_name: str | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    *,
+    classes: Sequence[str] = (),
+    images: int = 400,
+    top: int = 9,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Explanation:
+    """Record the gates of a checkpoint over the validation images and write what they show.
+
+    The folder `out` gets report.html, figures/gates_by_class and figures/gates_spread (figures 6
+    and 7 of the paper) as PNG and SVG, gates.csv (a row a channel), gates_by_class.csv (a row a
+    channel and class) and statistics.safetensors (for `senet fold`).
+
+    Args:
+        path: run folder, checkpoint folder or model.safetensors.
+        out: folder to make; it must not exist.
+        data_name: data set or folder; by default that of the training.
+        data_options: how data are read, see `open_for_gates`.
+        classes: names of classes to draw; by default evenly chosen ones.
+        images: most images in the report.
+        top: images kept for each channel.
+        batch_size: images at a time.
+        workers: processes that read images.
+        device: "auto", "cpu", "cuda" or "mps".
+        progress: hears of each batch.
+
+    Raises:
+        UserError: a folder that exists, unknown classes, or as for `open_for_gates` and
+            `record_gates`; nothing is written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists and is never overwritten: give another folder by --out")
+    if images < 0:
+        raise UserError(f"images must be at least 0, got {images}")
+    options = dict(data_options or {})
+    checkpoint, data = open_for_gates(path, data_name, options, options.get("image_size"))
+    map_style(data.val, "senet explain")
+    named = GateStatistics({}, checkpoint.classes, 0)
+    picked = [named.class_number(name) for name in classes]
+    loader = val_loader(data, batch_size=batch_size, num_workers=workers)
+    model = checkpoint.model.to(choose_device(device))
+    progress = progress or Silent()
+    progress.begin_evaluation(len(loader))
+    statistics = record_gates(
+        model, loader, classes=checkpoint.classes, top=top, seen=progress.evaluated
+    )
+    explanation = Explanation(out, statistics, data, checkpoint)
+    _write(explanation, picked, images)
+    return explanation
+
+
+def _write(explanation: Explanation, picked: list[int], images: int) -> None:
+    """All files in a folder beside `out`, which then becomes it: whole or not at all."""
+    out, statistics = explanation.folder, explanation.statistics
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        temporary.chmod(0o755)
+        with themed():
+            shown = picked or _evenly(statistics)
+            save_figure(_by_class(statistics, picked), temporary / "figures", "gates_by_class")
+            save_figure(
+                gates_spread(statistics, picked[:MAX_SPREAD] or [shown[0], shown[-1]]),
+                temporary / "figures",
+                "gates_spread",
+            )
+        atomic_write(temporary / "gates.csv", channel_csv(statistics))
+        atomic_write(temporary / "gates_by_class.csv", class_csv(statistics))
+        statistics.save(temporary / "statistics.safetensors")
+        name = str(explanation.checkpoint.model.config["name"])
+        data = explanation.data
+        page = explain_page(
+            statistics,
+            f"Gates of {name} on {data.name}",
+            f"{len(statistics.blocks)} SE blocks, {statistics.images:,} images, "
+            f"{len(statistics.classes)} classes.",
+            lambda position: _image(data, position),
+            images=images,
+            classes=picked,
+        )
+        atomic_write(temporary / "report.html", page)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _image(data: ImageData, position: int) -> tuple[Image.Image, str]:
+    picture, label = map_style(data.val, "senet explain")[position]
+    return picture, data.classes[label]
+
+
+def _evenly(statistics: GateStatistics, count: int = 4) -> list[int]:
+    count_of = next(iter(statistics.blocks.values())).moments.count
+    present = torch.nonzero(count_of)[:, 0].tolist()
+    places = np.linspace(0, len(present) - 1, count).round().astype(int)
+    return sorted({present[place] for place in places})
+
+
+def _by_class(statistics: GateStatistics, shown: list[int]) -> Figure:
+    """Figure 6 of the paper: the last block of each stage, all blocks of the last one."""
+    stages = list(statistics.stages().values())
+    names = [blocks[-1] for blocks in stages[:-1]] + stages[-1]
+    rows = shown or torch.nonzero(statistics.blocks[names[0]].moments.count)[:, 0].tolist()
+    gates = {name: statistics.blocks[name].class_mean[rows].numpy() for name in names}
+    neutral = 1.0 if statistics.blocks[names[-1]].gate in _CROSSING_ONE else None
+    return gates_per_stage(gates, [statistics.classes[k] for k in rows], neutral=neutral)
+
+
+def gates_spread(statistics: GateStatistics, shown: Sequence[int]) -> Figure:
+    """Figure 7 of the paper: mean gates of some classes, with the spread within each class.
+
+    Args:
+        statistics: from `record_gates`.
+        shown: numbers of the classes, up to six.
+
+    Returns:
+        A panel for the last block of each stage.
+    """
+    names = [blocks[-1] for blocks in statistics.stages().values()]
+    figure = Figure(figsize=(3.5 * min(len(names), 3) + 0.6, 2.9 * -(-len(names) // 3) + 0.7))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(-(-len(names) // 3), min(len(names), 3), squeeze=False, sharey=True)
+    for axes, name in zip(panels.flat, names, strict=False):
+        block = statistics.blocks[name]
+        channels = np.arange(block.channels)
+        for slot, number in enumerate(shown):
+            mean = block.class_mean[number].numpy()
+            std = block.class_std[number].numpy()
+            label = statistics.classes[number]
+            (line,) = axes.plot(channels, mean, linestyle=DASHES[slot], linewidth=1.4, label=label)
+            axes.fill_between(channels, mean - std, mean + std, alpha=0.2, color=line.get_color())
+        axes.set_title(name.removesuffix(".se"), fontsize=10.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.margins(x=0.02)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("channel")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("mean gate ± spread")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    return figure
+
+
+def channel_csv(statistics: GateStatistics) -> str:
+    """A row a channel: mean, spread, quantiles, range, share between classes, saturation."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    quantiles = [f"q{round(100 * q):02d}" for q in QUANTILES]
+    head = ("block", "channel", "images", "mean", "std", *quantiles, "min", "max")
+    writer.writerow((*head, "between_classes", "near_low", "near_high", "folding_bound"))
+    for block in statistics.blocks.values():
+        columns = [
+            block.mean,
+            block.variance.sqrt(),
+            *(block.quantile(q) for q in QUANTILES),
+            block.smallest,
+            block.largest,
+            block.between_by_channel,
+            block.low / block.count,
+            block.high / block.count,
+            block.folding_bound,
+        ]
+        for channel, values in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            writer.writerow((block.name, channel, block.count, *(f"{v:.6g}" for v in values)))
+    return buffer.getvalue()
+
+
+def class_csv(statistics: GateStatistics) -> str:
+    """A row a block, class and channel: images, mean, spread, and quantiles if they were kept."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    quantiles = [f"q{round(100 * q):02d}" for q in QUANTILES]
+    writer.writerow(("block", "class", "channel", "images", "mean", "std", *quantiles))
+    for block in statistics.blocks.values():
+        mean, std = block.class_mean, block.class_std
+        kept = [block.class_quantile(q) for q in QUANTILES]
+        for number, name in enumerate(statistics.classes):
+            images = int(block.moments.count[number])
+            columns = [mean[number].tolist(), std[number].tolist()]
+            columns += [q[number].tolist() for q in kept if q is not None]
+            for channel, values in enumerate(zip(*columns, strict=True)):
+                texts = [f"{value:.6g}" for value in values]
+                texts += [""] * (2 + len(QUANTILES) - len(texts))
+                writer.writerow((block.name, name, channel, images, *texts))
+    return buffer.getvalue()

@@ -1,0 +1,160 @@
+"""`senet export`: a checkpoint as a file for another runtime, checked on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from senet.checkpoint.files import Checkpoint
+from senet.commands.evaluate import check_classes, open_data, resized
+from senet.commands.predict import find_images
+from senet.data import (
+    FileImages,
+    ImageData,
+    ImageSource,
+    Preprocessing,
+    check_decoder,
+    map_style,
+    val_loader,
+)
+from senet.data.sources.embedded import read_embedded
+from senet.errors import UserError
+from senet.runtimes.export import OPSET, ExportReport, export
+from senet.runtimes.forms import Form
+from senet.runtimes.sessions import Format
+from senet.support.text import print_table
+
+CALIBRATION_IMAGES = 256
+_BATCH = 32
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    format: Format | None = None,
+    batch: int | None = None,
+    any_size: bool = False,
+    form: Form | None = None,
+    opset: int = OPSET,
+    int8: bool = False,
+    data_name: str | None = None,
+    data_options: Mapping[str, Any],
+    calibration_images: int = CALIBRATION_IMAGES,
+) -> ExportReport:
+    """Export a checkpoint with its class names and preprocessing.
+
+    The file is compared with PyTorch on real images (the validation images of `data_name`, or
+    pictures of the embedded data set) and on random ones.
+
+    Args:
+        checkpoint: network, class names and preprocessing.
+        path, format, batch, any_size, form, opset: as for `senet.export`.
+        int8: quantize the convolutions, calibrated on training images; the accuracy before and
+            after is measured on the validation images.
+        data_name: data set or folder as for `load_data`, or a folder of images without labels,
+            which give no accuracy; for int8 that of the training by default.
+        data_options: data_root and further fields of `RunConfig` that say how data are read.
+            `image_size` is the side of the network's input as well.
+        calibration_images: how many images int8 is calibrated on.
+
+    Raises:
+        UserError: as for `senet.export` and `load_data`; data of other classes; no data for int8.
+        SenetError: the file's results differ from PyTorch's.
+    """
+    if calibration_images < 1:
+        raise UserError(f"--calibration-images must be at least 1, got {calibration_images}")
+    preprocessing = checkpoint.preprocessing
+    side = data_options.get("image_size")
+    if side is not None:
+        least = checkpoint.model.min_input_size
+        if side < least:
+            raise UserError(f"--image-size must be at least {least} for this network, got {side}")
+        preprocessing = resized(preprocessing, side)
+    pictures: ImageSource = read_embedded()[1]
+    calibration: list[Tensor] | None = None
+    evaluation: Batches | None = None
+    if int8 or data_name is not None:
+        train, val = _open_images(checkpoint, data_name, data_options)
+        pictures = train if val is None else map_style(val.val, "senet export")
+        if int8:
+            chosen = _sample(train, calibration_images)
+            calibration = [images for images, _ in _batches(chosen, preprocessing)]
+            if val is not None:
+                evaluation = _batches(pictures, preprocessing)
+    few = _sample(pictures, batch or 2)
+    return export(
+        checkpoint.model,
+        path,
+        format=format,
+        example_input=next(iter(_batches(few, preprocessing)))[0],
+        batch=batch,
+        any_size=any_size,
+        form=form,
+        opset=opset,
+        classes=checkpoint.model.classes,
+        preprocessing=preprocessing.to_dict(),
+        calibration=calibration,
+        evaluation=evaluation,
+    )
+
+
+def _open_images(
+    checkpoint: Checkpoint, data_name: str | None, data_options: Mapping[str, Any]
+) -> tuple[ImageSource, ImageData | None]:
+    """Images to calibrate on, and data with labels, or None for a folder of mere images."""
+    if data_name is not None and (folder := Path(data_name)).is_dir():
+        inner = [entry for entry in folder.iterdir() if entry.is_dir()]
+        if not inner:
+            paths = [str(path) for path in find_images([folder])]
+            labels = torch.zeros(len(paths), dtype=torch.int64)
+            decoder = check_decoder(data_options.get("decode", "pillow"))
+            channels = checkpoint.preprocessing.channels
+            return FileImages(paths, labels, channels, decoder), None
+    data = open_data(checkpoint, data_name, data_options)
+    check_classes(checkpoint, data)
+    return map_style(data.train, "senet export"), data
+
+
+def _sample(source: ImageSource, count: int) -> ImageSource:
+    """That many images, spread at random over the source; all of them where there are fewer."""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    return source.subset(order[:count].tolist())
+
+
+def _batches(source: ImageSource, preprocessing: Preprocessing) -> Batches:
+    """Prepared images (N,C,H,W) and labels (N,)."""
+    data = ImageData("images", source, source, (), preprocessing)
+    return val_loader(data, batch_size=_BATCH, num_workers=0)
+
+
+def print_report(report: ExportReport) -> None:
+    """Print what was written, what was measured and how far it is from PyTorch."""
+    kind = "int8" if report.quantized else report.form
+    table = Table()
+    table.add_column("graph")
+    table.add_column(f"ms for {report.images}", justify="right")
+    if report.accuracy:
+        table.add_column(f"top-1 of {report.evaluated:,} (%)", justify="right")
+    for name, time in report.milliseconds.items():
+        row = [f"{name}, written" if name == kind else name, f"{time:.4g}"]
+        if report.accuracy:
+            precision = {"int8": "int8", report.form: "float32"}.get(name)
+            row.append(f"{report.accuracy[precision]:.2f}" if precision else "")
+        table.add_row(*row)
+    if report.milliseconds:
+        print_table(table)
+    print(
+        f"{report.path}: {report.form}; at most {report.difference:.1e} of the largest logit from "
+        f"PyTorch on {report.inputs} batches, real and random"
+    )
+    if report.quantized:
+        print(f"int8: {report.quantized} convolutions; the gates stay in float32")

@@ -1,0 +1,92 @@
+"""What `senet fold` does: a checkpoint whose constant gates are folded away."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from senet.checkpoint.write import check_new, write_checkpoint
+from senet.commands.explain import open_for_gates
+from senet.data import val_loader
+from senet.gates.fold import FoldReport, fold_gates
+from senet.gates.record import record_gates
+from senet.gates.statistics import GateStatistics
+from senet.support.device import choose_device
+from senet.support.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What `fold_checkpoint` wrote.
+
+    Attributes:
+        folder: checkpoint folder.
+        report: what was folded, and the network before and after.
+        images: number of images it was judged on.
+    """
+
+    folder: Path
+    report: FoldReport
+    images: int
+
+
+def fold_checkpoint(
+    path: Path,
+    out: Path,
+    data_name: str | None,
+    data_options: Mapping[str, Any],
+    *,
+    tolerance: float,
+    max_drop: float,
+    partial: bool = True,
+    statistics: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Folded:
+    """Fold the gates of a checkpoint that hardly move, and write what is left.
+
+    Args:
+        path: run folder, checkpoint folder or model.safetensors.
+        out: folder to make; it must not exist.
+        data_name: data set or folder; by default that of the training.
+        data_options: how data are read, see `open_for_gates`.
+        tolerance: largest standard deviation of a gate that is folded.
+        max_drop: most top-1 in percentage points that may be lost on the validation images.
+        partial: also fold some gates of blocks where others move, see `fold_gates`.
+        statistics: of `senet explain` or `GateStatistics.save`; recorded anew by default.
+        batch_size: images at a time.
+        workers: processes that read images.
+        device: "auto", "cpu", "cuda" or "mps".
+        progress: hears of each batch.
+
+    Raises:
+        UserError: a folder that exists, statistics of another network, or as for
+            `open_for_gates` and `fold_gates`; nothing is written.
+    """
+    check_new(out)
+    options = dict(data_options)
+    known = None if statistics is None else GateStatistics.load(statistics)
+    checkpoint, data = open_for_gates(path, data_name, options, options.get("image_size"))
+    loader = val_loader(data, batch_size=batch_size, num_workers=workers)
+    model = checkpoint.model.to(choose_device(device))
+    progress = progress or Silent()
+    if known is None:
+        progress.begin_evaluation(len(loader))
+        known = record_gates(
+            model, loader, classes=checkpoint.classes, top=1, seen=progress.evaluated
+        )
+    report = fold_gates(
+        model, known, tolerance=tolerance, loader=loader, max_drop=max_drop, partial=partial
+    )
+    metrics = {"top1": report.after.top1, "val_loss": report.after.loss}
+    write_checkpoint(
+        out,
+        report.model.cpu(),
+        checkpoint.model.classes or (),
+        checkpoint.preprocessing,
+        metrics={key: value for key, value in metrics.items() if value is not None},
+        run=checkpoint.config,
+    )
+    return Folded(out, report, len(data.val))

@@ -1,0 +1,286 @@
+"""The classes of images from files, by a checkpoint or an exported network."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from senet.checkpoint.files import open_checkpoint, open_weights
+from senet.data import BadImageError, Decoder, Preprocessing, check_decoder, load_image
+from senet.errors import UserError
+from senet.runtimes.engines import Engine, load_ahead, make_engine
+from senet.runtimes.sessions import SUFFIXES, Run, open_exported
+from senet.support.device import choose_device
+from senet.support.progress import Progress, Silent
+from senet.support.text import print_table
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Something that names classes: a network in an engine.
+
+    Attributes:
+        run: logits (N,K) of images (N,C,H,W), float32 on the CPU.
+        classes: names in the order of the logits.
+        preprocessing: how an image becomes its input.
+        engine: how the network runs, as users are told.
+        batch: the only number of images that it takes; None for any.
+    """
+
+    run: Run
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    engine: str
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image.
+
+    Attributes:
+        image: its file.
+        classes: class names, most probable first.
+        probabilities: softmax probabilities of `classes`, in (0, 1).
+    """
+
+    image: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Image files: those named, and all below the folders named, sorted within each folder.
+
+    A named file is kept whatever it is called; in folders only names count that end as one of
+    Pillow's formats does.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no image.
+    """
+    endings = Image.registered_extensions()
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in endings and file.is_file()
+            )
+            if not inside:
+                raise UserError(f"no images in folder {path}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"no such image or folder: {path}")
+    return found
+
+
+def open_classifier(
+    path: Path, *, model_name: str | None, engine: Engine | None, device: str, batch_size: int
+) -> Classifier:
+    """A checkpoint in an engine, or an exported network in its runtime.
+
+    Args:
+        path: as for `open_checkpoint`; with `model_name`, as for `open_weights`; or a file of
+            `senet export` (.onnx, .xml, .pt2).
+        model_name: name of the network, for weights that do not say it.
+        engine: one of `senet.runtimes.engines.ENGINES`; "eager" by default, an exported file has
+            its own.
+        device: "auto", "cpu", "cuda" or "mps"; "auto" is the CPU for engines that run nowhere else.
+        batch_size: images that will come at a time.
+
+    Raises:
+        UserError: no such checkpoint, an option that an exported file leaves no choice of, or one
+            that does not say its classes and preprocessing.
+    """
+    if path.suffix in SUFFIXES.values():
+        return _open_exported(path, model_name, engine, device, batch_size)
+    checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
+    engine = engine or "eager"
+    cpu_only = engine in ("onnx", "openvino")
+    where = torch.device("cpu") if cpu_only and device == "auto" else choose_device(device)
+    size = checkpoint.preprocessing.image_size
+    example = torch.zeros(batch_size, checkpoint.preprocessing.channels, size, size)
+    run = make_engine(engine, checkpoint.model, example, where)
+    return Classifier(run, checkpoint.classes, checkpoint.preprocessing, engine)
+
+
+def _open_exported(
+    path: Path, model_name: str | None, engine: str | None, device: str, batch_size: int
+) -> Classifier:
+    given = {"--model": model_name, "--engine": engine}
+    if device != "auto":
+        given["--device"] = device
+    for flag, value in given.items():
+        if value is not None and (flag, value) != ("--device", "cpu"):
+            raise UserError(f"{path} runs in its own runtime on the CPU: leave out {flag} {value}")
+    exported = open_exported(path)
+    about = exported.metadata
+    if not about.get("preprocessing"):
+        raise UserError(
+            f"{path} does not say how an image becomes its input: write it with senet export"
+        )
+    preprocessing = Preprocessing.from_dict(about["preprocessing"])
+    size = preprocessing.image_size
+    batch = about["batch"]
+    example = torch.zeros(batch or batch_size, preprocessing.channels, size, size)
+    count = exported.run(example).shape[1]
+    classes = tuple(about["classes"] or map(str, range(count)))
+    return Classifier(exported.run, classes, preprocessing, path.name, batch)
+
+
+def predict_images(
+    classifier: Classifier,
+    images: Sequence[Path],
+    *,
+    top: int,
+    batch_size: int = BATCH_SIZE,
+    decoder: Decoder = "pillow",
+    progress: Progress | None = None,
+) -> Iterator[Prediction | BadImageError]:
+    """The classes of each image, in order; the error in place of one that cannot be read.
+
+    The next images are decoded while the network works.
+
+    Args:
+        classifier: network, class names and preprocessing.
+        images: image files.
+        top: classes to give, at most as many as there are.
+        batch_size: images at a time; a classifier's fixed `batch` goes first.
+        decoder: as for `load_image`.
+        progress: hears of each batch.
+    """
+    progress = progress or Silent()
+    batch_size = classifier.batch or batch_size
+    preprocessing = classifier.preprocessing
+    pixels = preprocessing.pixels()
+
+    def read(path: Path) -> Tensor | BadImageError:
+        try:
+            return pixels(load_image(path, preprocessing.channels, decoder))
+        except BadImageError as error:
+            return error
+
+    progress.begin_evaluation(-(-len(images) // batch_size))
+    paths = iter(images)
+    for part in load_ahead(images, read, batch_size):
+        good = [image for image in part if isinstance(image, Tensor)]
+        ranked: Iterator[Tensor] = iter(())
+        if good:
+            # A network of a fixed batch gets its last images again; nobody reads those logits.
+            filled = good + good[-1:] * ((classifier.batch or len(good)) - len(good))
+            logits = classifier.run(preprocessing.finish_batch(torch.stack(filled).numpy()))
+            ranked = iter(logits.float().softmax(-1)[: len(good)])
+        for image in part:
+            path = next(paths)
+            if isinstance(image, BadImageError):
+                yield image
+                continue
+            values, indices = next(ranked).topk(min(top, len(classifier.classes)))
+            yield Prediction(
+                path,
+                tuple(classifier.classes[index] for index in indices.tolist()),
+                tuple(values.tolist()),
+            )
+        progress.evaluated(len(part))
+
+
+def print_predictions(
+    checkpoint_path: Path,
+    paths: Sequence[Path],
+    *,
+    model_name: str | None = None,
+    top: int,
+    as_json: bool,
+    device: str,
+    engine: Engine | None = None,
+    batch_size: int = BATCH_SIZE,
+    decoder: Decoder = "pillow",
+    progress: Progress | None = None,
+) -> int:
+    """Print the predictions as a table or as JSON and name broken images on standard error.
+
+    Args:
+        checkpoint_path: as for `open_classifier`.
+        paths: image files, or folders that are searched for them.
+        model_name, device, engine: as for `open_classifier`.
+        top: classes to give of each image.
+        as_json: print JSON; the table has the images a second beneath it, JSON has not.
+        batch_size: images at a time.
+        decoder: as for `load_image`.
+        progress: hears of each batch.
+
+    Returns:
+        0, or 1 if an image could not be read.
+
+    Raises:
+        UserError: `top` or `batch_size` < 1, a missing path, an empty folder, or as for
+            `open_classifier`.
+    """
+    for flag, value in (("--top", top), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    check_decoder(decoder)
+    images = find_images(paths)
+    batch_size = min(batch_size, len(images))
+    classifier = open_classifier(
+        checkpoint_path, model_name=model_name, engine=engine, device=device, batch_size=batch_size
+    )
+    predictions: list[Prediction] = []
+    broken = 0
+    began = time.perf_counter()
+    for result in predict_images(
+        classifier, images, top=top, batch_size=batch_size, decoder=decoder, progress=progress
+    ):
+        if isinstance(result, Prediction):
+            predictions.append(result)
+        else:
+            broken += 1
+            print(f"senet predict: {result}", file=sys.stderr)
+    seconds = time.perf_counter() - began
+    if as_json:
+        print(json.dumps([_as_dict(prediction) for prediction in predictions], indent=1))
+    elif predictions:
+        table = _table(predictions)
+        table.caption = f"{classifier.engine}: {len(predictions) / seconds:.4g} images/s"
+        print_table(table)
+    if broken:
+        print(f"senet predict: {broken} of {len(images)} images unreadable", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _as_dict(prediction: Prediction) -> dict[str, object]:
+    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+    return {
+        "image": str(prediction.image),
+        "predictions": [{"class": name, "probability": value} for name, value in pairs],
+    }
+
+
+def _table(predictions: Sequence[Prediction]) -> Table:
+    """A line for each class of each image."""
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("%", justify="right")
+    for prediction in predictions:
+        name = str(prediction.image)
+        last = len(prediction.classes) - 1
+        for rank, (label, value) in enumerate(
+            zip(prediction.classes, prediction.probabilities, strict=True)
+        ):
+            table.add_row(
+                name if rank == 0 else "", label, f"{100 * value:.1f}", end_section=rank == last
+            )
+    return table

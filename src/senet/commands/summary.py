@@ -1,0 +1,266 @@
+"""Layer tables: of one SE block, and of a whole network."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchinfo
+from rich.table import Table
+from torch import Tensor, nn
+
+from senet.errors import UserError
+from senet.models import list_models
+from senet.models.cost import count_multiply_adds, count_parameters, meta_model
+from senet.models.paper import stage_table
+from senet.nn.block import SqueezeExcitation
+from senet.nn.hooks import expected_hooks
+from senet.support.text import count, print_table
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A line of a layer table.
+
+    Attributes:
+        name: name within the module.
+        kind: class of the layer.
+        shape: shape of the output; of the layers behind the squeeze without the batch.
+        parameters: trainable parameters.
+        size: bytes of the output.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    size: int
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What an SE block does to one image, layer by layer.
+
+    Attributes:
+        block: the block.
+        input_shape: (1, C, *spatial).
+        rows: squeeze, fc1, activation, fc2, gate, scale.
+        parameters: all parameters of the block.
+        input_bytes: bytes of the input.
+        forward_bytes: bytes of all outputs.
+        parameter_bytes: bytes of the parameters.
+    """
+
+    block: SqueezeExcitation
+    input_shape: tuple[int, ...]
+    rows: tuple[LayerRow, ...]
+    parameters: int
+    input_bytes: int
+    forward_bytes: int
+    parameter_bytes: int
+
+
+def summarize_block(block: SqueezeExcitation, spatial: tuple[int, ...]) -> BlockSummary:
+    """Record the shapes that one image takes on its way through `block`.
+
+    Args:
+        block: an SE block on any device, the meta device included.
+        spatial: height and width of the map (or as many sizes as `block.dims`), in positions.
+
+    Raises:
+        ValueError: `spatial` has not `block.dims` sizes.
+    """
+    device, dtype = block.fc1.weight.device, block.fc1.weight.dtype
+    x = torch.empty((1, block.channels, *spatial), device=device, dtype=dtype)
+    rows: list[LayerRow] = []
+
+    def record(name: str, module: nn.Module, output: Tensor) -> None:
+        # The fully connected layers of one image give vectors; the batch of 1 says nothing there.
+        shape = tuple(output.shape) if name == "squeeze" else tuple(output.shape[1:])
+        size = output.numel() * output.element_size()
+        rows.append(LayerRow(name, _kind(name, module), shape, count_parameters(module), size))
+
+    hooks = [
+        module.register_forward_hook(
+            lambda module, _inputs, output, name=name: record(name, module, output)
+        )
+        for name, module in block.named_children()
+    ]
+    try:
+        with torch.no_grad(), expected_hooks():
+            y = block(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows.append(LayerRow("scale", "x · gate", tuple(y.shape), 0, y.numel() * y.element_size()))
+    return BlockSummary(
+        block,
+        tuple(x.shape),
+        tuple(rows),
+        count_parameters(block),
+        x.numel() * x.element_size(),
+        sum(row.size for row in rows),
+        sum(p.numel() * p.element_size() for p in block.parameters()),
+    )
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    if name == "squeeze":
+        return f"pooling: {module.extra_repr()}"
+    return type(module).__name__
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB of 2**20 bytes with two decimals, as layer tables are wont to give them."""
+    return f"{size / MEGABYTE:.2f} MB"
+
+
+def block_table(summary: BlockSummary) -> Table:
+    """The layers of an SE block and their sums as a table for a terminal."""
+    block = summary.block
+    title = f"SqueezeExcitation: {block.channels} channels, hidden width {block.hidden}"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("layer", "total")
+    table.add_column("kind", "", no_wrap=True)
+    table.add_column("output shape", "", no_wrap=True)
+    table.add_column("parameters", f"{summary.parameters:,}", justify="right")
+    table.add_column("size", megabytes(summary.forward_bytes), justify="right")
+    table.add_row("input", "", str(list(summary.input_shape)), "", megabytes(summary.input_bytes))
+    for row in summary.rows:
+        table.add_row(
+            row.name,
+            row.kind,
+            str(list(row.shape)),
+            f"{row.parameters:,}",
+            megabytes(row.size),
+        )
+    table.caption = (
+        f"all parameters trainable, {megabytes(summary.parameter_bytes)}; "
+        f"input {megabytes(summary.input_bytes)}"
+    )
+    return table
+
+
+def summary_of_block(
+    channels: int | None, input_shape: tuple[int, ...] | None, options: Mapping[str, Any]
+) -> Table:
+    """The table of one SE block.
+
+    Args:
+        channels: C; by default the first number of `input_shape`.
+        input_shape: (C,H,W) of the input; (L), (H,W) … cannot be told apart, so C is part of it.
+            By default (C, 56, 56).
+        options: reduction, squeeze, gate and bias of the block.
+
+    Raises:
+        UserError: no channels, channels that differ from the input's, or an option that only a
+            whole network has.
+    """
+    for option in options.keys() - {"reduction", "squeeze", "gate", "bias"}:
+        flag = option.replace("_", "-")
+        raise UserError(f"--{flag} is an option of networks; a block has none")
+    if channels is None and input_shape is None:
+        raise UserError("a block needs --channels or --input C,H,W")
+    if input_shape is None:
+        assert channels is not None
+        input_shape = (channels, 56, 56)
+    if channels is not None and input_shape[0] != channels:
+        raise UserError(f"--channels {channels} does not fit --input {_commas(input_shape)}")
+    if not 2 <= len(input_shape) <= 4 or min(input_shape) < 1:
+        raise UserError(f"--input must be C,H,W (or C,L or C,D,H,W), got {_commas(input_shape)}")
+    with torch.device("meta"):
+        block = SqueezeExcitation(input_shape[0], dims=len(input_shape) - 1, **options)
+    return block_table(summarize_block(block, input_shape[1:]))
+
+
+def _commas(shape: tuple[int, ...]) -> str:
+    return ",".join(map(str, shape))
+
+
+def print_network(
+    name: str,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Print the layer table of a network, from torchinfo, its stages, and its sums in one line.
+
+    Args:
+        name: one of `senet.list_models()`.
+        input_shape: (C,H,W); the network's own by default.
+        num_classes: classes; by default 1000, 10 for CIFAR networks.
+        options: options of `senet.create_model`.
+
+    Raises:
+        UserError: unknown name or option, or an input that the network does not take.
+    """
+    if "channels" in options:
+        raise UserError("--channels is an option of 'block'; give a network --input C,H,W")
+    if input_shape is not None:
+        if len(input_shape) != 3 or min(input_shape) < 1:
+            raise UserError(f"--input must be C,H,W, got {_commas(input_shape)}")
+        options = {**options, "in_channels": input_shape[0]}
+    model = meta_model(name, num_classes=num_classes, **options).eval()
+    shape = input_shape or model.input_size
+    if min(shape[1:]) < model.min_input_size:
+        raise UserError(
+            f"--input {_commas(shape)} is too small: {name} takes images of at least "
+            f"{model.min_input_size} × {model.min_input_size} pixels"
+        )
+    with expected_hooks():
+        layers = torchinfo.summary(
+            model,
+            input_size=(1, *shape),
+            device="meta",
+            depth=4,
+            col_names=("output_size", "num_params", "kernel_size"),
+            row_settings=("var_names",),
+            verbose=0,
+        )
+    stages = stage_table(name, shape, num_classes=num_classes, **options)
+    parameters = count_parameters(model)
+    total = (
+        f"{name} at {' × '.join(map(str, shape))}: {parameters:,} parameters, "
+        f"{count(count_multiply_adds(model, shape))} multiply-adds"
+    )
+    # Only the layers: torchinfo's own sums count elementwise work as multiply-adds.
+    lines = str(layers).splitlines()
+    rulers = [index for index, line in enumerate(lines) if line.startswith("=")]
+    print("\n".join(lines[: rulers[2] + 1]))
+    print_table(stages)
+    print(total)
+
+
+def model_table(pattern: str) -> Table:
+    """Names, parameters and multiply-adds of the networks whose names match a shell pattern.
+
+    Raises:
+        UserError: no name matches.
+    """
+    names = list_models(pattern)
+    if not names:
+        raise UserError(f"no model matches {pattern!r}; `senet models` lists all")
+    table = Table()
+    table.add_column("model")
+    table.add_column("parameters", justify="right")
+    table.add_column("multiply-adds", justify="right")
+    table.add_column("input", justify="right")
+    for name in sorted(names, key=_natural_order):
+        model = meta_model(name)
+        table.add_row(
+            name,
+            f"{count_parameters(model):,}",
+            count(count_multiply_adds(model)),
+            " × ".join(map(str, model.input_size)),
+        )
+    return table
+
+
+def _natural_order(name: str) -> tuple[list[int | str], bool]:
+    """A plain network before its SE twin, and resnet20 before resnet110."""
+    base = name.removeprefix("se_")
+    parts = re.split(r"(\d+)", base)
+    return [int(part) if part.isdigit() else part for part in parts], base != name

@@ -1,0 +1,331 @@
+"""Where images come from: the embedded set, torchvision's data sets, any folder of classes."""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision import datasets
+
+from senet.data.decoders import Decoder, check_decoder
+from senet.data.image_data import (
+    IMAGENET_MEAN,
+    IMAGENET_SIZE,
+    IMAGENET_STD,
+    SMALL,
+    ImageData,
+    natural_preprocessing,
+    preprocessing_for,
+)
+from senet.data.images import FileImages, ImageSource, MemoryImages
+from senet.data.shards.read import PREFIX as SHARDS
+from senet.data.shards.read import BadShards, load_shards
+from senet.data.sources import embedded
+from senet.data.sources.folders import load_folder, stratified_split
+from senet.data.sources.hugging_face import PREFIX as HUGGING_FACE
+from senet.data.sources.hugging_face import open_hugging_face
+from senet.data.sources.stream import PREFIX as HUGGING_FACE_STREAM
+from senet.data.sources.stream import StreamedImages, open_stream
+from senet.errors import SenetError, UserError
+
+_IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A data set of torchvision: how to open it, what must lie where, its pixels' statistics."""
+
+    folder: str
+    files: str
+    open: Callable[[Path, bool], tuple[Any, Any]]
+    can_download: bool = True
+    pixels: bool = True  # it comes as pixels, not as image files
+    size: int = IMAGENET_SIZE
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+# Means and standard deviations: of all training pixels of each set, computed once.
+_REMOTE = {
+    "cifar10": _Remote(
+        "",
+        "the folder cifar-10-batches-py (unpacked from cifar-10-python.tar.gz, "
+        "https://www.cs.toronto.edu/~kriz/cifar.html)",
+        lambda root, download: (
+            datasets.CIFAR10(root, train=True, download=download),
+            datasets.CIFAR10(root, train=False, download=False),
+        ),
+        size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": _Remote(
+        "",
+        "the folder cifar-100-python (unpacked from cifar-100-python.tar.gz, "
+        "https://www.cs.toronto.edu/~kriz/cifar.html)",
+        lambda root, download: (
+            datasets.CIFAR100(root, train=True, download=download),
+            datasets.CIFAR100(root, train=False, download=False),
+        ),
+        size=32,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+    "fashion-mnist": _Remote(
+        "FashionMNIST/raw",
+        "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+        "t10k-labels-idx1-ubyte (https://github.com/zalandoresearch/fashion-mnist, unpacked)",
+        lambda root, download: (
+            datasets.FashionMNIST(root, train=True, download=download),
+            datasets.FashionMNIST(root, train=False, download=download),
+        ),
+        size=28,
+        mean=(0.2860,),
+        std=(0.3530,),
+    ),
+    "imagenet": _Remote(
+        "imagenet",
+        f"{_IMAGENET_DEVKIT}, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from "
+        "https://image-net.org, with an account; they are unpacked at the first use)",
+        lambda root, _: (
+            datasets.ImageNet(str(root / "imagenet"), split="train"),
+            datasets.ImageNet(str(root / "imagenet"), split="val"),
+        ),
+        can_download=False,
+        pixels=False,
+    ),
+    "places365": _Remote(
+        "places365",
+        "categories_places365.txt, places365_train_standard.txt, places365_val.txt and the folders "
+        "data_256_standard and val_256 (from http://places2.csail.mit.edu)",
+        lambda root, download: (
+            datasets.Places365(
+                root / "places365", split="train-standard", small=True, download=download
+            ),
+            datasets.Places365(root / "places365", split="val", small=True, download=download),
+        ),
+        pixels=False,
+    ),
+}
+DATA_SETS = ("embedded", *_REMOTE)
+"""Names that `load_data` knows besides folders."""
+
+
+def load_data(
+    data: str,
+    *,
+    root: str | os.PathLike[str] = "data",
+    download: bool = False,
+    val_fraction: float | None = None,
+    image_size: int | None = None,
+    skip_bad_images: bool = False,
+    shuffle_buffer: int | None = None,
+    bad_shards: BadShards | None = None,
+    decode: Decoder | None = None,
+    epoch_size: int | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """Open a data set by name or by folder.
+
+    `shards:PLACE` opens what `senet shard` wrote, see `senet.data.shards.read`; `hf:NAME` a data
+    set of Hugging Face's `datasets`, see `senet.data.sources.hugging_face`, and `hf-stream:NAME`
+    the same as a stream that is not kept on the disk, see `senet.data.sources.stream`.
+
+    A folder holds `train/` and `val/` (or `test/`), each with one folder of images a class, or
+    directly one folder a class, of which `val_fraction` is set aside. Up to `CHECKED_LIMIT` bytes
+    of files are decoded before the start, so that a broken one is found at once; larger folders
+    are decoded as they are used, and a broken file raises a `BadImageError` with its name then.
+    Images of one size, up to `MEMORY_LIMIT` bytes of pixels, stay decoded in memory.
+
+    The input's size is 28 for the embedded set and Fashion-MNIST, 32 for CIFAR, the images' own
+    size for a folder of square images of up to 64 pixels in memory, otherwise 224 (resized to 256
+    and cropped). Grey data stays one channel; a folder is grey if a sample of its images (all up
+    to 64, otherwise 64 to 128 spread evenly over the training split) is.
+
+    Args:
+        data: one of `DATA_SETS`, a folder, shards:PLACE, hf:NAME or hf-stream:NAME.
+        root: where torchvision's data sets lie or are downloaded to, and fetched shards.
+        download: fetch a missing data set (never done unasked).
+        val_fraction: part of each class set aside for evaluation, between 0 and 1; only for a
+            folder without a split of its own.
+        image_size: height and width of the network's input in pixels, instead of the default.
+        skip_bad_images: decode every image of a folder now, leave out the broken ones and list
+            them in `ImageData.skipped`; only for folders.
+        shuffle_buffer: images within which the order of an epoch is shuffled: of shards (10,000
+            by default), or of a stream, which holds them in memory (1,000).
+        bad_shards: "fail" at a broken shard, or "skip" it; "fail" by default.
+        decode: "pillow" (default), or "turbo": JPEG through torchvision's decoder, see
+            `senet.data.decoders`; not for sets that come as pixels (embedded, CIFAR,
+            Fashion-MNIST).
+        epoch_size: training images of an epoch of a stream, where its card does not say how many
+            there are, or where an epoch should have fewer.
+        seed: of the choice of the images set aside.
+
+    Raises:
+        UserError: unknown data set, missing files, empty folder, class without images, different
+            classes in train and val, an option where there is no use for it, a decoder that
+            does not work here; BadImageError, a subclass: a broken image.
+        SenetError: a download failed, or the embedded files are damaged.
+    """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size must be at least 1 pixel, not {image_size}")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction must be between 0 and 1, not {val_fraction}")
+    decoder = check_decoder(decode or "pillow")
+    if data.startswith(HUGGING_FACE_STREAM):
+        _refuse_for(
+            data,
+            val_fraction=val_fraction,
+            skip_bad_images=skip_bad_images or None,
+            bad_shards=bad_shards,
+        )
+        name = data.removeprefix(HUGGING_FACE_STREAM)
+        streams = open_stream(
+            name, download=download, epoch_size=epoch_size, buffer=shuffle_buffer, decoder=decoder
+        )
+        return _load_stream(data, *streams, image_size)
+    if epoch_size is not None:
+        raise UserError(f"epoch_size is for hf-stream:NAME, not for {data}")
+    if data.startswith(SHARDS):
+        _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip_bad_images or None)
+        return _load_shards(data, Path(root), image_size, shuffle_buffer, bad_shards, decoder)
+    if shuffle_buffer is not None:
+        raise UserError(
+            f"shuffle_buffer is for shards:PLACE and hf-stream:NAME, not for {data}, which is "
+            "shuffled as a whole"
+        )
+    if bad_shards is not None:
+        raise UserError(f"bad_shards is for shards:PLACE, not for {data}")
+    if data.startswith(HUGGING_FACE):
+        _refuse_for(data, skip_bad_images=skip_bad_images or None)
+        return _load_hugging_face(data, download, val_fraction, image_size, seed, decoder)
+    if data in DATA_SETS:
+        if val_fraction is not None:
+            raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
+        if skip_bad_images:
+            raise UserError(f"skip_bad_images is for folders of images, not for {data}")
+        if decode is not None and (data == "embedded" or _REMOTE[data].pixels):
+            raise UserError(f"decode is for image files, {data} comes as pixels: leave it out")
+        if data != "embedded":
+            return _load_remote(data, Path(root), download, image_size, decoder)
+    if download:
+        raise UserError(f"nothing to download for {data!r}: leave out download")
+    if data == "embedded":
+        train, test = embedded.read_embedded()
+        statistics = (embedded.MEAN,), (embedded.STD,)
+        preprocessing = preprocessing_for(image_size or 28, *statistics)
+        return ImageData(data, train, test, embedded.CLASSES, preprocessing)
+    if not Path(data).is_dir():
+        close = difflib.get_close_matches(data.lower(), DATA_SETS, n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"unknown data set {data!r}, and no such folder{hint} (known: {', '.join(DATA_SETS)})"
+        )
+    return load_folder(data, val_fraction, image_size, skip_bad_images, seed, decoder)
+
+
+def _refuse_for(data: str, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name} is not for {data}: leave it out")
+
+
+def _load_shards(
+    data: str,
+    root: Path,
+    image_size: int | None,
+    shuffle_buffer: int | None,
+    bad_shards: BadShards | None,
+    decoder: Decoder,
+) -> ImageData:
+    index, train, val, skipped = load_shards(
+        data.removeprefix(SHARDS),
+        cache=root,
+        buffer=shuffle_buffer,
+        bad=bad_shards,
+        decoder=decoder,
+    )
+    preprocessing = index.preprocessing
+    if image_size is not None and image_size != preprocessing.image_size:
+        preprocessing = preprocessing_for(image_size, preprocessing.mean, preprocessing.std)
+    return ImageData(data, train, val, index.classes, preprocessing, skipped)
+
+
+def _load_hugging_face(
+    data: str,
+    download: bool,
+    val_fraction: float | None,
+    image_size: int | None,
+    seed: int,
+    decoder: Decoder,
+) -> ImageData:
+    train, val, classes = open_hugging_face(
+        data.removeprefix(HUGGING_FACE), download=download, decoder=decoder
+    )
+    if val is not None and val_fraction is not None:
+        raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
+    if val is None:
+        if val_fraction is None:
+            raise UserError(
+                f"{data} has one split only: set aside a part of it with --val-fraction 0.1"
+            )
+        kept, aside = stratified_split(train.targets, classes, val_fraction, seed)
+        train, val = train.subset(kept), train.subset(aside)
+    size = image_size or _size_for(train.first_size)
+    return ImageData(data, train, val, classes, natural_preprocessing(size, train.channels))
+
+
+def _load_stream(
+    data: str,
+    train: StreamedImages,
+    val: StreamedImages,
+    classes: tuple[str, ...],
+    first_size: tuple[int, int],
+    image_size: int | None,
+) -> ImageData:
+    size = image_size or _size_for(first_size)
+    return ImageData(data, train, val, classes, natural_preprocessing(size, train.channels))
+
+
+def _size_for(first: tuple[int, int]) -> int:
+    """Side of the network's input, by width and height of the first image."""
+    width, height = first
+    return width if width == height <= SMALL else IMAGENET_SIZE
+
+
+def _load_remote(
+    name: str, root: Path, download: bool, image_size: int | None, decoder: Decoder
+) -> ImageData:
+    remote = _REMOTE[name]
+    where = root / remote.folder
+    if download and not remote.can_download:
+        raise UserError(f"{name} cannot be downloaded: put {remote.files} into {where}")
+    try:
+        train, val = remote.open(root, download)
+    except (ImportError, RuntimeError, OSError) as error:
+        # torchvision imports scipy to unpack ImageNet's devkit, before it looks for the archive.
+        if isinstance(error, ImportError) and (where / _IMAGENET_DEVKIT).exists():
+            package = (error.name or "scipy").partition(".")[0]
+            raise UserError(f"{name} needs {package}: pip install {package}") from error
+        if download:
+            raise SenetError(f"cannot download {name} to {where}: {error}") from error
+        remedy = ", or pass --download (download=True)" if remote.can_download else ""
+        raise UserError(
+            f"{name} is missing or incomplete in {where}: put {remote.files} there{remedy}"
+        ) from error
+    classes = tuple(name if isinstance(name, str) else ", ".join(name) for name in train.classes)
+    preprocessing = preprocessing_for(image_size or remote.size, remote.mean, remote.std)
+    return ImageData(name, _source(train, decoder), _source(val, decoder), classes, preprocessing)
+
+
+def _source(dataset: Any, decoder: Decoder) -> ImageSource:
+    """Our view of a torchvision data set: its array of pixels, or its files."""
+    targets = torch.as_tensor(dataset.targets)
+    if hasattr(dataset, "data"):
+        pixels = torch.as_tensor(dataset.data)  # (N,H,W) grey or (N,H,W,3)
+        images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        return MemoryImages(images, targets)
+    return FileImages([path for path, _ in dataset.imgs], targets, 3, decoder)

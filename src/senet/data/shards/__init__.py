@@ -1,0 +1,1 @@
+"""Tar shards: their index, written and read."""

@@ -1,0 +1,294 @@
+"""The paper's ablations (tables 10 to 16) as a list of runs over one recipe and data set."""
+
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from rich.table import Table
+
+from senet.checkpoint.files import open_checkpoint
+from senet.errors import UserError
+from senet.experiments.compare import (
+    CompareConfig,
+    Watch,
+    begin_or_go_on,
+    finished,
+    make_folder,
+    train_all,
+)
+from senet.experiments.runs import open_run_data, read_rows
+from senet.models import build_model, entry
+from senet.models.cards import Card, cards
+from senet.models.cost import count_multiply_adds, count_parameters
+from senet.support.files import atomic_write
+from senet.training.config import RunConfig
+
+Ablation = Literal["reduction", "squeeze", "excitation", "stages", "integration", "nosqueeze"]
+# By ablation: the paper's rows, named by their cards, and the options that make them. None is the
+# network without SE.
+ABLATIONS: Mapping[Ablation, Mapping[str, Mapping[str, Any] | None]] = {
+    "reduction": {
+        **{f"table 10, r={r}": {"reduction": r} for r in (2, 4, 8, 16, 32)},
+        "table 10, plain": None,
+    },
+    "squeeze": {f"table 11, {kind}": {"squeeze": kind} for kind in ("max", "avg")},
+    "excitation": {f"table 12, {gate}": {"gate": gate} for gate in ("relu", "tanh", "sigmoid")},
+    "stages": {
+        "table 13, plain": None,
+        **{f"table 13, stage {stage}": {"stages": (stage,)} for stage in (2, 3, 4)},
+        "table 13, all stages": {},
+    },
+    "integration": {
+        "table 14, SE": {"integration": "standard"},
+        "table 14, SE-PRE": {"integration": "pre"},
+        "table 14, SE-POST": {"integration": "post"},
+        "table 14, SE-Identity": {"integration": "identity"},
+        "table 15, SE_3x3": {"integration": "3x3"},
+    },
+    "nosqueeze": {
+        "table 10, plain": None,
+        "table 16, NoSqueeze": {"squeeze": "none"},
+        "table 10, r=16": {"squeeze": "avg"},
+    },
+}
+# Rows that are called otherwise than in their own table: theirs is the paper's network, whatever
+# the reduction.
+LABELS: Mapping[tuple[str, str], str] = {("nosqueeze", "table 10, r=16"): "SE"}
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig(CompareConfig):
+    """An ablation: the fields of a comparison, and
+
+    Attributes:
+        ablation: which one.
+        processes: runs at the same time, each in a process of its own with its share of the cores.
+
+    Raises:
+        UserError: unknown ablation, `processes` < 1, a network that lacks one of the variants, an
+            SE option that the ablation varies itself, or as for `CompareConfig`.
+    """
+
+    OWN: ClassVar[tuple[str, ...]] = (*CompareConfig.OWN, "ablation", "processes")
+    COMMAND: ClassVar[str] = "ablate"
+
+    ablation: Ablation
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ablation not in ABLATIONS:
+            known = ", ".join(get_args(Ablation))
+            raise UserError(f"ablation must be one of {known}, got {self.ablation!r}")
+        if self.processes < 1:
+            raise UserError(f"processes must be at least 1, got {self.processes}")
+        varied = {key for options in self.variants.values() for key in options or ()}
+        if wrong := varied & self.se_options.keys():
+            name = wrong.pop()
+            raise UserError(f"leave out {name}: the ablation {self.ablation} varies it itself")
+        super().__post_init__()
+        fixed = {key: value for key, value in self.se_options.items() if key not in varied}
+        object.__setattr__(self, "se_options", fixed)
+        for name, options in self.variants.items():
+            network, all_options = self._network(options)
+            try:
+                with torch.device("meta"):
+                    build_model(network, **all_options)
+            except (UserError, ValueError) as error:
+                raise UserError(f"{network} has no variant {name!r}: {error}") from error
+
+    @property
+    def variants(self) -> Mapping[str, Mapping[str, Any] | None]:
+        """Options of each variant by the name of its card."""
+        return ABLATIONS[self.ablation]
+
+    def _network(self, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+        if options is None:
+            return self.model, dict(self.model_options)
+        return entry(self.model).twin, {**self.model_options, **self.se_options, **options}
+
+    def runs(self) -> dict[str, list[RunConfig]]:
+        """The runs of each variant in the order of the seeds."""
+        return {
+            name: self._seeds(folder_of(label_of(self.ablation, name)), *self._network(options))
+            for name, options in self.variants.items()
+        }
+
+    @property
+    def order(self) -> list[RunConfig]:
+        """All runs: each variant with seed 0, then with seed 1, …."""
+        return [run for runs in zip(*self.runs().values(), strict=True) for run in runs]
+
+
+def label_of(ablation: str, name: str) -> str:
+    """What a variant is called: "table 10, r=2" → "r=2"."""
+    return LABELS.get((ablation, name), name.partition(", ")[2])
+
+
+def folder_of(label: str) -> str:
+    """Folder of a variant: "r=2" → "r_2"."""
+    return re.sub(r"\W+", "_", label.lower())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a variant's runs gave.
+
+    Attributes:
+        label: what it is called.
+        card: the paper's row.
+        top1: top-1 error in percent, by seed.
+        parameters: number of parameters.
+        multiply_adds: multiply-adds for an image of the data.
+    """
+
+    label: str
+    card: Card
+    top1: tuple[float, ...]
+    parameters: int
+    multiply_adds: int
+
+
+def run_ablation(
+    config: AblateConfig,
+    *,
+    watch: Watch,
+    tell: Callable[[str], None],
+    continued: bool = False,
+) -> list[Variant]:
+    """Train all runs that are not finished, and write results.json.
+
+    Args:
+        config: the ablation.
+        watch: opens a progress display for the run of that label; with one process.
+        tell: called with a line for each run that ended; with several processes.
+        continued: go on in the existing folder; finished runs are kept.
+
+    Raises:
+        UserError: the folder exists and `continued` is False, or a run's own reasons.
+        SenetError: a run failed.
+    """
+    open_run_data(config.order[0])  # bad data are found before anything is written
+    if not continued:
+        make_folder(config)
+    if config.processes == 1:
+        train_all(config, config.order, watch, lambda run: f"{run.out.parent.name} seed {run.seed}")
+    else:
+        _train_in_processes(config, tell)
+    found = [
+        _variant(label_of(config.ablation, name), cards()[name], runs)
+        for name, runs in config.runs().items()
+    ]
+    atomic_write(config.out / RESULTS, to_json(config, found))
+    return found
+
+
+def _share_cores(processes: int) -> None:
+    """Give a worker its threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cores or 1) // processes))
+
+
+def _train(run: RunConfig) -> list[str]:
+    """Begin a run or go on with it; the warnings that it gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        begin_or_go_on(run)
+    return list(dict.fromkeys(str(each.message) for each in caught))
+
+
+def _train_in_processes(config: AblateConfig, tell: Callable[[str], None]) -> None:
+    left = [run for run in config.order if not finished(run)]
+    spawn = multiprocessing.get_context("spawn")  # threads of PyTorch do not survive a fork
+    with ProcessPoolExecutor(
+        config.processes, spawn, initializer=_share_cores, initargs=(config.processes,)
+    ) as pool:
+        jobs = {pool.submit(_train, run): run for run in left}
+        try:
+            for number, job in enumerate(as_completed(jobs), start=1):
+                for text in job.result():
+                    warnings.warn(text, stacklevel=2)
+                run = jobs[job]
+                top1 = read_rows(run.out / "metrics.csv")[-1]["top1"]
+                label = f"{run.out.parent.name} seed {run.seed}"
+                tell(f"{label}: top-1 {top1:.2f}%  ({number} of {len(left)})")
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _variant(label: str, card: Card, runs: list[RunConfig]) -> Variant:
+    checkpoint = open_checkpoint(runs[0].out / "checkpoints" / "last")
+    size = checkpoint.preprocessing.image_size
+    return Variant(
+        label=label,
+        card=card,
+        top1=tuple(100 - read_rows(run.out / "metrics.csv")[-1]["top1"] for run in runs),
+        parameters=count_parameters(checkpoint.model),
+        multiply_adds=count_multiply_adds(
+            checkpoint.model, (checkpoint.preprocessing.channels, size, size)
+        ),
+    )
+
+
+def to_json(config: AblateConfig, variants: list[Variant]) -> str:
+    """The results as JSON, errors in percent."""
+    content = {
+        "ablation": config.ablation,
+        "model": config.model,
+        "data": config.data,
+        "recipe": config.recipe,
+        "epochs": config.training_recipe().epochs,
+        "se_options": dict(config.se_options),
+        "variants": {
+            v.label: {
+                "card": v.card.name,
+                "top1_error": v.top1,
+                "parameters": v.parameters,
+                "multiply_adds": v.multiply_adds,
+                "paper": [{"top1": r.top1, "top5": r.top5} for r in v.card.results],
+            }
+            for v in variants
+        },
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def ablation_table(config: AblateConfig, variants: list[Variant]) -> Table:
+    """The variants, with the paper's SE-ResNet-50 on ImageNet beside them."""
+    table = Table(title=f"{config.ablation}: {config.model}, {config.data}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in (
+        *("top-1 error %", "parameters", "multiply-adds"),
+        *("paper: top-1 error %", "top-5", "parameters (M)"),
+    ):
+        table.add_column(column, justify="right")
+    for variant in variants:
+        spread = f" ± {statistics.stdev(variant.top1):.2f}" if len(variant.top1) > 1 else ""
+        paper = variant.card.results[0]
+        table.add_row(
+            variant.label,
+            f"{statistics.fmean(variant.top1):.2f}{spread}",
+            f"{variant.parameters:,}",
+            f"{variant.multiply_adds:,}",
+            f"{paper.top1:.2f}",
+            "" if paper.top5 is None else f"{paper.top5:.2f}",
+            variant.card.paper_parameters or "",
+        )
+    epochs = config.training_recipe().epochs
+    base = ", ".join(f"{key} {value}" for key, value in config.se_options.items())
+    table.caption = (
+        f"mean ± sample standard deviation of {config.seeds} seeds after "
+        f"{epochs} epoch{'s' if epochs > 1 else ''} of the recipe {config.recipe}"
+        f"{'; SE options otherwise: ' + base if base else ''}.\n"
+        "Paper: SE-ResNet-50 on ImageNet, other training."
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,327 @@
+"""Train a plain network and its SE twin alternately, and gather what they show."""
+
+import shutil
+import statistics
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.data import ImageData
+from senet.errors import UserError
+from senet.experiments.runs import examine, neutral_gate, open_run_data, read_rows
+from senet.models.cost import count_multiply_adds, count_parameters
+from senet.models.registry import entry
+from senet.reports.comparison import Comparison, NetworkResult, write_report
+from senet.support.files import atomic_write
+from senet.support.progress import Progress
+from senet.training.config import CONFIG, RunConfig
+from senet.training.loop import resume as resume_run
+from senet.training.loop import train as train_run
+from senet.training.recipe import Recipe, get_recipe
+
+# What a short training needs (measured for ResNet-8 on the embedded data): gates that start at 1,
+# a hidden layer of more than a few units, and epochs that leave the demo under five minutes.
+QUICK_SE_OPTIONS: Mapping[str, Any] = {"reduction": 4, "gate": "identity_sigmoid"}
+QUICK_EPOCHS = 5
+
+# Label, and how many of how many runs are done.
+Watch = Callable[[str, int, int], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """A comparison.
+
+    Attributes:
+        out: folder of the comparison.
+        model: name of the plain network or of its SE twin.
+        model_options: options of both networks.
+        se_options: options of the SE blocks; with the recipe quick, those of `QUICK_SE_OPTIONS`
+            hold where they are not given.
+        data: data set or folder.
+        data_options: fields of `RunConfig` that say how data are read.
+        recipe: name of the recipe.
+        recipe_options: fields of `Recipe` that differ from it; quick has `QUICK_EPOCHS` epochs.
+        seeds: runs of each network, with the seeds 0, 1, ….
+        machine: fields of `RunConfig` that do not change the result: num_workers, device, ….
+
+    Raises:
+        UserError: unknown model or recipe, `seeds` < 1, or an option out of range.
+    """
+
+    OWN: ClassVar[tuple[str, ...]] = ("model", "data", "recipe", "seeds")
+    COMMAND: ClassVar[str] = "compare"
+
+    out: Path
+    model: str = "resnet8_cifar"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    se_options: Mapping[str, Any] = field(default_factory=dict)
+    data: str = "embedded"
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = "quick"
+    recipe_options: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 3
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        named = entry(self.model)
+        plain = named.twin if named.se else self.model
+        object.__setattr__(self, "model", plain)
+        if self.recipe == "quick":
+            object.__setattr__(self, "se_options", {**QUICK_SE_OPTIONS, **self.se_options})
+            options = {"epochs": QUICK_EPOCHS, **self.recipe_options}
+            object.__setattr__(self, "recipe_options", options)
+        self.training_recipe()
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder exists, so that the comparison can be resumed."""
+        return (self.out / CONFIG).is_file()
+
+    def training_recipe(self) -> Recipe:
+        """The recipe of every run."""
+        return get_recipe(self.recipe, **self.recipe_options)
+
+    def runs(self) -> dict[str, list[RunConfig]]:
+        """The runs of each network, "plain" and "se", in the order of the seeds."""
+        networks = {
+            "plain": (self.model, dict(self.model_options)),
+            "se": (entry(self.model).twin, {**self.model_options, **self.se_options}),
+        }
+        return {kind: self._seeds(kind, *network) for kind, network in networks.items()}
+
+    def _seeds(self, folder: str, model: str, options: dict[str, Any]) -> list[RunConfig]:
+        """A run for each seed."""
+        return [
+            RunConfig(
+                model=model,
+                model_options=options,
+                data=self.data,
+                recipe=self.training_recipe(),
+                seed=seed,
+                out=self.out / folder / f"seed{seed}",
+                **self.data_options,
+                **self.machine,
+            )
+            for seed in range(self.seeds)
+        ]
+
+    def write(self) -> None:
+        """Write config.toml, whose keys are the flags of the command."""
+        tables = ("model_options", "se_options", "data_options", "recipe_options", "machine")
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
+        for table in tables:
+            for key, value in getattr(self, table).items():
+                values[key] = list(value) if isinstance(value, tuple) else _plain(value)
+        head = f"# Reruns exactly: senet {self.COMMAND} --config THIS_FILE --out NEW_FOLDER\n"
+        atomic_write(self.out / CONFIG, head + tomli_w.dumps(values))
+
+    @classmethod
+    def of_flags(cls, options: Mapping[str, Any]) -> Self:
+        """A configuration from the flags that were given.
+
+        Raises:
+            UserError: no `out`, or as for the class.
+        """
+        if "out" not in options:
+            raise UserError("--out FOLDER is needed (or --resume FOLDER)")
+        return cls(**options)
+
+    @classmethod
+    def of_folder(cls, out: Path, refused: Mapping[str, Any]) -> Self:
+        """The configuration that `write` left in a folder.
+
+        Args:
+            out: the folder.
+            refused: flags that were given together with --resume; none may be.
+
+        Raises:
+            UserError: the folder holds no comparison, or a flag was given.
+        """
+        for name, value in refused.items():
+            if value != {}:
+                shown = name if not isinstance(value, Mapping) else next(iter(value))
+                raise UserError(
+                    f"--resume goes on with the folder's own options: leave out "
+                    f"--{shown.replace('_', '-')}, or start a new one with --out"
+                )
+        path = out / CONFIG
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{out} is no folder of senet {cls.COMMAND}: {CONFIG} is missing"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a TOML file: {error}") from error
+        missing = [name for name in cls.OWN if name not in values]
+        if missing or ("ablation" in values) != ("ablation" in cls.OWN):
+            raise UserError(
+                f"{path} is not that of senet {cls.COMMAND}; for a run: senet train --resume"
+            )
+        run_fields = {f.name for f in fields(RunConfig)}
+        recipe_fields = {f.name for f in fields(Recipe)}
+        own: dict[str, Any] = {"out": out}
+        for key, value in values.items():
+            if key in cls.OWN:
+                own[key] = value
+            elif key in run_fields:
+                own.setdefault("machine", {})[key] = value
+            elif key in recipe_fields:
+                own.setdefault("recipe_options", {})[key] = value
+            elif key in entry(values["model"]).options:
+                own.setdefault("model_options", {})[key] = value
+            else:
+                own.setdefault("se_options", {})[key] = value
+        return cls(**own)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False) -> Comparison:
+    """Train all runs that are not finished, seed by seed and alternately, and write the report.
+
+    Args:
+        config: the comparison.
+        watch: opens a progress display for the run of that label.
+        resume: go on in the existing folder; finished runs are kept.
+
+    Returns:
+        What `senet.reports.comparison` needs; the folder then holds results.json, figures and
+        report.html.
+
+    Raises:
+        UserError: the folder exists and `resume` is False, or a run's own reasons.
+        SenetError: a run failed.
+    """
+    runs = config.runs()
+    data = open_run_data(runs["plain"][0])  # bad data are found before anything is written
+    if not resume:
+        make_folder(config)
+    order = [run for pair in zip(runs["plain"], runs["se"], strict=True) for run in pair]
+    train_all(config, order, watch, lambda run: f"{run.model} seed {run.seed}")
+    comparison = gather(config, data)
+    write_report(comparison, config.out)
+    return comparison
+
+
+def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> None:
+    """Train a run from the start, or from where it was stopped."""
+    if (run.out / CONFIG).is_file():
+        resume_run(run.out, progress=progress)
+    else:
+        train_run(run, progress=progress)
+
+
+def train_all(
+    config: CompareConfig,
+    order: Sequence[RunConfig],
+    watch: Watch,
+    label: Callable[[RunConfig], str],
+) -> None:
+    """Train the runs that are not finished, one after the other.
+
+    Raises:
+        UserError: a run was refused; if it was before anything was trained, the folder is gone.
+        SenetError: a run failed.
+    """
+    try:
+        for index, run in enumerate(order):
+            if finished(run):
+                continue
+            with watch(label(run), index, len(order)) as progress:
+                begin_or_go_on(run, progress)
+    except UserError:
+        if not any(run.out.exists() for run in order):
+            shutil.rmtree(config.out)
+        raise
+
+
+def make_folder(config: CompareConfig) -> None:
+    """Make the folder of a comparison or an ablation with its config.toml.
+
+    Raises:
+        UserError: it exists, or cannot be made.
+    """
+    try:
+        config.out.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{config.out} exists and is never overwritten: give another --out, or go on with it "
+            f"by senet {config.COMMAND} --resume {config.out}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot make {config.out}: {error.strerror}; give a writable place by --out"
+        ) from error
+    config.write()
+
+
+def finished(run: RunConfig) -> bool:
+    """Whether a run has all its epochs."""
+    return len(read_rows(run.out / "metrics.csv")) >= run.recipe.epochs
+
+
+def gather(config: CompareConfig, data: ImageData) -> Comparison:
+    """Read the finished runs, and go over the validation images for confusions and gates."""
+    runs = config.runs()
+    results: dict[str, NetworkResult] = {}
+    gates: dict[str, NDArray[np.float64]] = {}
+    for kind, configs in runs.items():
+        confusion = np.zeros((len(data.classes),) * 2, np.int64)
+        for run in configs:
+            checkpoint = open_checkpoint(run.out / "checkpoints" / "last")
+            matrix, run_gates = examine(checkpoint, data, run)
+            confusion += matrix
+            for name, values in run_gates.items():
+                gates[name] = gates.get(name, 0) + values / config.seeds
+        results[kind] = _network_result(configs, checkpoint, confusion)
+    return Comparison(
+        plain=results["plain"],
+        se=results["se"],
+        data=data.name,
+        recipe=config.recipe,
+        epochs=config.training_recipe().epochs,
+        seeds=tuple(range(config.seeds)),
+        validation_images=len(data.val),
+        classes=data.classes,
+        gates=gates,
+        neutral_gate=neutral_gate(config.se_options.get("gate", "sigmoid")),
+    )
+
+
+def _network_result(
+    configs: Sequence[RunConfig], checkpoint: Checkpoint, confusion: NDArray[np.int64]
+) -> NetworkResult:
+    histories = [read_rows(run.out / "metrics.csv") for run in configs]
+    timings = [read_rows(run.out / "timings.csv") for run in configs]
+    size = checkpoint.preprocessing.image_size
+    model = checkpoint.model
+    return NetworkResult(
+        name=configs[0].model,
+        parameters=count_parameters(model),
+        multiply_adds=count_multiply_adds(model, (checkpoint.preprocessing.channels, size, size)),
+        top1=tuple(rows[-1]["top1"] for rows in histories),
+        top5=tuple(rows[-1]["top5"] for rows in histories),
+        images_per_second=tuple(
+            statistics.median(row["images_per_second"] for row in rows) for rows in timings
+        ),
+        seconds=tuple(
+            sum(row["train_seconds"] + row["evaluation_seconds"] for row in rows)
+            for rows in timings
+        ),
+        histories=tuple(histories),
+        confusion=confusion,
+    )

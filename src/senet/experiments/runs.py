@@ -1,0 +1,122 @@
+"""What a finished run shows: its history, its confusions and its gates."""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from senet.anatomy.recognition import excitations
+from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.data import ImageData, load_data, val_loader
+from senet.gates.record import record_gates
+from senet.reports.figures import (
+    Gates,
+    confusion_matrix,
+    gates_per_stage,
+    learning_curves,
+    save_figure,
+    themed,
+)
+from senet.support.device import choose_device
+from senet.training.config import CONFIG, RunConfig
+from senet.training.evaluation import evaluate
+
+# Gates that can pass 1, so that 1 = "unchanged" lies inside their range.
+CROSSING_ONE = ("identity_sigmoid", "relu")
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def examine(
+    checkpoint: Checkpoint, data: ImageData, run: RunConfig
+) -> tuple[NDArray[np.int64], Gates]:
+    """Confusion matrix and mean gates of a checkpoint on the validation images.
+
+    Args:
+        checkpoint: a trained network.
+        data: the data it was trained on.
+        run: its run, which says on which device and in which precision it is evaluated.
+    """
+    model, loader = _prepared(checkpoint, data, run)
+    result = evaluate(model, loader, checkpoint.classes, mixed_precision=run.recipe.mixed_precision)
+    return result.confusion.numpy(), _mean_gates(model, loader, checkpoint.classes)
+
+
+def _prepared(
+    checkpoint: Checkpoint, data: ImageData, run: RunConfig
+) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]]]:
+    """The network where its run had it, and a loader of the validation images."""
+    data = dataclasses.replace(data, preprocessing=checkpoint.preprocessing)
+    loader = val_loader(data, batch_size=run.recipe.batch_size, num_workers=run.num_workers)
+    model = checkpoint.model.to(choose_device(run.device)).to(memory_format=torch.channels_last)
+    return model, loader
+
+
+def _mean_gates(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], classes: Sequence[str]
+) -> Gates:
+    """Mean gates (classes, channels) by block; 0 for empty classes; none without SE blocks."""
+    if not excitations(model):
+        return {}
+    blocks = record_gates(model, loader, classes=classes).blocks
+    return {name: block.class_mean.nan_to_num(0.0).numpy() for name, block in blocks.items()}
+
+
+def neutral_gate(gate: str) -> float | None:
+    """The value of a gate that leaves a channel unchanged, if the gate can lie on both sides."""
+    return 1.0 if gate in CROSSING_ONE else None
+
+
+def open_run_data(config: RunConfig) -> ImageData:
+    """The data of a run, as its training opened them."""
+    return load_data(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        val_fraction=config.val_fraction,
+        image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images,
+        shuffle_buffer=config.shuffle_buffer,
+        bad_shards=config.bad_shards,
+        decode=config.decode,
+        epoch_size=config.epoch_size,
+    )
+
+
+def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
+    """Write the figures of a finished run into its folder.
+
+    Learning curves, the confusion matrix, and for SE networks the gates of the last checkpoint.
+
+    Args:
+        run: the run folder.
+        confusion: counts (true class, predicted class) of the last epoch.
+    """
+    config = RunConfig.from_toml(run / CONFIG)
+    folder = run / "figures"
+    label = Path(config.model).name  # of a network from a file without the file's folder
+    checkpoint = open_checkpoint(run / "checkpoints" / "last")
+    gates: Gates = {}
+    if excitations(checkpoint.model):
+        model, loader = _prepared(checkpoint, open_run_data(config), config)
+        gates = _mean_gates(model, loader, checkpoint.classes)
+    with themed():
+        history = read_rows(run / "metrics.csv")
+        save_figure(learning_curves({label: [history]}), folder, "learning_curves")
+        figure = confusion_matrix({label: confusion}, checkpoint.classes)
+        save_figure(figure, folder, "confusion_matrix")
+        if gates:
+            gate = config.model_options.get("gate", "sigmoid")
+            figure = gates_per_stage(gates, checkpoint.classes, neutral=neutral_gate(gate))
+            save_figure(figure, folder, "gates_per_stage")

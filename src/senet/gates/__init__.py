@@ -1,0 +1,1 @@
+"""What gates do over a data set; gates that are constant folded away."""

@@ -1,0 +1,1 @@
+"""SE into any CNN, and out again."""

@@ -1,0 +1,1 @@
+"""A network by name, from this package or from elsewhere."""

@@ -1,0 +1,204 @@
+"""Networks from anywhere by one name, and rebuilt from the configuration in a checkpoint."""
+
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from senet.errors import UserError
+from senet.gates.blocks import restructure
+from senet.insertion.insert import attach
+from senet.insertion.report import Place
+from senet.models import build_model
+
+PREFIXES = ("torchvision:", "timm:")
+_SIZE = (3, 224, 224)
+
+
+def open_source(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    named_by_user: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """A freshly initialised network by name.
+
+    Args:
+        name: one of `list_models()`, `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a
+            function that returns a module; it is given num_classes if it has such a parameter.
+            Only name files you trust: they are run.
+        named_by_user: False where the name comes from a file that may be a stranger's: then a
+            `FILE.py` is run only if its content was named by this user before (kept by SHA-256 in
+            `~/.cache/senet/trusted_files`), or if SENET_TRUST_CODE is 1.
+        num_classes: classes of the head.
+        in_channels: channels of the images; 3 for torchvision and files.
+        **options: for networks of this package, see `create_model`.
+
+    Returns:
+        The network; foreign ones get the attributes `config`, `input_size` and `min_input_size`
+        that networks of this package have.
+
+    Raises:
+        UserError: no such network, or the package is not installed.
+    """
+    if name.startswith(PREFIXES) or ".py:" in name:
+        if options:
+            raise UserError(f"{name} takes no options, got {', '.join(options)}")
+        if in_channels != 3 and not name.startswith("timm:"):
+            raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
+        model, size = _foreign(name, num_classes, in_channels, named_by_user)
+        config = {"name": name, "num_classes": num_classes, "in_channels": in_channels}
+        about = {
+            "config": {**config, "options": {}},
+            "input_size": (in_channels, *size[1:]),
+            "min_input_size": 1,  # unknown: the network itself refuses what is too small
+        }
+        for key, value in about.items():
+            setattr(model, key, value)
+        return model
+    return build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
+
+
+def rebuild(config: Mapping[str, Any]) -> nn.Module:
+    """A network from its `config`: freshly initialised, with inserted and folded blocks.
+
+    Args:
+        config: name, num_classes, in_channels, options, and as the case may be `inserted` (of
+            `senet.insert`) and `folded` (of `senet.fold_gates`).
+
+    Raises:
+        UserError: as for `open_source`.
+    """
+    model = open_source(
+        config["name"],
+        num_classes=config["num_classes"],
+        in_channels=config["in_channels"],
+        named_by_user=False,
+        **config["options"],
+    )
+    if "inserted" in config:
+        inserted = config["inserted"]
+        attach(model, [Place(**place) for place in inserted["places"]], gate=inserted["gate"])
+    if "folded" in config:
+        restructure(model, config["folded"])
+        former = model.config
+        assert isinstance(former, dict)
+        model.config = {**former, "folded": config["folded"]}  # type: ignore[assignment]
+    return model
+
+
+def _foreign(
+    name: str, num_classes: int, in_channels: int, named_by_user: bool
+) -> tuple[nn.Module, tuple[int, ...]]:
+    if name.startswith("torchvision:"):
+        return _torchvision(name.removeprefix("torchvision:"), num_classes), _SIZE
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"), num_classes, in_channels)
+    return _from_file(name, num_classes, named_by_user), _SIZE
+
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise UserError(f"torchvision has no model {name!r}{_close(name, models.list_models())}")
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=num_classes, **extra)
+
+
+def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[int, ...]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError("timm is not installed: pip install timm") from error
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    about: Any = model.pretrained_cfg
+    return model, tuple(about.get("input_size", _SIZE))
+
+
+def _close(name: str, names: list[str]) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _trust(path: Path, named_by_user: bool) -> None:
+    """Remember a file that the user named; refuse one that only a checkpoint names.
+
+    Raises:
+        UserError: this user never named a file of this content.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    known = cache / "senet" / "trusted_files"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    trusted = known.read_text().split() if known.is_file() else []
+    if digest in trusted or os.environ.get("SENET_TRUST_CODE") == "1":
+        return
+    if not named_by_user:
+        raise UserError(
+            f"the checkpoint wants to run {path}, which you have not named before: look at it, and "
+            "if you trust it, set SENET_TRUST_CODE=1"
+        )
+    with contextlib.suppress(OSError):  # a read-only home
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with known.open("a") as file:
+            file.write(f"{digest}\n")
+
+
+def _from_file(name: str, num_classes: int, named_by_user: bool) -> nn.Module:
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"model {name}: no such file: {path}")
+    _trust(Path(path), named_by_user)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    factory: Callable[..., Any] | None = getattr(module, function, None)
+    if not callable(factory):
+        raise UserError(f"model {name}: {path} has no function {function!r}")
+    takes = "num_classes" in inspect.signature(factory).parameters
+    model = factory(num_classes=num_classes) if takes else factory()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name}: {function} returns {type(model).__name__}, not a module")
+    return model
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The classifier: the last linear layer with one output a class, and its name.
+
+    Raises:
+        UserError: there is none.
+    """
+    classes = getattr(model, "config", {}).get("num_classes")
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module.out_features == classes
+    ]
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no linear layer with {classes} outputs as its head: "
+            "train it with --train se or all on data with its own classes"
+        )
+    return found[-1]
+
+
+def new_head(model: nn.Module, num_classes: int) -> None:
+    """Replace the classifier by a fresh one for another number of classes."""
+    name, old = head_of(model)
+    fresh = nn.Linear(old.in_features, num_classes, old.bias is not None)
+    model.set_submodule(name, fresh.to(old.weight.device, old.weight.dtype))
+    model.config = {**model.config, "num_classes": num_classes}  # type: ignore[assignment,dict-item]

@@ -1,0 +1,1 @@
+"""Figures, the page of a comparison, the page of the gates."""

@@ -1,0 +1,259 @@
+"""Figures of a run and of a comparison: learning curves, confusion matrices, gates per stage.
+
+Every function returns a `matplotlib.figure.Figure` made without pyplot, so that nothing is kept
+alive globally and no display is needed; `save_figure` writes it as PNG and SVG. Colours are those
+of Okabe and Ito, which people with any of the common colour vision deficiencies can tell apart;
+lines differ in their dashes as well.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from senet.support.files import atomic_write
+
+Theme = Literal["light", "dark"]
+Row = Mapping[str, float]
+Gates = Mapping[str, NDArray[np.float64]]
+"""Mean gates by layer name: an array (classes, channels) each."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
+MAX_GATE_CLASSES = 4  # as in fig. 6 of the paper: more lines can no longer be told apart
+MAX_NUMBERED_CLASSES = 12
+MAX_LABELLED_CLASSES = 40
+
+_BASE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "senet",
+}
+_DARK: dict[Any, Any] = {
+    "figure.facecolor": "#16181d",
+    "savefig.facecolor": "#16181d",
+    "axes.facecolor": "#16181d",
+    "text.color": "#e6e6e6",
+    "axes.labelcolor": "#e6e6e6",
+    "axes.edgecolor": "#9aa0a6",
+    "xtick.color": "#e6e6e6",
+    "ytick.color": "#e6e6e6",
+    "grid.color": "#9aa0a6",
+    "axes.prop_cycle": cycler(color=["#56B4E9", "#E69F00", "#009E73", "#CC79A7"]),
+}
+_LIGHT: dict[Any, Any] = {"axes.prop_cycle": cycler(color=list(COLOURS))}
+
+
+@contextmanager
+def themed(theme: Theme = "light") -> Iterator[None]:
+    """Set the fonts and colours of figures drawn and saved inside the block."""
+    with mpl.rc_context({**_BASE, **(_DARK if theme == "dark" else _LIGHT)}):
+        yield
+
+
+def _colour(index: int) -> Any:
+    cycle = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
+    return cycle[index % len(cycle)]
+
+
+def _ink() -> str:
+    return str(mpl.rcParams["text.color"])
+
+
+def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
+    """Validation top-1 accuracy and losses by epoch, the mean over seeds with its spread.
+
+    Args:
+        histories: by network, a history a seed: rows with `epoch` (from 1), `train_loss`,
+            `val_loss` and `top1` (%). Seeds of different lengths are cut to the shortest.
+
+    Returns:
+        Two panels: accuracy (%), and training (line) and validation loss (nats, faint line).
+        The band reaches from the lowest to the highest seed.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    for index, (label, runs) in enumerate(histories.items()):
+        length = min(len(run) for run in runs)
+        epochs = np.array([row["epoch"] for row in runs[0][:length]])
+        count = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+        for axes, column, style, suffix in (
+            (accuracy, "top1", "-", ""),
+            (loss, "train_loss", "-", ", training"),
+            (loss, "val_loss", (0, (2, 1.5)), ", validation"),
+        ):
+            values = np.array([[row[column] for row in run[:length]] for run in runs])
+            axes.fill_between(
+                epochs,
+                values.min(axis=0),
+                values.max(axis=0),
+                color=_colour(index),
+                alpha=0.15,
+                linewidth=0,
+            )
+            axes.plot(
+                epochs,
+                values.mean(axis=0),
+                linestyle=style,
+                marker="os^D"[index % 4] if axes is accuracy or length == 1 else "",
+                markersize=4.5,
+                linewidth=2,
+                color=_colour(index),
+                label=label + (count if axes is accuracy else suffix),
+            )
+    accuracy.set(title="Accuracy on the validation set", xlabel="epoch", ylabel="top-1 (%)")
+    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats, log scale)")
+    for axes, place in ((accuracy, "lower right"), (loss, "upper right")):
+        axes.legend(loc=place, fontsize=9.5)
+        axes.set_xlim(epochs[0] - 0.3, epochs[-1] + 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    # Before BN's running statistics have settled, a validation loss can be tens of times the rest.
+    loss.set_yscale("log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def confusion_matrix(matrices: Mapping[str, NDArray[np.integer]], classes: Sequence[str]) -> Figure:
+    """Confusion matrices side by side, each row in per cent of the true class.
+
+    Args:
+        matrices: by network, counts (classes, classes): row true class, column predicted class.
+        classes: names in the order of rows and columns.
+    """
+    size = len(classes)
+    side = 5.2 if size <= MAX_LABELLED_CLASSES else 4.5
+    figure = Figure(figsize=(0.9 + side * len(matrices), side + 0.6), layout="constrained")
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for index, (axes, (label, counts)) in enumerate(zip(panels, matrices.items(), strict=True)):
+        totals = counts.sum(axis=1, keepdims=True)
+        percent = 100 * counts / np.maximum(totals, 1)
+        image = axes.imshow(percent, vmin=0, vmax=100, cmap="cividis")
+        axes.grid(False)
+        accuracy = 100 * np.trace(counts) / max(int(counts.sum()), 1)
+        axes.set_title(f"{label}: {accuracy:.1f}% correct")
+        axes.set_xlabel("predicted class")
+        if size <= MAX_LABELLED_CLASSES:
+            fontsize = 9.5 if size <= MAX_NUMBERED_CLASSES else 6
+            axes.set_xticks(range(size), classes, rotation=45, ha="right", fontsize=fontsize)
+            axes.set_yticks(range(size), classes if index == 0 else [""] * size, fontsize=fontsize)
+        if index == 0:
+            axes.set_ylabel("true class")
+        if size <= MAX_NUMBERED_CLASSES:
+            _number_cells(axes, percent)
+    figure.colorbar(image, ax=list(panels), label="% of the true class", shrink=0.8, aspect=30)
+    return figure
+
+
+def _number_cells(axes: Axes, percent: NDArray[np.float64]) -> None:
+    """Write each cell's percentage; cells under half a per cent stay empty."""
+    for row, column in np.argwhere(percent > 0.5):
+        value = percent[row, column]
+        ink = "black" if value > 60 else "white"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
+
+
+def shown_layers(gates: Gates) -> list[str]:
+    """The layers that `gates_per_stage` draws: the last of each stage, all of the last stage.
+
+    This is the choice of fig. 6 of the paper (SE_2_3, SE_3_4, SE_4_6, SE_5_1, SE_5_2, SE_5_3).
+    A stage is what shares the first part of a layer's dotted name.
+    """
+    stages: dict[str, list[str]] = {}
+    for name in gates:
+        stages.setdefault(name.split(".")[0], []).append(name)
+    *early, last = stages.values()
+    return [layers[-1] for layers in early] + last
+
+
+def gates_per_stage(
+    gates: Gates, classes: Sequence[str], *, neutral: float | None = None
+) -> Figure:
+    """Mean gate of every channel, by class, in the style of fig. 6 and 7 of the paper.
+
+    Args:
+        gates: by layer in the network's order, mean gates (classes, channels).
+        classes: names of the rows.
+        neutral: gate value that leaves a channel unchanged, drawn as a line where it lies inside
+            the range of the gates.
+
+    Returns:
+        A panel a layer (see `shown_layers`); up to four classes, spread evenly over the list, and
+        the mean over all classes.
+    """
+    layers = shown_layers(gates)
+    columns = min(len(layers), 3)
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.5 * columns + 0.6, 2.9 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    count = min(MAX_GATE_CLASSES, len(classes))
+    picked = np.unique(np.linspace(0, len(classes) - 1, count).round().astype(int))
+    for axes, name in zip(panels.flat, layers, strict=False):
+        values = gates[name]
+        channels = np.arange(values.shape[1])
+        if neutral is not None:
+            axes.axhline(
+                neutral, color=_ink(), linewidth=0.8, alpha=0.6, label=f"{neutral:g}: unchanged"
+            )
+        axes.plot(
+            channels,
+            values.mean(axis=0),
+            color=_ink(),
+            linewidth=4.5,
+            alpha=0.25,
+            label=f"mean of all {len(classes)} classes",
+        )
+        for index, row in enumerate(picked):
+            axes.plot(
+                channels,
+                values[row],
+                color=_colour(index),
+                linestyle=DASHES[index],
+                linewidth=1.4,
+                label=classes[row],
+            )
+        spread = values.std(axis=0).mean()
+        title = f"{name.removesuffix('.se')}\nspread between classes {spread:.3f}"
+        axes.set_title(title, fontsize=10.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.margins(x=0.02)
+    for axes in panels.flat[len(layers) :]:
+        axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("channel")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("mean gate")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    return figure
+
+
+def render(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """The figure as the bytes of a PNG (150 dots an inch) or of an SVG without a date."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write `folder/name.png` and `folder/name.svg`, each as a whole; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / f"{name}.png", render(figure, "png"))
+    atomic_write(folder / f"{name}.svg", render(figure, "svg"))

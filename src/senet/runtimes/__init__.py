@@ -1,0 +1,1 @@
+"""Files for other runtimes: export, its forms, and the runtimes' sessions."""

@@ -1,0 +1,1 @@
+"""Small things that everything above uses: files, text, allocator, device, progress."""

@@ -1,0 +1,194 @@
+"""What a long run tells whoever watches it, and what a user sees of it.
+
+A bar on a terminal, a line an epoch elsewhere.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich import progress as bars
+from rich.console import Console
+
+from senet.support.text import duration
+
+
+class Progress(Protocol):
+    """Hears of the progress of `train`, `resume` and `evaluate`, in the main process only.
+
+    The order of calls: per epoch `begin_epoch`, `step` for each step, `begin_evaluation`,
+    `evaluated` for each batch, `end_epoch`.
+    """
+
+    def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """Epoch `epoch` of `epochs` (from 1) begins; `done` of its `steps` are done already."""
+
+    def step(self, images: int, loss: float, lr: float) -> None:
+        """A step over `images` images (of all processes) is done, at learning rate `lr`."""
+
+    def begin_evaluation(self, batches: int) -> None:
+        """An evaluation over that many batches begins."""
+
+    def evaluated(self, images: int) -> None:
+        """A batch of `images` images (of this process) is evaluated."""
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """An epoch and its evaluation are over; `row` is its row of metrics.csv."""
+
+    def note(self, message: str) -> None:
+        """Something that a user should read, in one line."""
+
+
+class Silent:
+    """A `Progress` that tells nobody."""
+
+    def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """Say nothing."""
+
+    def step(self, images: int, loss: float, lr: float) -> None:
+        """Say nothing."""
+
+    def begin_evaluation(self, batches: int) -> None:
+        """Say nothing."""
+
+    def evaluated(self, images: int) -> None:
+        """Say nothing."""
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Say nothing."""
+
+    def note(self, message: str) -> None:
+        """Say nothing."""
+
+
+class EpochLines:
+    """Prints a line after each epoch, and notes on standard error; what files and pipes get.
+
+    Args:
+        console: where the lines go.
+        label: put before each line, such as the run's name; nothing by default.
+    """
+
+    def __init__(self, console: Console, label: str = "") -> None:
+        self.console = console
+        self.label = f"{label}: " if label else ""
+        self.epoch = self.epochs = self.images = 0
+        self.began = self.stepped = time.monotonic()
+
+    def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """Start the epoch's clock."""
+        self.epoch, self.epochs, self.images = epoch, epochs, 0
+        self.began = self.stepped = time.monotonic()
+
+    def step(self, images: int, loss: float, lr: float) -> None:
+        """Count the images."""
+        self.images += images
+        self.stepped = time.monotonic()
+
+    def begin_evaluation(self, batches: int) -> None:
+        """Nothing to print."""
+
+    def evaluated(self, images: int) -> None:
+        """Nothing to print."""
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Print the epoch's results and speed."""
+        # Nothing was trained where a run is resumed after the last step of its epoch.
+        rate = f"{self.images / max(self.stepped - self.began, 1e-9):.0f} images/s  "
+        self.console.print(
+            f"{self.label}epoch {self.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
+            f"val loss {row['val_loss']:.3f}  top-1 {row['top1']:.2f}%  top-5 {row['top5']:.2f}%  "
+            f"{rate if self.images else ''}{duration(time.monotonic() - self.began)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def note(self, message: str) -> None:
+        """Print a remark on standard error."""
+        print(f"senet: {message}", file=sys.stderr)
+
+
+class EpochBars(EpochLines):
+    """As `EpochLines`, with a bar that shows images/s and the time left of all runs.
+
+    Args:
+        console: where the lines go.
+        bar: the bars of that console.
+        label: put before each line.
+        runs_done: runs that are finished.
+        runs: all runs that follow each other.
+    """
+
+    def __init__(self, console: Console, bar: bars.Progress, label: str, runs_done: int, runs: int):
+        super().__init__(console, label)
+        self.bar = bar
+        self.runs_done = runs_done
+        self.runs = runs
+        self.task: bars.TaskID = bar.add_task(self.label, total=None, rate="")
+
+    def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """Count steps over all epochs and runs, so that the time left is that of the whole."""
+        super().begin_epoch(epoch, epochs, steps, done)
+        self.bar.update(
+            self.task,
+            total=self.runs * epochs * steps,
+            completed=(self.runs_done * epochs + epoch - 1) * steps + done,
+            description=f"{self.label}epoch {epoch}/{epochs}",
+        )
+
+    def step(self, images: int, loss: float, lr: float) -> None:
+        """Advance the bar by a step."""
+        super().step(images, loss, lr)
+        rate = self.images / max(self.stepped - self.began, 1e-9)
+        self.bar.update(self.task, advance=1, rate=f"{rate:.0f} images/s, loss {loss:.3f}")
+
+    def begin_evaluation(self, batches: int) -> None:
+        """Say what the bar waits for; count batches where there is no training."""
+        if self.epochs:
+            self.bar.update(self.task, rate="validation")
+        else:
+            self.bar.update(self.task, total=batches, description="evaluation")
+
+    def evaluated(self, images: int) -> None:
+        """Advance the bar by a batch where there is no training."""
+        if not self.epochs:
+            self.images += images
+            rate = self.images / max(time.monotonic() - self.began, 1e-9)
+            self.bar.update(self.task, advance=1, rate=f"{rate:.0f} images/s")
+
+    def note(self, message: str) -> None:
+        """Print a remark above the bar."""
+        self.bar.console.print(f"senet: {message}", style="yellow", highlight=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.remove_task(self.task)
+
+
+@contextmanager
+def watch(label: str = "", runs_done: int = 0, runs: int = 1) -> Iterator[EpochLines]:
+    """A progress display that fits standard output: bars on a terminal, lines elsewhere.
+
+    Args:
+        label: put before each line, such as the run's name.
+        runs_done: runs that are finished.
+        runs: all runs that follow each other.
+    """
+    console = Console()
+    if not console.is_terminal:
+        yield EpochLines(console, label)
+        return
+    columns = (
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=None),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[rate]}"),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console, transient=True) as bar:
+        display = EpochBars(console, bar, label, runs_done, runs)
+        yield display
+        display.close()

@@ -1,0 +1,238 @@
+"""`senet compare`: order of the runs, results, resume, gates."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_tools import CLASSES, make_data, run
+
+from senet.__main__ import main
+from senet.errors import UserError
+from senet.experiments.compare import QUICK_EPOCHS, CompareConfig
+from senet.experiments.runs import read_rows
+
+
+def flags(data: Path, out: Path) -> list[str]:
+    return [
+        "compare", "--data", str(data), "--seeds", "2", "--epochs", "2", "--batch-size", "8",
+        "--lr", "0.05", "--out", str(out), "--device", "cpu", "--no-tune-allocator",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def compared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared") / "run"
+    assert main(flags(data, out)) == 0
+    return out
+
+
+def results(folder: Path) -> dict[str, object]:
+    """results.json without the timings, which differ from run to run."""
+    content = json.loads((folder / "results.json").read_text())
+    for network in ("plain", "se"):
+        del content[network]["images_per_second"], content[network]["seconds"]
+    return content
+
+
+def test_each_network_and_seed_has_a_run(compared: Path) -> None:
+    configs = {
+        path: tomllib.loads((compared / path / "config.toml").read_text())
+        for path in ("plain/seed0", "plain/seed1", "se/seed0", "se/seed1")
+    }
+    assert {path: (c["model"], c["seed"]) for path, c in configs.items()} == {
+        "plain/seed0": ("resnet8_cifar", 0),
+        "plain/seed1": ("resnet8_cifar", 1),
+        "se/seed0": ("se_resnet8_cifar", 0),
+        "se/seed1": ("se_resnet8_cifar", 1),
+    }
+    assert configs["plain/seed0"]["recipe"] == configs["se/seed1"]["recipe"]
+    assert configs["se/seed0"]["model_options"] == {"reduction": 4, "gate": "identity_sigmoid"}
+    assert configs["plain/seed0"]["model_options"] == {}
+    for path in configs:
+        assert (compared / path / "checkpoints" / "last" / "model.safetensors").is_file()
+        assert list((compared / path / "tensorboard").iterdir())
+
+
+def test_networks_are_trained_alternately(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(capsys, *flags(data, tmp_path / "run"))
+    assert found.code == 0, found.err
+    order = [line.split(": epoch 1/2")[0] for line in found.out.splitlines() if "epoch 1/2" in line]
+    assert order == [
+        "resnet8_cifar seed 0",
+        "se_resnet8_cifar seed 0",
+        "resnet8_cifar seed 1",
+        "se_resnet8_cifar seed 1",
+    ]
+    assert "parameters" in found.out
+    assert "points of top-1 (SE minus plain)" in found.out
+    assert "over 2 paired seeds" in found.out
+    assert found.out.splitlines()[-1].endswith(str(tmp_path / "run"))
+
+
+def test_results_are_those_of_the_runs(compared: Path) -> None:
+    content = json.loads((compared / "results.json").read_text())
+    for kind in ("plain", "se"):
+        for seed in (0, 1):
+            rows = read_rows(compared / kind / f"seed{seed}" / "metrics.csv")
+            assert content[kind]["top1"][seed] == rows[-1]["top1"]
+        assert np.sum(content[kind]["confusion"]) == 2 * 12  # both seeds, 12 validation images
+        right = np.trace(content[kind]["confusion"]) / 24
+        assert 100 * right == pytest.approx(np.mean(content[kind]["top1"]))
+    assert content["classes"] == list(CLASSES)
+    assert content["se"]["parameters"] > content["plain"]["parameters"]
+    assert {name: np.shape(gates) for name, gates in content["gates"].items()} == {
+        "layer1.0.se": (3, 16),
+        "layer2.0.se": (3, 32),
+        "layer3.0.se": (3, 64),
+    }
+
+
+def test_files(compared: Path) -> None:
+    for name in ("learning_curves", "confusion_matrix", "gates_per_stage"):
+        for kind in ("png", "svg"):
+            assert (compared / "figures" / f"{name}.{kind}").stat().st_size > 1000
+    assert "<table>" in (compared / "report.html").read_text()
+
+
+def test_a_killed_comparison_resumes_to_the_same_results(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = tmp_path / "killed"
+    shutil.copytree(compared, killed)
+    # As if killed after one epoch of plain seed 1: that run's last checkpoint is the first
+    # epoch's, and the runs behind it do not exist.
+    shutil.rmtree(killed / "se" / "seed1")
+    shutil.rmtree(killed / "figures")
+    (killed / "results.json").unlink()
+    interrupted = killed / "plain" / "seed1"
+    shutil.rmtree(interrupted / "checkpoints" / "last")
+    (interrupted / "checkpoints" / "previous").rename(interrupted / "checkpoints" / "last")
+    lines = (interrupted / "metrics.csv").read_text().splitlines(keepends=True)
+    (interrupted / "metrics.csv").write_text("".join(lines[:2]))
+    kept = killed / "plain" / "seed0" / "checkpoints" / "last" / "model.safetensors"
+    before = kept.stat().st_mtime_ns
+
+    found = run(capsys, "compare", "--resume", killed, "--no-tune-allocator")
+    assert found.code == 0, found.err
+    assert "resnet8_cifar seed 0" not in found.out
+    assert "resnet8_cifar seed 1: epoch 2/2" in found.out
+    assert kept.stat().st_mtime_ns == before
+    assert results(killed) == results(compared)
+
+
+def test_interrupt_names_the_command_that_resumes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    from senet.support.progress import EpochLines
+
+    def press_ctrl_c(self: EpochLines, images: int, loss: float, lr: float) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(EpochLines, "step", press_ctrl_c)
+    found = run(capsys, *flags(data, out))
+    assert found.code == 130
+    assert found.err.splitlines()[-1] == (
+        f"senet compare: stopped; to go on: senet compare --resume {out}"
+    )
+
+
+def test_config_of_a_comparison_reruns_it(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    found = run(
+        capsys, "compare", "--config", compared / "config.toml", "--out", again,
+        "--no-tune-allocator",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert results(again) == results(compared)
+
+
+def test_the_recipe_quick_brings_what_a_short_training_needs(tmp_path: Path) -> None:
+    quick = CompareConfig(out=tmp_path)
+    assert quick.training_recipe().epochs == QUICK_EPOCHS
+    assert quick.runs()["se"][0].model_options == {"reduction": 4, "gate": "identity_sigmoid"}
+    given = CompareConfig(out=tmp_path, se_options={"gate": "tanh"}, recipe_options={"epochs": 3})
+    assert given.training_recipe().epochs == 3
+    assert given.runs()["se"][0].model_options == {"reduction": 4, "gate": "tanh"}
+    cifar = CompareConfig(out=tmp_path, model="se_resnet20_cifar", recipe="cifar")
+    assert cifar.training_recipe().epochs == 200
+    assert cifar.runs()["se"][0].model_options == {}
+    assert cifar.runs()["plain"][0].model == "resnet20_cifar"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--model": "resnet9_cifar"}, ["unknown model", "did you mean"]),
+        ({"--recipe": "quack"}, ["unknown recipe", "did you mean 'quick'?"]),
+        ({"--data": "embeded"}, ["unknown data set", "did you mean 'embedded'?"]),
+        ({"--seeds": "0"}, ["seeds", "got 0"]),
+        ({"--epochs": "0"}, ["epochs", "got 0"]),
+        ({"--batch-size": "1000"}, ["batch_size 1000"]),
+    ],
+)
+def test_bad_values(
+    changes: dict[str, str],
+    words: list[str],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    arguments = flags(data, out)
+    for name, value in changes.items():
+        if name not in arguments:
+            arguments += [name, value]
+        arguments[arguments.index(name) + 1] = value
+    run(capsys, *arguments).refused("compare", *words)
+    assert not out.exists()
+
+
+def test_existing_folder(data: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, *flags(data, compared))
+    found.refused("compare", str(compared), f"senet compare --resume {compared}")
+
+
+def test_unwritable_folder(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    run(capsys, *flags(data, out)).refused("compare", str(out))
+
+
+def test_out_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "compare", "--no-tune-allocator").refused("compare", "--out")
+
+
+def test_resume_refuses_flags_and_other_folders(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, value in (("--seeds", 3), ("--gate", "tanh"), ("--workers", 0), ("--out", tmp_path)):
+        found = run(capsys, "compare", "--resume", compared, flag, value, "--no-tune-allocator")
+        found.refused("compare", flag)
+    found = run(capsys, "compare", "--resume", tmp_path, "--no-tune-allocator")
+    found.refused("compare", str(tmp_path), "no folder of senet compare")
+    run_folder = compared / "se" / "seed0"
+    found = run(capsys, "compare", "--resume", run_folder, "--no-tune-allocator")
+    found.refused("compare", str(run_folder), "senet train --resume")
+    (tmp_path / "config.toml").write_text("seeds 3")
+    found = run(capsys, "compare", "--resume", tmp_path, "--no-tune-allocator")
+    found.refused("compare", "config.toml", "not a TOML file")
+
+
+def test_compare_config_refuses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="seeds must be at least 1"):
+        CompareConfig(out=tmp_path, seeds=0)

@@ -1,0 +1,326 @@
+"""The C++ kernels of senet.optimize against PyTorch in float64, one layer at a time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from senet.inference import kernels
+from senet.inference.program import Program
+from senet.inference.rewrite import Rewriter
+from senet.nn.block import SqueezeExcitation
+
+pytestmark = pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)
+
+# Rounding of sums of up to some thousand float32 products, relative to the largest output; the
+# transforms of F(4×4, 3×3) double it.
+TOLERANCE = 3e-6
+
+# channels in, channels out, kernel, stride, padding, dilation, groups, height, width
+CONVOLUTIONS = {
+    "1x1": (64, 96, 1, 1, 0, 1, 1, 14, 14),
+    "1x1 of odd channels": (37, 41, 1, 1, 0, 1, 1, 9, 5),
+    "1x1, many channels": (1024, 48, 1, 1, 0, 1, 1, 7, 7),
+    "1x1 with stride": (48, 64, 1, 2, 0, 1, 1, 15, 14),
+    "1x1 with padding": (16, 16, 1, 1, 1, 1, 1, 6, 6),
+    "stem 7x7": (3, 64, 7, 2, 3, 1, 1, 33, 40),
+    "F(4,3)": (32, 64, 3, 1, 1, 1, 1, 28, 28),
+    "F(4,3), ragged": (24, 40, 3, 1, 1, 1, 1, 13, 17),
+    "F(2,3)": (32, 48, 3, 1, 1, 1, 1, 6, 6),
+    "F(2,3), ragged": (17, 33, 3, 1, 1, 1, 1, 5, 6),
+    "F(4,3) without padding": (16, 32, 3, 1, 0, 1, 1, 10, 11),
+    "F(4,3), few tiles": (256, 256, 3, 1, 1, 1, 1, 14, 14),
+    "3x3 with stride": (32, 64, 3, 2, 1, 1, 1, 15, 15),
+    "3x3 dilated": (16, 32, 3, 1, 2, 2, 1, 12, 12),
+    "1x7": (20, 28, (1, 7), 1, (0, 3), 1, 1, 12, 12),
+    "few channels": (4, 5, 3, 1, 1, 1, 1, 8, 8),
+    "grouped": (128, 128, 3, 1, 1, 1, 32, 14, 14),
+    "grouped by 2": (48, 48, 3, 1, 1, 1, 24, 9, 8),
+    "grouped by 4 with stride": (128, 128, 3, 2, 1, 1, 32, 15, 14),
+    "grouped by 8": (72, 72, 3, 1, 1, 1, 9, 7, 15),
+    "grouped by 8 with stride": (64, 64, 3, 2, 1, 1, 8, 14, 15),
+    "grouped without padding": (32, 32, 3, 1, 0, 1, 8, 9, 10),
+    "grouped by 16": (64, 64, 3, 1, 1, 1, 4, 14, 14),
+    "grouped, wide groups": (64, 128, 3, 2, 1, 1, 2, 14, 14),
+    "grouped 1x1": (240, 60, 1, 1, 0, 1, 3, 7, 7),
+    "depthwise": (50, 50, 3, 2, 1, 1, 50, 14, 13),
+    "map of one pixel": (64, 64, 3, 1, 1, 1, 1, 1, 1),
+}
+
+
+class Tail(nn.Module):
+    """Convolution, batch norm and, as wanted, SE, addition and ReLU."""
+
+    def __init__(self, conv: nn.Conv2d, se: bool, shortcut: bool, relu: bool) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(conv.out_channels)
+        self.se = SqueezeExcitation(conv.out_channels, hidden=8) if se else nn.Identity()
+        self.other = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+        )
+        self.shortcut, self.relu = shortcut, relu
+        for value in (self.bn.running_mean, self.bn.bias.data):
+            nn.init.normal_(value, 0, 0.2)
+        for value in (self.bn.running_var, self.bn.weight.data):
+            nn.init.uniform_(value, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.bn(self.conv(x)))
+        if self.shortcut:
+            y = y + self.other(x)
+        return torch.relu(y) if self.relu else y
+
+
+def native(model: nn.Module, x: Tensor, threads: int = 2) -> Tensor:
+    """The model through the kernels; fails where PyTorch would have to help."""
+    program = Program(Rewriter(model.eval()).run(), x, threads, {})
+    assert len(program.parts) == 1
+    first = program.run(x)
+    again = program.run(x)  # in the same buffers
+    assert torch.equal(first.nan_to_num(1e9), again.nan_to_num(1e9))
+    return first
+
+
+def error(found: Tensor, model: nn.Module, x: Tensor) -> float:
+    """Largest difference from the model in float64, relative to its largest output."""
+    wanted = model.double()(x.double())
+    assert found.shape == wanted.shape
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def convolution(name: str) -> tuple[nn.Conv2d, Tensor]:
+    c, d, kernel, stride, padding, dilation, groups, h, w = CONVOLUTIONS[name]
+    conv = nn.Conv2d(c, d, kernel, stride, padding, dilation, groups, bias=False)
+    return conv, torch.rand(3, c, h, w) - 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tail", ["plain", "relu", "shortcut", "gates", "all"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_and_its_tail(name: str, tail: str) -> None:
+    conv, x = convolution(name)
+    model = Tail(
+        conv, tail in ("gates", "all"), tail in ("shortcut", "all"), tail in ("relu", "all")
+    )
+    assert error(native(model, x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_small_excitations_run_image_by_image(kernel: int, threads: int) -> None:
+    """One thread takes an image from its squeeze to its gates while another is at the next."""
+    model = Tail(nn.Conv2d(24, 40, kernel, padding=kernel // 2), True, True, True)
+    x = torch.randn(9, 24, 13, 11)
+    program = Program(Rewriter(model.eval()).run(), x, threads, {})
+    assert sum(step.kind == kernels.Kind.IMAGES for step in program.parts[0].steps) == 1
+    first = program.run(x)
+    assert all(torch.equal(program.run(x), first) for _ in range(20))
+    assert error(first, model, x) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [1, 2, 7])
+def test_excitation_is_summed_in_float64(images: int) -> None:
+    """Means of 1000 whose weighted sum is near 0: sums in float32 fail this by two digits."""
+    model = SqueezeExcitation(512, hidden=96)
+    signs = torch.tensor([1.0, -1.0]).repeat(256)
+    model.fc1.weight.mul_(0.05).add_(signs)
+    x = 1000 + torch.randn(images, 512, 1, 1)  # one pixel: means are exact
+    found = native(nn.Sequential(model), x)
+    hidden = model.double().fc1(x.double().mean((2, 3)))
+    assert hidden.abs().max() < 500  # of 512,000 that are added up
+    assert error(found, model, x) < 1e-6
+
+
+@torch.no_grad()
+def test_winograd_rounds_little() -> None:
+    """Root mean square error of F(4×4, 3×3): 1.2e-6 with the points ±1/√2, ±√2.
+
+    The usual points ±1, ±2 give more than twice that.
+    """
+    conv = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+    x = torch.relu(torch.randn(1, 256, 28, 28))
+    found = native(nn.Sequential(conv), x)
+    wanted = conv.double()(x.double())
+    error = ((found - wanted).square().mean() / wanted.square().mean()).sqrt()
+    assert error < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", ["F(4,3)", "F(4,3), few tiles", "grouped", "1x1"])
+def test_threads_change_no_bit(name: str, threads: int) -> None:
+    conv, x = convolution(name)
+    model = Tail(conv, True, True, True)
+    # The cut into tasks follows the number of threads, sums over a convolution's depth do not;
+    # only the squeeze is summed in parts.
+    plain = Tail(conv, False, True, True)
+    assert torch.equal(native(plain, x, threads), native(plain, x, 2))
+    assert torch.allclose(native(model, x, threads), native(model, x, 2), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2, 1),
+        nn.MaxPool2d(3, 2, 0, ceil_mode=True),
+        nn.AvgPool2d(3, 1, 1),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        nn.AdaptiveAvgPool2d(1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [3, 40])
+def test_pooling(pool: nn.Module, channels: int) -> None:
+    x = torch.randn(2, channels, 12, 11)
+    model = nn.Sequential(pool)
+    assert error(native(model, x), model, x) < TOLERANCE
+
+
+def test_max_pooling_keeps_nan() -> None:
+    x = torch.zeros(1, 3, 4, 4)
+    x[0, 1, 0, 0] = float("nan")
+    found = native(nn.Sequential(nn.MaxPool2d(2)), x)
+    assert torch.equal(found.isnan(), nn.MaxPool2d(2)(x).isnan())
+    assert found.isnan().sum() == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"])
+def test_se_alone(gate: str) -> None:
+    model = nn.Sequential(SqueezeExcitation(37, 4, gate=gate))
+    nn.init.normal_(model[0].fc2.weight)
+    x = torch.randn(3, 37, 9, 8)
+    assert error(native(model, x), model, x) < TOLERANCE
+
+
+class Branches(nn.Module):
+    """Parallel convolutions into one concat, one of them read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 20, 1), nn.Conv2d(8, 13, 3, padding=1)
+        self.c = nn.Conv2d(46, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.relu(self.a(x))
+        joined = torch.cat([a, self.b(x), torch.nn.functional.max_pool2d(a, 3, 1, 1)[:, :13]], 1)
+        return self.c(joined) * 0.5
+
+
+@torch.no_grad()
+def test_concat_of_parts_from_kernels_and_from_pytorch() -> None:
+    model = Branches().eval()
+    x = torch.randn(2, 8, 10, 10)
+    program = Program(Rewriter(model).run(), x, 2, {})
+    assert len(program.parts) == 3  # kernels, the slice in PyTorch, kernels
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+class SqueezedBranches(nn.Module):
+    """As an Inception module: convolutions of several kinds and pooling, joined, SE, a reader."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(20, 21, 1), nn.Conv2d(20, 48, 3, padding=1)
+        self.c = nn.Conv2d(20, wide, (1, 3), padding=(0, 1))
+        self.se = SqueezeExcitation(21 + 48 + wide + 20, 4)
+        self.d = nn.Conv2d(self.se.channels, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.nn.functional.max_pool2d(x, 3, 1, 1)
+        parts = [torch.relu(self.a(x)), torch.relu(self.b(x)), torch.relu(self.c(pooled)), pooled]
+        return self.d(self.se(torch.cat(parts, 1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "wide"), [((40, 37), 16), ((6, 5), 300), ((1, 1), 16)])
+@pytest.mark.parametrize("images", [1, 3, 7])
+def test_se_alone_behind_branches(size: tuple[int, int], wide: int, images: int) -> None:
+    """Convolutions write where the concat lies and add up what they write; nothing is copied."""
+    model = SqueezedBranches(wide).eval()
+    nn.init.normal_(model.se.fc2.weight)
+    x, graph = torch.randn(images, 20, *size), Rewriter(model).run()
+    for threads in (1, 2):
+        program = Program(graph, x, threads, {})
+        (part,) = program.parts
+        kinds = [kernels.Kind(step.kind) for step in part.steps]
+        groups = kinds.count(kernels.Kind.INPUT)  # of images
+        assert sum(bool(step.sums) for step in part.steps) == 3 * groups
+        assert kinds.count(kernels.Kind.SUMS) == groups  # the pooled branch
+        assert kinds.count(kernels.Kind.POINTWISE) == groups  # the scaling
+        assert error(program.run(x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_branches_in_groups_of_images() -> None:
+    class Grouped(SqueezedBranches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean((2, 3))
+
+    model = Grouped(16).eval()
+    x = torch.randn(4, 20, 160, 160)
+    program = Program(Rewriter(model).run(), x, 2, {})
+    steps = program.parts[0].steps
+    assert sum(step.kind == kernels.Kind.INPUT for step in steps) > 1
+    assert sum(bool(step.sums) for step in steps) > 3
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_scaling_spares_a_map_that_is_read_again() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.se = nn.Conv2d(8, 20, 1), SqueezeExcitation(20, 4)
+            self.after = nn.Conv2d(20, 20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.conv(x))
+            return self.after(self.se(y)) + self.after(y)
+
+    model = Twice().eval()
+    x = torch.randn(2, 8, 9, 9)
+    assert error(native(model, x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_groups_of_images_give_the_same_as_the_whole_batch() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 128, 3, padding=1),
+        nn.ReLU(),
+        Tail(nn.Conv2d(128, 128, 1), True, True, True),
+        nn.Conv2d(128, 8, 1),
+    )
+    x = torch.randn(6, 3, 96, 96)
+    program = Program(Rewriter(model.eval()).run(), x, 2, {})
+    steps = program.parts[0].steps
+    assert sum(step.kind == kernels.Kind.INPUT for step in steps) == 6  # one image at a time
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_other_instruction_sets(isa: str) -> None:
+    if isa == "avx2" and kernels.instruction_set() == "baseline":
+        pytest.skip("this processor has no AVX2")
+    selected = "all and not other or few_tiles or pooling or se_alone"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", selected, "-p", "no:cacheprovider"],
+        env=os.environ | {"SENET_ISA": isa, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,195 @@
+"""senet.export: what is written runs in its own runtime and gives the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from senet.errors import SenetError, UserError
+from senet.networks.create import create_model
+from senet.runtimes import export as export_module
+from senet.runtimes.engines import ENGINES, load_ahead, make_engine
+from senet.runtimes.export import TOLERANCE, export
+from senet.runtimes.forms import in_form
+from senet.runtimes.sessions import open_exported
+
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+# The exporters' own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CLASSES = tuple(f"class {index}" for index in range(10))
+PREPROCESSING = {"image_size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("se_resnet8_cifar", num_classes=10, reduction=4)
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 32, 32))
+    return model.eval()
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_any_batch_and_metadata(model: nn.Module, format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"network{SUFFIX[format]}"
+    report = export(model, path, form="squeeze_first", classes=CLASSES, preprocessing=PREPROCESSING)
+    assert report.format == format
+    assert report.difference <= TOLERANCE
+    assert report.inputs == 4  # the example, and random images of three batch sizes
+    exported = open_exported(path)
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            assert difference(exported.run(x), model(x)) <= TOLERANCE
+    metadata = exported.metadata
+    assert metadata["classes"] == list(CLASSES)
+    assert metadata["preprocessing"] == PREPROCESSING
+    assert metadata["input_size"] == [3, 32, 32]
+    assert metadata["config"] == model.config
+    assert metadata["form"] == "squeeze_first"
+    left = {file.suffix for file in tmp_path.iterdir()}
+    assert left == ({".xml", ".bin"} if format == "openvino" else {SUFFIX[format]})
+
+
+def test_the_form_is_chosen_by_measurement(model: nn.Module, tmp_path: Path) -> None:
+    report = export(model, tmp_path / "network.onnx", batch=2)
+    # Behind a 3×3 convolution there is no expanded form.
+    assert set(report.milliseconds) == {"plain", "squeeze_first"}
+    fastest = min(report.milliseconds, key=lambda form: report.milliseconds[form])
+    assert report.form == fastest
+    assert open_exported(tmp_path / "network.onnx").metadata["form"] == fastest
+    assert open_exported(tmp_path / "network.onnx").metadata["batch"] == 2
+
+
+def test_the_expanded_form_has_no_broadcast_and_no_mean(tmp_path: Path) -> None:
+    import onnx
+
+    bottlenecks = create_model("se_resnet50", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    path = tmp_path / "network.onnx"
+    export(bottlenecks, path, example_input=x, batch=1, form="expanded")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    shapes = {
+        info.name: [d.dim_value for d in info.type.tensor_type.shape.dim]
+        for info in graph.value_info
+    }
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("AveragePool") == 16
+    assert kinds.count("ReduceMean") <= 1  # in front of the classifier
+    scales = [node for node in graph.node if node.op_type == "Mul"]
+    assert len(scales) == 16
+    assert all(shapes[node.input[0]] == shapes[node.input[1]] for node in scales)
+
+
+def test_free_size(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "network.onnx"
+    export(model, path, any_size=True, form="squeeze_first")
+    x = torch.randn(2, 3, 40, 72)
+    with torch.no_grad():
+        assert difference(open_exported(path).run(x), model(x)) <= TOLERANCE
+
+
+def test_int8_keeps_the_gates_in_float(model: nn.Module, tmp_path: Path) -> None:
+    import onnx
+
+    images = [torch.randn(8, 3, 32, 32) for _ in range(4)]
+    with torch.no_grad():
+        calibration = [(x, model(x).argmax(1)) for x in images]
+    path = tmp_path / "int8.onnx"
+    report = export(model, path, calibration=calibration, form="squeeze_first")
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert report.quantized == convolutions
+    assert report.accuracy["float32"] == 100
+    assert report.accuracy["int8"] > 70
+    assert open_exported(path).metadata["precision"] == "int8"
+    graph = onnx.load(path).graph
+    float_inputs = {tensor.name for tensor in graph.initializer if tensor.data_type == 1}
+    gates = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
+    assert len(gates) >= 7  # two layers a block and the classifier
+    assert all(float_inputs & set(node.input) for node in gates)
+
+
+def test_a_file_that_differs_is_not_written(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(shaped: nn.Module, example: Tensor, form: str) -> nn.Module | None:
+        made = in_form(shaped, example, form)
+        assert made is not None
+        with torch.no_grad():
+            next(made.parameters()).mul_(1.001)
+        return made
+
+    monkeypatch.setattr(export_module, "in_form", wrong)
+    path = tmp_path / "network.pt2"
+    path.write_text("former")
+    with pytest.raises(SenetError, match=r"differs from PyTorch by .* nothing was written"):
+        export(model, path, form="plain")
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("network.xyz", {}, r"must end in \.onnx or \.pt2 or \.xml"),
+        ("network.pt2", {"format": "onnx"}, r"must end in \.onnx, got network\.pt2"),
+        ("network.onnx", {"format": "tflite"}, "format must be one of"),
+        ("network.onnx", {"form": "fast"}, "form must be one of"),
+        ("network.onnx", {"form": "expanded"}, "needs a fixed batch"),
+        ("network.onnx", {"batch": 0}, "batch must be at least 1"),
+        ("network.pt2", {"calibration": []}, "needs format 'onnx'"),
+        ("nowhere/network.onnx", {}, "no folder"),
+        ("network.onnx", {"example_input": torch.zeros(3)}, r"tensor \(N,C,H,W\)"),
+    ],
+)
+def test_bad_input(
+    model: nn.Module, tmp_path: Path, name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export(model, tmp_path / name, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_what_is_no_network(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no exported network"):
+        open_exported(tmp_path / "network.onnx")
+    (tmp_path / "a.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match="must end in"):
+        open_exported(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines(model: nn.Module, name: str) -> None:
+    x = torch.randn(4, 3, 32, 32)
+    run = make_engine(name, model, x)
+    with torch.no_grad():
+        assert difference(run(x), model(x)) <= TOLERANCE
+        assert difference(run(x[:3]), model(x[:3])) <= TOLERANCE
+
+
+def test_unknown_engine(model: nn.Module) -> None:
+    with pytest.raises(UserError, match="engine must be one of eager, optimized"):
+        make_engine("fast", model, torch.randn(1, 3, 32, 32))
+
+
+def test_loading_ahead_keeps_the_order() -> None:
+    loaded: list[int] = []
+
+    def load(item: int) -> int:
+        loaded.append(item)
+        return 10 * item
+
+    batches = load_ahead(range(11), load, 3)
+    assert next(batches) == [0, 10, 20]
+    assert list(batches) == [[30, 40, 50], [60, 70, 80], [90, 100]]
+    assert sorted(loaded) == list(range(11))
+    assert list(load_ahead([], load, 3)) == []
