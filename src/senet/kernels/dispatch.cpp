@@ -1,91 +1,45 @@
-// CPU kernels of senet.ops: plain C++17 and OpenMP, no PyTorch headers, called through ctypes.
-//
-// The same kernels are compiled for several instruction sets into one library, and the best that the
-// processor has is chosen when the library is first used (SENET_ISA=avx512|avx2|baseline overrides).
-// The library is not linked to an OpenMP runtime: it uses the one that PyTorch has loaded.
+// The library's functions, called through ctypes by senet.kernels: they hand over to the kernels of
+// the best instruction set that the processor has, or the one that SENET_ISA names. Compiled for every
+// processor; plain C++17, no PyTorch headers.
 
-#include "cpu_types.h"
+#include <cstdlib>
+#include <cstring>
 
+#include "inference/step.h"
+#include "layout.h"
+#include "operator/arguments.h"
+#include "portability.h"
+
+#define SENET_DECLARE(isa)                         \
+  namespace senet::isa {                           \
+  extern const OperatorKernels operator_kernels;   \
+  extern const InferenceKernels inference_kernels; \
+  }
+SENET_DECLARE(baseline)
 #ifdef SENET_X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2,prefer-vector-width=512")
-#define SENET_VECTOR_BYTES 64
-namespace avx512 {
-namespace {
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#include "cpu_gate.h"
-#include "cpu_tail.h"
-#include "cpu_backward.h"
-#include "cpu_join.h"
-}  // namespace
-}  // namespace avx512
-#undef SENET_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi2")
-#define SENET_VECTOR_BYTES 32
-namespace avx2 {
-namespace {
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#include "cpu_gate.h"
-#include "cpu_tail.h"
-#include "cpu_backward.h"
-#include "cpu_join.h"
-}  // namespace
-}  // namespace avx2
-#undef SENET_VECTOR_BYTES
-#pragma GCC pop_options
+SENET_DECLARE(avx2)
+SENET_DECLARE(avx512)
 #endif
 
-#define SENET_VECTOR_BYTES 16
-namespace baseline {
-namespace {
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#include "cpu_gate.h"
-#include "cpu_tail.h"
-#include "cpu_backward.h"
-#include "cpu_join.h"
-}  // namespace
-}  // namespace baseline
-#undef SENET_VECTOR_BYTES
-
+namespace senet {
 namespace {
 
-using Function = int (*)(const TailArguments*);
-using JoinFunction = int (*)(const JoinArguments*);
 struct Kernels {
   const char* isa;
-  Function forward[3], backward[3];  // float32, bfloat16, float64 (always baseline)
-  JoinFunction join_forward[3], join_backward[3];
+  const OperatorKernels& operator_kernels;
+  const InferenceKernels& inference_kernels;
 };
 
-#define SENET_KERNELS(space)                                                                        \
-  Kernels {                                                                                         \
-    #space, {space::forward<float>, space::forward<bfloat16>, baseline::forward<double>},           \
-        {space::backward<float>, space::backward<bfloat16>, baseline::backward<double>},            \
-        {space::join_forward<float>, space::join_forward<bfloat16>, baseline::join_forward<double>}, \
-        {space::join_backward<float>, space::join_backward<bfloat16>,                               \
-         baseline::join_backward<double>},                                                          \
-  }
+#define SENET_KERNELS(isa) \
+  Kernels { #isa, isa::operator_kernels, isa::inference_kernels }
 
 Kernels choose() {
+#ifdef SENET_X86
   const char* wanted = std::getenv("SENET_ISA");
   const bool any = !wanted || !*wanted;
-#ifdef SENET_X86
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("bmi2");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && (any || !std::strcmp(wanted, "avx512"))) return SENET_KERNELS(avx512);
-  if (has_avx2 && (any || std::strcmp(wanted, "baseline"))) return SENET_KERNELS(avx2);
+  if (processor_has_avx512() && (any || !std::strcmp(wanted, "avx512"))) return SENET_KERNELS(avx512);
+  if (processor_has_avx2() && (any || std::strcmp(wanted, "baseline"))) return SENET_KERNELS(avx2);
 #endif
-  (void)any;
   return SENET_KERNELS(baseline);
 }
 
@@ -94,26 +48,66 @@ const Kernels& kernels() {
   return chosen;
 }
 
+// The operator's kernels for maps of a type: 0 float32, 1 bfloat16, 2 float64, which the baseline set
+// has for all.
+const OperatorKernels& operator_kernels(int type) {
+  return type == 2 ? baseline::operator_kernels : kernels().operator_kernels;
+}
+
+// Number `index` of some tables behind each other; null after the last.
+template <class Entry>
+struct Table {
+  const Entry* entries;
+  int64_t count;
+  template <size_t kCount>
+  constexpr Table(const Entry (&array)[kCount]) : entries(array), count(kCount) {}
+};
+
+template <class Entry, size_t kTables>
+const Entry* entry(const Table<Entry> (&tables)[kTables], int64_t index) {
+  for (const Table<Entry>& table : tables) {
+    if (index < table.count) return table.entries + index;
+    index -= table.count;
+  }
+  return nullptr;
+}
+
 }  // namespace
+}  // namespace senet
 
-#define SENET_EXPORT extern "C" __attribute__((visibility("default")))
+using namespace senet;
 
-// The instruction set in use.
+// What structs.py is compared with, one by one from index 0 on until null is returned.
+SENET_EXPORT const Field* senet_field(int64_t index) {
+  constexpr Table<Field> tables[] = {kNormFields, kTailFields, kBranchFields, kJoinFields, kStepFields};
+  return entry(tables, index);
+}
+SENET_EXPORT const Constant* senet_constant(int64_t index) {
+  constexpr Table<Constant> tables[] = {kOperatorConstants, kInferenceConstants};
+  return entry(tables, index);
+}
+
+// The instruction set in use, the output channels of a weight panel, the rows of a register tile.
 SENET_EXPORT const char* senet_isa() { return kernels().isa; }
-// Size of the argument blocks, so that cpu.py can tell a library of another version.
-SENET_EXPORT int64_t senet_arguments_size() {
-  return sizeof(TailArguments) + sizeof(JoinArguments) + sizeof(JoinBranch);
+SENET_EXPORT int64_t senet_panel() { return kernels().inference_kernels.panel; }
+SENET_EXPORT int64_t senet_tile_rows() { return kernels().inference_kernels.tile_rows; }
+
+// All return 0, or 1 when memory ran out; `type` as above.
+SENET_EXPORT int senet_tail_forward(int type, const TailArguments* a) {
+  return operator_kernels(type).tail_forward[type](*a);
 }
-// All return 0, or 1 when memory ran out. storage: 0 float32, 1 bfloat16, 2 float64.
-SENET_EXPORT int senet_tail_forward(int storage, const TailArguments* a) {
-  return kernels().forward[storage](a);
+SENET_EXPORT int senet_tail_backward(int type, const TailArguments* a) {
+  return operator_kernels(type).tail_backward[type](*a);
 }
-SENET_EXPORT int senet_tail_backward(int storage, const TailArguments* a) {
-  return kernels().backward[storage](a);
+SENET_EXPORT int senet_join_forward(int type, const JoinArguments* a) {
+  return operator_kernels(type).join_forward[type](*a);
 }
-SENET_EXPORT int senet_join_forward(int storage, const JoinArguments* a) {
-  return kernels().join_forward[storage](a);
+SENET_EXPORT int senet_join_backward(int type, const JoinArguments* a) {
+  return operator_kernels(type).join_backward[type](*a);
 }
-SENET_EXPORT int senet_join_backward(int storage, const JoinArguments* a) {
-  return kernels().join_backward[storage](a);
+
+// Runs `count` steps with `threads` threads; each has `scratch_size` floats of scratch.
+SENET_EXPORT void senet_run(Step* steps, int64_t count, int64_t threads, float* scratch,
+                            int64_t scratch_size) {
+  kernels().inference_kernels.run(steps, count, threads, scratch, scratch_size);
 }

@@ -1,58 +1,14 @@
-// What the kernels of all instruction sets share: types, the argument block, tuning constants.
+// What Python gives the operator's kernels; structs.py describes the same.
 #pragma once
 
-#include <omp.h>
+#include "../layout.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-#include <vector>
+namespace senet {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SENET_X86
-#include <immintrin.h>
-#endif
-
-#define SENET_INLINE inline __attribute__((always_inline))
-
-namespace {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-// What a sum of elements of T is kept in; also the type of all parameters.
-template <class T>
-struct AccumulatorOf {
-  using type = T;
-};
-template <>
-struct AccumulatorOf<bfloat16> {
-  using type = float;
-};
-template <class T>
-using Accumulator = typename AccumulatorOf<T>::type;
-
-SENET_INLINE float widen(float v) { return v; }
-SENET_INLINE double widen(double v) { return v; }
-SENET_INLINE float widen(bfloat16 v) {
-  const uint32_t bits = uint32_t(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-// Shared with cpu.py.
 enum Gate { kSigmoid, kTanh, kRelu, kHardSigmoid, kIdentitySigmoid };
 // Given: as an earlier forward pass left them in `statistics`; forward only.
 enum Normalization { kNone, kRunningStatistics, kBatchStatistics, kGivenStatistics };
 enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
-// Where the backward pass knows from which elements the relu let through.
-enum Mask { kNoMask, kMaskFromY, kMaskFromX, kMaskFromBoth };
 
 // In batch mode the running statistics, where given, move by `momentum` towards the batch's.
 struct NormArguments {
@@ -91,29 +47,69 @@ struct JoinArguments {
   void *dw1, *db1, *dw2, *db2;
 };
 
-// Bytes of a group of images that are read twice, per thread: a share of the last-level cache.
-constexpr int64_t kGroupBytes = 4 << 20;
-// Above this size of a map its lines have left the cache before anybody reads them: do not keep them.
-constexpr int64_t kStreamBytes = 24 << 20;
+namespace {
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+#define FIELD(name) SENET_FIELD(NormArguments, name)
+constexpr Field kNormFields[] = {
+    FIELD(weight), FIELD(bias), FIELD(running_mean), FIELD(running_var), FIELD(eps), FIELD(momentum),
+};
+static_assert(covers(kNormFields, sizeof(NormArguments)));
+#undef FIELD
 
-// Scratch memory of the calling thread, kept between calls: fresh pages would cost more than the sums.
-template <class A>
-A* scratch(int64_t count) {
-  struct Buffer {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  thread_local Buffer buffer;
-  const size_t bytes = (size_t(count) * sizeof(A) + 127) / 64 * 64;
-  if (bytes > buffer.size) {
-    std::free(buffer.memory);
-    buffer.memory = std::aligned_alloc(64, bytes);
-    buffer.size = buffer.memory ? bytes : 0;
-  }
-  return static_cast<A*>(buffer.memory);
-}
+#define FIELD(name) SENET_FIELD(TailArguments, name)
+constexpr Field kTailFields[] = {
+    FIELD(N), FIELD(C), FIELD(P), FIELD(H),
+    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(relu), FIELD(normalization),
+    FIELD(shortcut_kind), FIELD(norm), FIELD(shortcut_norm),
+    FIELD(x), FIELD(shortcut), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
+    FIELD(y), FIELD(statistics), FIELD(squeezed), FIELD(hidden), FIELD(gates),
+    FIELD(gradient), FIELD(dx), FIELD(dshortcut), FIELD(dweight), FIELD(dbias),
+    FIELD(dshortcut_weight), FIELD(dshortcut_bias), FIELD(dw1), FIELD(db1), FIELD(dw2), FIELD(db2),
+};
+static_assert(covers(kTailFields, sizeof(TailArguments)));
+#undef FIELD
+
+#define FIELD(name) SENET_FIELD(JoinBranch, name)
+constexpr Field kBranchFields[] = {
+    FIELD(C), FIELD(normalization), FIELD(norm), FIELD(x), FIELD(dx), FIELD(dweight), FIELD(dbias),
+};
+static_assert(covers(kBranchFields, sizeof(JoinBranch)));
+#undef FIELD
+
+#define FIELD(name) SENET_FIELD(JoinArguments, name)
+constexpr Field kJoinFields[] = {
+    FIELD(N), FIELD(C), FIELD(P), FIELD(H), FIELD(branches),
+    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
+    FIELD(y), FIELD(statistics), FIELD(squeezed), FIELD(hidden), FIELD(gates),
+    FIELD(gradient), FIELD(dw1), FIELD(db1), FIELD(dw2), FIELD(db2),
+};
+static_assert(covers(kJoinFields, sizeof(JoinArguments)));
+#undef FIELD
+
+constexpr Constant kOperatorConstants[] = {
+    {"Gate", "SIGMOID", kSigmoid},
+    {"Gate", "TANH", kTanh},
+    {"Gate", "RELU", kRelu},
+    {"Gate", "HARD_SIGMOID", kHardSigmoid},
+    {"Gate", "IDENTITY_SIGMOID", kIdentitySigmoid},
+    {"Normalization", "NONE", kNone},
+    {"Normalization", "RUNNING", kRunningStatistics},
+    {"Normalization", "BATCH", kBatchStatistics},
+    {"Normalization", "GIVEN", kGivenStatistics},
+    {"Shortcut", "NONE", kNoShortcut},
+    {"Shortcut", "PLAIN", kPlainShortcut},
+    {"Shortcut", "NORMALIZED", kNormalizedShortcut},
+};
 
 }  // namespace
+
+// The kernels of one instruction set, by the maps' type: float32, bfloat16, float64. All return 0, or
+// 1 when memory ran out. float64 is there in the baseline set only, which serves the others.
+struct OperatorKernels {
+  int (*tail_forward[3])(const TailArguments&);
+  int (*tail_backward[3])(const TailArguments&);
+  int (*join_forward[3])(const JoinArguments&);
+  int (*join_backward[3])(const JoinArguments&);
+};
+
+}  // namespace senet

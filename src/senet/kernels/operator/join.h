@@ -4,7 +4,18 @@
 // inputs, which a group of images leaves in the cache. Backward, with m = [norm(x) > 0], y' = dL/dy and
 // d = dL/d(squeeze) / P: the gradient of the activation is s y' + d, so the sums of m y', m and of both
 // times x - mean give the gradients of the gate and then, with known s and d, of the norm.
-// Included once per instruction set.
+// Derivation: docs/algebra.md, "Joined branches".
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "excitation.h"
+#include "join_passes.h"
+#include "moments.h"
+
+namespace senet {
+namespace {
 
 // Rows of `statistics`.
 enum { kMean, kInvStd, kVar, kScale, kShift, kStatisticsRows };
@@ -37,127 +48,21 @@ std::vector<JoinPart<A>> join_parts(const JoinArguments& a) {
   return parts;
 }
 
-// The gate's arguments as the tail's functions take them.
-TailArguments gate_arguments(const JoinArguments& a) {
-  TailArguments t{};
-  t.N = a.N, t.C = a.C, t.P = a.P, t.H = a.H, t.threads = a.threads, t.gate = a.gate;
-  t.w1 = a.w1, t.b1 = a.b1, t.w2 = a.w2, t.b2 = a.b2;
-  t.squeezed = a.squeezed, t.hidden = a.hidden, t.gates = a.gates;
-  t.dw1 = a.dw1, t.db1 = a.db1, t.dw2 = a.dw2, t.db2 = a.db2;
-  return t;
+// Numbers of scratch that the branches' sums of `kinds` kinds take, and places for them.
+template <class A>
+int64_t partial_size(const std::vector<JoinPart<A>>& parts, int64_t kinds) {
+  int64_t total = 0;
+  for (const auto& part : parts) total += part.plan.N * part.plan.sum_chunks * kinds * part.plan.C;
+  return total;
 }
 
-// Sums of relu(norm(x)).
-template <class T>
-struct JoinSum {
-  using A = Accumulator<T>;
-  static constexpr int kSums = 1, kRows = 4;
-  static constexpr bool kWrites = false;
-  Affine<T, kNoShortcut> affine;
-  bool relus;
-  template <int W, class L>
-  SENET_INLINE auto coefficients(int64_t c) const {
-    return affine.template coefficients<W, L>(c);
+template <class A>
+void place_partials(std::vector<JoinPart<A>>& parts, int64_t kinds, A* memory) {
+  for (auto& part : parts) {
+    part.partial = memory;
+    memory += part.plan.N * part.plan.sum_chunks * kinds * part.plan.C;
   }
-  template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i, int64_t) const {
-    const Vector<A, W> v = affine.template value<W>(k, i);
-    sum[0] += relus ? relu(v) : v;
-  }
-  SENET_INLINE void prefetch(int64_t i, int64_t) const { affine.prefetch(i); }
-};
-
-// The operations below also touch the joined map, at j.
-template <class T>
-struct JoinApply {
-  using A = Accumulator<T>;
-  static constexpr int kSums = 0, kRows = 1;
-  static constexpr bool kWrites = true;
-  Affine<T, kNoShortcut> affine;
-  const A* gates;
-  T* y;
-  bool relus, streams;
-  template <class M, class V>
-  struct Coefficients {
-    M affine;
-    V gate;
-  };
-  template <int W, class L>
-  SENET_INLINE auto coefficients(int64_t c) const {
-    using M = decltype(affine.template coefficients<W, L>(c));
-    return Coefficients<M, Vector<A, W>>{affine.template coefficients<W, L>(c),
-                                         L::template get<W>(gates, c)};
-  }
-  template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t j) const {
-    Vector<A, W> v = affine.template value<W>(k.affine, i);
-    if (relus) v = relu(v);
-    store(y + j, v * k.gate, W == kLanes<A> && streams);
-  }
-  SENET_INLINE void prefetch(int64_t, int64_t) const {}
-};
-
-// Sums of m y', m y' (x - mean) and for a gate m, m (x - mean); m is 1 where affine's value is positive.
-template <class T, bool kGate>
-struct JoinReduce {
-  using A = Accumulator<T>;
-  static constexpr int kSums = kGate ? 4 : 2, kRows = 4;
-  static constexpr bool kWrites = false;
-  Affine<T, kNoShortcut> affine;
-  const T* gradient;
-  template <int W, class L>
-  SENET_INLINE auto coefficients(int64_t c) const {
-    return affine.template coefficients<W, L>(c);
-  }
-  template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i, int64_t j) const {
-    const Vector<A, W> d = load<W>(affine.x + i) - k.mean, v = k.p * d + k.q;
-    const Vector<A, W> g = relu_gradient<Vector<A, W>>(load<W>(gradient + j), v);
-    sum[0] += g;
-    sum[1] += g * d;
-    if constexpr (kGate) {
-      sum[2] += relu_gradient<Vector<A, W>>(splat<A, W>(1), v);
-      sum[3] += relu_gradient<Vector<A, W>>(d, v);
-    }
-  }
-  SENET_INLINE void prefetch(int64_t i, int64_t j) const {
-    affine.prefetch(i);
-    fetch(gradient + j);
-  }
-};
-
-// dx = m (scale y' + inside) + slope (x - mean) + outside
-template <class T>
-struct JoinGradient {
-  using A = Accumulator<T>;
-  static constexpr int kSums = 0, kRows = 1;
-  static constexpr bool kWrites = true;
-  Affine<T, kNoShortcut> affine;
-  const T* gradient;
-  const A *scale, *inside, *slope, *outside;
-  T* dx;
-  bool streams;
-  template <class M, class V>
-  struct Coefficients {
-    M affine;
-    V scale, inside, slope, outside;
-  };
-  template <int W, class L>
-  SENET_INLINE auto coefficients(int64_t c) const {
-    using M = decltype(affine.template coefficients<W, L>(c));
-    return Coefficients<M, Vector<A, W>>{
-        affine.template coefficients<W, L>(c), L::template get<W>(scale, c),
-        L::template get<W>(inside, c), L::template get<W>(slope, c), L::template get<W>(outside, c)};
-  }
-  template <int W, class K>
-  SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t j) const {
-    const Vector<A, W> d = load<W>(affine.x + i) - k.affine.mean, v = k.affine.p * d + k.affine.q;
-    const Vector<A, W> g = k.scale * load<W>(gradient + j) + k.inside;
-    store(dx + i, relu_gradient<Vector<A, W>>(g, v) + (k.slope * d + k.outside),
-          W == kLanes<A> && streams);
-  }
-  SENET_INLINE void prefetch(int64_t, int64_t) const {}
-};
+}
 
 // to[j][n][offset + c] = weight * (sum j over the chunks of image n), for the channels `own`.
 template <class A>
@@ -208,75 +113,102 @@ void join_statistics(const JoinPart<A>& part, const Share& own, int64_t width, A
   }
 }
 
+// What all threads know of a forward pass, and what each of them does.
 template <class T>
-int join_forward(const JoinArguments* arguments) {
+struct JoinForward {
   using A = Accumulator<T>;
-  const JoinArguments& a = *arguments;
-  const TailArguments gate = gate_arguments(a);
-  const Plan whole(a.N, a.C, a.P, a.channels_last);
-  const int64_t N = a.N, C = a.C, H = a.H;
-  std::vector<JoinPart<A>> parts = join_parts<A>(a);
-  const int threads = thread_count(whole, gate);
-  int64_t total = 4 * C + threads * C;
-  for (const auto& part : parts) total += N * part.plan.sum_chunks * 2 * part.plan.C;
-  A* memory = scratch<A>(total);
-  if (!memory) return 1;
-  A *moments = memory, *ones = memory + 3 * C, *pivots = ones + C, *free = pivots + threads * C;
-  for (auto& part : parts) {
-    part.partial = free;
-    free += N * part.plan.sum_chunks * 2 * part.plan.C;
+  const JoinArguments& a;
+  const Plan whole;
+  const int64_t N, C, H;
+  const int threads;
+  A *const statistics, *const squeezed;
+  const Excitation<A> excitation;
+  std::vector<JoinPart<A>> parts;
+  A *moments, *ones, *pivots;
+
+  explicit JoinForward(const JoinArguments& arguments)
+      : a(arguments),
+        whole(a.N, a.C, a.P, a.channels_last),
+        N(a.N),
+        C(a.C),
+        H(a.H),
+        threads(thread_count(whole, a.threads)),
+        statistics(static_cast<A*>(a.statistics)),
+        squeezed(static_cast<A*>(a.squeezed)),
+        excitation(excitation_of<A>(a)),
+        parts(join_parts<A>(a)) {}
+
+  bool allocate() {
+    moments = scratch<A>(4 * C + threads * C + partial_size(parts, 2));
+    if (!moments) return false;
+    ones = moments + 3 * C;
+    pivots = ones + C;
+    place_partials(parts, 2, pivots + threads * C);
+    return true;
   }
-  A *statistics = static_cast<A*>(a.statistics), *squeezed = static_cast<A*>(a.squeezed);
-  const A* gates = static_cast<const A*>(a.gates);
-  const int64_t group = H ? whole.group(sizeof(T), threads) : N;
-  const auto affine = [&](const JoinPart<A>& part, int64_t n) {
+
+  Affine<T, kNoShortcut> affine(const JoinPart<A>& part, int64_t n) const {
     const T* x = static_cast<const T*>(part.branch->x) + n * part.plan.C * a.P;
     const A* row = statistics + part.offset;
-    return Affine<T, kNoShortcut>{x, nullptr, row, row + kScale * C, row + kShift * C, nullptr, nullptr};
-  };
+    return {x, nullptr, row, row + kScale * C, row + kShift * C, nullptr, nullptr};
+  }
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int id = omp_get_thread_num(), size = omp_get_num_threads();
-    const Share channels(C, id, size, kLanes<A>), units(H, id, size, 4);
+  void operator()(const Member& member) const {
+    const Share channels(C, member.id, member.size, kLanes<A>), units(H, member.id, member.size, 4);
     for (const auto& part : parts)
       if (part.batch())
         measure(part.plan, static_cast<const T*>(part.branch->x), 0,
-                Share(N * part.plan.chunks, id, size), part.partial, pivots + id * C);
-#pragma omp barrier
+                Share(N * part.plan.chunks, member.id, member.size), part.partial,
+                pivots + member.id * C);
+    member.barrier();
     for (const auto& part : parts)
       join_statistics(part, part.own(channels), C, moments + 3 * part.offset, statistics);
     std::fill(ones + channels.begin, ones + channels.end, A(1));
-#pragma omp barrier
+    member.barrier();
+    const int64_t group = H ? whole.group(sizeof(T), threads) : N;
     for (int64_t first = 0; first < N; first += group) {
       const int64_t last = std::min(N, first + group);
       if (H) {
-        for (const auto& part : parts) {
-          const auto make = [&](int64_t n) { return JoinSum<T>{affine(part, n), part.activates()}; };
-          walk(part.plan, part.plan.C, first, Share((last - first) * part.plan.chunks, id, size), false,
-               part.partial, op_of(make));
-        }
-#pragma omp barrier
-        for (const auto& part : parts)
-          merge_sums(part, 1, first, last, part.own(channels), 1.0 / double(a.P), C, &squeezed);
-#pragma omp barrier
-        excite<A>(gate, squeezed, first, last, channels, units);
-#pragma omp barrier
+        squeeze(member, first, last, channels);
+        member.barrier();
+        excite(member, excitation, squeezed, first, last, channels, units);
+        member.barrier();
       }
-      for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
-        const bool streams = join_may_stream<T>(*part, C, a.y);
-        const auto make = [&](int64_t n) {
-          const int64_t at = n * C * a.P + part->offset * (a.channels_last ? 1 : a.P);
-          return JoinApply<T>{affine(*part, n), (H ? gates + n * C : ones) + part->offset,
-                              static_cast<T*>(a.y) + at, part->activates(), streams};
-        };
-        A* none = nullptr;
-        walk(part->plan, C, first, Share((last - first) * part->plan.chunks, id, size), true,
-                  none, op_of(make));
-      }
+      for (auto part = parts.rbegin(); part != parts.rend(); ++part)
+        apply(*part, first, Share((last - first) * part->plan.chunks, member.id, member.size));
     }
     finish_streams();
   }
+
+  // Means of the activations of images [first, last).
+  void squeeze(const Member& member, int64_t first, int64_t last, const Share& channels) const {
+    for (const auto& part : parts) {
+      const auto make = [&](int64_t n) { return JoinSum<T>{affine(part, n), part.activates()}; };
+      const Share tasks((last - first) * part.plan.chunks, member.id, member.size);
+      walk(part.plan, part.plan.C, first, tasks, false, part.partial, op_of(make));
+    }
+    member.barrier();
+    for (const auto& part : parts)
+      merge_sums(part, 1, first, last, part.own(channels), 1.0 / double(a.P), C, &squeezed);
+  }
+
+  void apply(const JoinPart<A>& part, int64_t first, const Share& tasks) const {
+    const bool streams = join_may_stream<T>(part, C, a.y);
+    const auto make = [&](int64_t n) {
+      const int64_t at = n * C * a.P + part.offset * (a.channels_last ? 1 : a.P);
+      return JoinApply<T>{affine(part, n), (H ? excitation.gates + n * C : ones) + part.offset,
+                          static_cast<T*>(a.y) + at, part.activates(), streams};
+    };
+    A* none = nullptr;
+    walk(part.plan, C, first, tasks, true, none, op_of(make));
+  }
+};
+
+template <class T>
+int join_forward(const JoinArguments& arguments) {
+  JoinForward<T> pass(arguments);
+  if (!pass.allocate()) return 1;
+  parallel(pass.threads, pass);
   return 0;
 }
 
@@ -320,94 +252,127 @@ void join_parameters(const JoinPart<A>& part, const JoinArguments& a, const Shar
   }
 }
 
+// What all threads know of a backward pass, and what each of them does.
 template <class T>
-int join_backward(const JoinArguments* arguments) {
+struct JoinBackward {
   using A = Accumulator<T>;
-  const JoinArguments& a = *arguments;
-  const TailArguments gate = gate_arguments(a);
-  const Plan whole(a.N, a.C, a.P, a.channels_last);
-  const int64_t N = a.N, C = a.C, H = a.H, map = N * C, kinds = H ? 4 : 2;
-  std::vector<JoinPart<A>> parts = join_parts<A>(a);
-  const int threads = thread_count(whole, gate);
-  int64_t total = 9 * map + 4 * C + N * H;
-  for (const auto& part : parts) total += N * part.plan.sum_chunks * kinds * part.plan.C;
-  A* memory = scratch<A>(total);
-  if (!memory) return 1;
-  A *sums[4], *coefficients[4];
-  for (A*& sum : sums) sum = memory, memory += map;
-  coefficients[0] = memory, coefficients[1] = memory + map, memory += 2 * map;
-  coefficients[2] = memory, coefficients[3] = memory + C, memory += 2 * C;
-  A *mask_p = memory, *mask_q = memory + C;
-  memory += 2 * C;
-  BackwardBuffers<A> b{};
-  b.g1 = sums[0], b.g2 = sums[1], b.dt = memory, b.z = b.dt + map, b.dz = b.z + map;
-  b.dhidden = b.dz + map, memory = b.dhidden + N * H;
-  for (auto& part : parts) {
-    part.partial = memory;
-    memory += N * part.plan.sum_chunks * kinds * part.plan.C;
+  const JoinArguments& a;
+  const Plan whole;
+  const int64_t N, C, H, kinds;
+  const int threads;
+  const A* const statistics;
+  const Norm<A> norm;  // what the gate's gradient sees: a map with gain kScale and offset kShift, centred
+  const Excitation<A> excitation;
+  std::vector<JoinPart<A>> parts;
+  A *sums[4], *coefficients[4];  // coefficients: scale, inside (N, C), slope, outside (C,) of JoinGradient
+  A *mask_p, *mask_q;
+  ExcitationBuffers<A> b;
+
+  explicit JoinBackward(const JoinArguments& arguments)
+      : a(arguments),
+        whole(a.N, a.C, a.P, a.channels_last),
+        N(a.N),
+        C(a.C),
+        H(a.H),
+        kinds(H ? 4 : 2),
+        threads(thread_count(whole, a.threads)),
+        statistics(static_cast<const A*>(a.statistics)),
+        norm{nullptr, statistics + kShift * C, statistics, statistics + kScale * C},
+        excitation(excitation_of<A>(a)),
+        parts(join_parts<A>(a)) {}
+
+  bool allocate() {
+    const int64_t map = N * C;
+    A* memory = scratch<A>(9 * map + 4 * C + N * H + partial_size(parts, kinds));
+    if (!memory) return false;
+    const auto take = [&memory](int64_t size) { return std::exchange(memory, memory + size); };
+    for (A*& sum : sums) sum = take(map);
+    for (int i = 0; i < 4; ++i) coefficients[i] = take(i < 2 ? map : C);
+    mask_p = take(C), mask_q = take(C);
+    b.g1 = sums[0], b.g2 = sums[1];
+    b.dt = take(map), b.z = take(map), b.dz = take(map), b.dhidden = take(N * H);
+    place_partials(parts, kinds, memory);
+    return true;
   }
-  const A* statistics = static_cast<const A*>(a.statistics);
-  const Norm<A> identity{nullptr, nullptr, nullptr, nullptr};
-  // What the gate's gradient sees: a map with gain kScale and offset kShift, centred.
-  const Norm<A> norm{nullptr, statistics + kShift * C, statistics, statistics + kScale * C};
-  const auto affine = [&](const JoinPart<A>& part, int64_t n) {
+
+  Affine<T, kNoShortcut> affine(const JoinPart<A>& part, int64_t n) const {
     const T* x = static_cast<const T*>(part.branch->x) + n * part.plan.C * a.P;
     const int64_t c = part.offset;
-    return Affine<T, kNoShortcut>{x, nullptr, statistics + c, mask_p + c, mask_q + c, nullptr, nullptr};
-  };
-  const auto gradient = [&](const JoinPart<A>& part, int64_t n) {
-    return static_cast<const T*>(a.gradient) + n * C * a.P +
-           part.offset * (a.channels_last ? 1 : a.P);
-  };
+    return {x, nullptr, statistics + c, mask_p + c, mask_q + c, nullptr, nullptr};
+  }
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int id = omp_get_thread_num(), size = omp_get_num_threads();
-    const Share channels(C, id, size, kLanes<A>), units(H, id, size, kLanes<A>);
-    for (const auto& part : parts) {
-      const Share own = part.own(channels);
-      for (int64_t c = part.offset + own.begin; c < part.offset + own.end; ++c) {
-        mask_p[c] = part.activates() ? statistics[kScale * C + c] : A(0);
-        mask_q[c] = part.activates() ? statistics[kShift * C + c] : A(1);
-      }
-    }
-#pragma omp barrier
-    for (const auto& part : parts) {
-      const Share tasks(N * part.plan.chunks, id, size);
-      const auto gated = [&](int64_t n) {
-        return JoinReduce<T, true>{affine(part, n), gradient(part, n)};
-      };
-      const auto plain = [&](int64_t n) {
-        return JoinReduce<T, false>{affine(part, n), gradient(part, n)};
-      };
-      if (H)
-        walk(part.plan, C, 0, tasks, false, part.partial, op_of(gated));
-      else if (part.activates())
-        walk(part.plan, C, 0, tasks, false, part.partial, op_of(plain));
-    }
-#pragma omp barrier
+  const T* gradient(const JoinPart<A>& part, int64_t n) const {
+    return static_cast<const T*>(a.gradient) + n * C * a.P + part.offset * (a.channels_last ? 1 : a.P);
+  }
+
+  void operator()(const Member& member) const {
+    const Share channels(C, member.id, member.size, kLanes<A>);
+    const Share units(H, member.id, member.size, kLanes<A>);
+    for (const auto& part : parts) fill_mask(part, part.own(channels));
+    member.barrier();
+    for (const auto& part : parts)
+      reduce(part, Share(N * part.plan.chunks, member.id, member.size));
+    member.barrier();
     for (const auto& part : parts)
       if (H || part.activates()) merge_sums(part, kinds, 0, N, part.own(channels), 1.0, C, sums);
-    if (H) gate_backward(whole, gate, b, norm, 0, N, channels, units);
+    if (H) gate_backward(member, excitation, b, norm, 0, N, channels, units);
     for (const auto& part : parts)
       join_parameters(part, a, part.own(channels), sums, b.dz, coefficients);
-#pragma omp barrier
-    for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
-      if (!part->branch->dx) continue;
-      const bool streams = may_stream(part->plan, sizeof(T), part->branch->dx);
-      const auto make = [&](int64_t n) {
-        const int64_t c = part->offset;
-        T* const dx = static_cast<T*>(part->branch->dx) + n * part->plan.C * a.P;
-        return JoinGradient<T>{affine(*part, n),        gradient(*part, n),
-                               coefficients[0] + n * C + c, coefficients[1] + n * C + c,
-                               coefficients[2] + c,     coefficients[3] + c,
-                               dx,                      streams};
-      };
-      A* none = nullptr;
-      walk(part->plan, C, 0, Share(N * part->plan.chunks, id, size), true, none, op_of(make));
-    }
-    if (H) gate_parameters(whole, gate, b, identity, channels, units);
+    member.barrier();
+    for (auto part = parts.rbegin(); part != parts.rend(); ++part)
+      if (part->branch->dx)
+        write_gradient(*part, Share(N * part->plan.chunks, member.id, member.size));
+    const Norm<A> identity{nullptr, nullptr, nullptr, nullptr};
+    if (H) gate_parameters(excitation, b, identity, channels, units);
     finish_streams();
   }
+
+  void fill_mask(const JoinPart<A>& part, const Share& own) const {
+    for (int64_t c = part.offset + own.begin; c < part.offset + own.end; ++c) {
+      mask_p[c] = part.activates() ? statistics[kScale * C + c] : A(0);
+      mask_q[c] = part.activates() ? statistics[kShift * C + c] : A(1);
+    }
+  }
+
+  void reduce(const JoinPart<A>& part, const Share& tasks) const {
+    const auto gated = [&](int64_t n) {
+      return JoinReduce<T, true>{affine(part, n), gradient(part, n)};
+    };
+    const auto plain = [&](int64_t n) {
+      return JoinReduce<T, false>{affine(part, n), gradient(part, n)};
+    };
+    if (H)
+      walk(part.plan, C, 0, tasks, false, part.partial, op_of(gated));
+    else if (part.activates())
+      walk(part.plan, C, 0, tasks, false, part.partial, op_of(plain));
+  }
+
+  void write_gradient(const JoinPart<A>& part, const Share& tasks) const {
+    const bool streams = may_stream(part.plan, sizeof(T), part.branch->dx);
+    const auto make = [&](int64_t n) {
+      const int64_t c = part.offset;
+      T* const dx = static_cast<T*>(part.branch->dx) + n * part.plan.C * a.P;
+      return JoinGradient<T>{affine(part, n),
+                             gradient(part, n),
+                             coefficients[0] + n * C + c,
+                             coefficients[1] + n * C + c,
+                             coefficients[2] + c,
+                             coefficients[3] + c,
+                             dx,
+                             streams};
+    };
+    A* none = nullptr;
+    walk(part.plan, C, 0, tasks, true, none, op_of(make));
+  }
+};
+
+template <class T>
+int join_backward(const JoinArguments& arguments) {
+  JoinBackward<T> pass(arguments);
+  if (!pass.allocate()) return 1;
+  parallel(pass.threads, pass);
   return 0;
 }
+
+}  // namespace
+}  // namespace senet
