@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from senet.inference.buffers import Buffer, Map, is_map, new_map
 from senet.inference.builder import Builder, Constants, Sums, TorchStep, native_gate
-from senet.inference.kernels import Kind
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.rewrite import ADDS, RELUS
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
+from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
 
 

@@ -12,6 +12,7 @@ from senet.inference import kernels
 from senet.inference.buffers import place
 from senet.inference.builder import Constants, NativeStep, TorchStep
 from senet.inference.lowering import lower
+from senet.kernels.structs import Kind, Step
 
 
 @dataclass
@@ -44,9 +45,9 @@ class Program:
         self.arena = kernels.allocate(place(list(builder.buffers.values())))
         self.scratch = kernels.allocate(threads * (builder.scratch + kernels.SLACK))
         self.kept: list[Tensor] = []
-        self.inputs: list[kernels.Step] = []  # one for each group of images
+        self.inputs: list[Step] = []  # one for each group of images
         self.parts: list[_Stretch | TorchStep] = []
-        pending: list[kernels.Step] = []
+        pending: list[Step] = []
         for step in builder.steps:
             if isinstance(step, NativeStep):
                 pending.append(self._finished(step))
@@ -58,14 +59,14 @@ class Program:
         self.images = lowering.input_images
         self.lock = threading.Lock()
 
-    def _close(self, pending: list[kernels.Step]) -> None:
+    def _close(self, pending: list[Step]) -> None:
         if pending:
-            steps = (kernels.Step * len(pending))(*pending)
+            steps = (Step * len(pending))(*pending)
             self.parts.append(_Stretch(steps))
-            self.inputs += [step for step in steps if step.kind == kernels.Kind.INPUT]
+            self.inputs += [step for step in steps if step.kind == Kind.INPUT]
 
-    def _finished(self, step: NativeStep) -> kernels.Step:
-        done = kernels.Step(**step.fields)
+    def _finished(self, step: NativeStep) -> Step:
+        done = Step(**step.fields)
         for name, where in step.maps.items():
             setattr(done, name, self.arena.data_ptr() + 4 * where.offset)
         for name, tensor in step.constants.items():

@@ -1,28 +1,17 @@
 // Convolutions as matrix products: rows are output pixels, the depth is kernel × input channels. A
 // dense 1×1 convolution reads its input where it lies; any other one gathers the patches of a block
 // of pixels into scratch memory first, which stays in the cache for all panels of weights.
-// Included once per instruction set.
+#pragma once
 
-// Where the output pixels (n, h, w) of a step are, counted in row order.
-struct Pixel {
-  int64_t n, h, w;
-};
+#include <algorithm>
 
-SENET_INLINE Pixel pixel_at(int64_t index, int64_t height, int64_t width) {
-  return {index / (height * width), index / width % height, index % width};
-}
+#include "../gate.h"
+#include "geometry.h"
+#include "passes.h"
+#include "product.h"
 
-SENET_INLINE void advance(Pixel& p, int64_t height, int64_t width) {
-  if (++p.w < width) return;
-  p.w = 0;
-  if (++p.h < height) return;
-  p.h = 0;
-  ++p.n;
-}
-
-SENET_INLINE void copy(float* to, const float* from, int64_t count) {
-  std::memcpy(to, from, size_t(count) * sizeof(float));
-}
+namespace senet {
+namespace {
 
 // Whole vectors: up to kWidth - 1 floats more than `count` are read and written.
 SENET_INLINE void copy_over(float* to, const float* from, int64_t count) {
@@ -80,8 +69,6 @@ SENET_INLINE int64_t row_images(const Step& s) { return s.gates || s.sums ? s.N 
 SENET_INLINE int64_t image_rows(const Step& s) { return s.N / row_images(s) * s.OH * s.OW; }
 SENET_INLINE int64_t group_panels(const Step& s) { return ceil_div(s.OC / s.groups, kPanel); }
 
-void sum_rows(const float* x, int64_t ld, int64_t rows, float* to, int64_t columns);
-
 int64_t convolution_tasks(const Step& s) {
   return row_images(s) * ceil_div(image_rows(s), s.rows) *
          ceil_div(s.groups * group_panels(s), s.panels);
@@ -131,7 +118,7 @@ void convolution(const Step& s, int64_t task, float* scratch) {
   }
 }
 
-// Depthwise: weights [kernel_h * kernel_w][OC], a task is one output row. OC may be a multiple of C.
+// Depthwise: weights [kernel_h * kernel_w][weights_ld], a task is one output row. OC may be a multiple of C.
 void depthwise(const Step& s, int64_t task) {
   const int64_t n = task / s.OH, top = task % s.OH * s.stride_h - s.pad_h;
   for (int64_t ow = 0; ow < s.OW; ++ow) {
@@ -143,11 +130,11 @@ void depthwise(const Step& s, int64_t task) {
         const int64_t h = top + i * s.dilation_h;
         if (h < 0 || h >= s.H) continue;
         const float* from = s.x + (n * s.H + h) * s.W * s.x_ld + c;
-        const float* w = s.weights + i * s.kernel_w * s.gates_ld + c;
+        const float* w = s.weights + i * s.kernel_w * s.weights_ld + c;
         for (int64_t j = 0; j < s.kernel_w; ++j) {
           const int64_t column = left + j * s.dilation_w;
           if (column < 0 || column >= s.W) continue;
-          sum += load<kWidth>(from + column * s.x_ld) * load<kWidth>(w + j * s.gates_ld);
+          sum += load<kWidth>(from + column * s.x_ld) * load<kWidth>(w + j * s.weights_ld);
         }
       }
       if (s.activation == kPositive) sum = relu(sum);
@@ -155,3 +142,6 @@ void depthwise(const Step& s, int64_t task) {
     }
   }
 }
+
+}  // namespace
+}  // namespace senet

@@ -1,5 +1,15 @@
 // Passes over maps that are no convolution: input, pooling, the sums of the squeeze, what remains of
-// elementwise work. Included once per instruction set.
+// elementwise work.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "geometry.h"
+#include "product.h"
+
+namespace senet {
+namespace {
 
 // The network's input with any strides to channels_last; a task is one row of the image.
 void read_input(const Step& s, int64_t task) {
@@ -11,7 +21,7 @@ void read_input(const Step& s, int64_t task) {
       to[w * s.y_ld + c] = from[c * s.strides[1] + w * s.strides[3]];
 }
 
-// A task is one row of the output; `panels` tells whether padding counts in an average.
+// A task is one row of the output.
 template <bool kMax>
 void pool(const Step& s, int64_t task) {
   const int64_t n = task / s.OH, top = task % s.OH * s.stride_h - s.pad_h;
@@ -21,7 +31,7 @@ void pool(const Step& s, int64_t task) {
     const int64_t right = std::min(left + s.kernel_w, s.W + s.pad_w);
     const int64_t h0 = std::max<int64_t>(top, 0), h1 = std::min(bottom, s.H);
     const int64_t w0 = std::max<int64_t>(left, 0), w1 = std::min(right, s.W);
-    const int64_t count = s.panels ? (bottom - top) * (right - left) : (h1 - h0) * (w1 - w0);
+    const int64_t count = s.counts_padding ? (bottom - top) * (right - left) : (h1 - h0) * (w1 - w0);
     float* to = s.y + (task * s.OW + ow) * s.y_ld;
     for (int64_t c = 0; c < s.C; c += kWidth) {
       V value = splat<float, kWidth>(kMax ? -INFINITY : 0.0f);
@@ -30,7 +40,7 @@ void pool(const Step& s, int64_t task) {
         for (int64_t w = w0; w < w1; ++w) {
           const V x = load<kWidth>(row + w * s.x_ld);
           if constexpr (kMax)
-            value = (x <= value) | (value != value) ? value : x;  // a NaN wins and stays
+            value = ((x <= value) | (value != value)) ? value : x;  // a NaN wins and stays
           else
             value += x;
         }
@@ -41,7 +51,7 @@ void pool(const Step& s, int64_t task) {
   }
 }
 
-// Sums over parts of an image: x → y[N][blocks][y_ld], a task is one part of one image.
+// Sums over parts of an image: x → sums[N][blocks][sums_ld], a task is one part of one image.
 SENET_INLINE int64_t sum_blocks(const Step& s) { return ceil_div(s.H * s.W, s.rows); }
 
 // Rows are added in runs, and the runs to each other: fewer additions one behind the other round less.
@@ -80,7 +90,7 @@ void sum_rows(const float* x, int64_t ld, int64_t rows, float* to, int64_t colum
 void sums(const Step& s, int64_t task) {
   const int64_t blocks = sum_blocks(s), pixels = s.H * s.W, n = task / blocks, block = task % blocks;
   const int64_t begin = pixels * block / blocks, end = pixels * (block + 1) / blocks;
-  sum_rows(s.x + (n * pixels + begin) * s.x_ld, s.x_ld, end - begin, s.y + task * s.y_ld, s.C);
+  sum_rows(s.x + (n * pixels + begin) * s.x_ld, s.x_ld, end - begin, s.sums + task * s.sums_ld, s.C);
 }
 
 // Which lines of the input, of `size` along one axis, tap `i` of a convolution of stride 1 does see.
@@ -100,11 +110,11 @@ SENET_INLINE void each_unseen(const Seen& part, int64_t size, const F& line) {
   for (int64_t i = part.end; i < size; ++i) line(i);
 }
 
-// Means per tap: `weights` is [N][panels][C] from `sums` or a convolution, x the map; y[N][kernel_h * kernel_w * C].
+// Means per tap, y[N][kernel_h * kernel_w * C], from the map x and its sums.
 // A tap's sum is that of all pixels, less the rows and less the columns that it does not see, plus
 // the pixels that were taken off twice.
 void means(const Step& s, int64_t n, float* scratch) {
-  const int64_t blocks = s.panels, C = s.C, taps = s.kernel_h * s.kernel_w;
+  const int64_t blocks = s.sum_blocks, C = s.C, taps = s.kernel_h * s.kernel_w;
   double* sums = reinterpret_cast<double*>(scratch);  // [kernel_h][kernel_w][C]
   float* line = scratch + 2 * taps * C;
   const auto tap = [&](int64_t i, int64_t j) { return sums + (i * s.kernel_w + j) * C; };
@@ -115,7 +125,7 @@ void means(const Step& s, int64_t n, float* scratch) {
   const auto rows = [&](int64_t i) { return seen(i, s.H, s.OH, s.dilation_h, s.pad_h); };
   const auto columns = [&](int64_t j) { return seen(j, s.W, s.OW, s.dilation_w, s.pad_w); };
   std::fill_n(sums, C, 0.0);
-  for (int64_t b = 0; b < blocks; ++b) add(sums, s.weights + (n * blocks + b) * s.gates_ld, 1);
+  for (int64_t b = 0; b < blocks; ++b) add(sums, s.sums + (n * blocks + b) * s.sums_ld, 1);
   for (int64_t t = 1; t < taps; ++t) std::copy_n(sums, C, sums + t * C);
   for (int64_t i = 0; i < s.kernel_h; ++i)
     each_unseen(rows(i), s.H, [&](int64_t h) {
@@ -152,3 +162,6 @@ void pointwise(const Step& s, int64_t task) {
       store_columns(s.y + row * s.y_ld + c, value, s.C - c);
     }
 }
+
+}  // namespace
+}  // namespace senet

@@ -1,17 +1,23 @@
 // 3×3 convolutions whose groups are narrower than a vector (ResNeXt's have 4 to 32 channels): a
 // vector of outputs holds whole groups, and input j of each group is spread over its lanes, so that
-// no lane multiplies by the zeros between groups. Included once per instruction set.
+// no lane multiplies by the zeros between groups.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "geometry.h"
+#include "product.h"
+
+namespace senet {
+namespace {
 
 constexpr int kGroupedTile = 7;  // outputs side by side: maps of 56, 28, 14 and 7 have no remainder
 
 // In every run of g lanes, lane j.
 template <int g, int j, int... L>
 SENET_INLINE V spread(V x, std::integer_sequence<int, L...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(x, x, (L / g * g + j)...);
-#else
-  return __builtin_shuffle(x, Vector<int32_t, kWidth>{(L / g * g + j)...});
-#endif
+  return shuffle<(L / g * g + j)...>(x, x);
 }
 
 // Input j of each group, one row of the kernel: weights[3][g][ld] → sums of kGroupedTile outputs.
@@ -20,12 +26,12 @@ SENET_INLINE void add_grouped(const float* const* pixels, int64_t c, const float
                               V* sum) {
   constexpr int kPixels = (kGroupedTile - 1) * kStride + 3;
   V w[3];
-#pragma GCC unroll 3
+  SENET_UNROLL(3)
   for (int k = 0; k < 3; ++k) w[k] = load<kWidth>(weights + (k * g + j) * ld);
-#pragma GCC unroll 16
+  SENET_UNROLL(16)
   for (int p = 0; p < kPixels; ++p) {
     const V x = spread<g, j>(load<kWidth>(pixels[p] + c), std::make_integer_sequence<int, kWidth>{});
-#pragma GCC unroll 3
+    SENET_UNROLL(3)
     for (int k = 0; k < 3; ++k)
       if (p >= k && (p - k) % kStride == 0 && (p - k) / kStride < kGroupedTile)
         sum[(p - k) / kStride] += x * w[k];
@@ -38,7 +44,7 @@ SENET_INLINE void add_grouped_row(const float* const* pixels, int64_t c, const f
   (add_grouped<kStride, g, j>(pixels, c, weights, ld, sum), ...);
 }
 
-// A task is one row of the output; weights [3][3][g][gates_ld].
+// A task is one row of the output; weights [3][3][g][weights_ld].
 template <int kStride, int g>
 void grouped_row(const Step& s, int64_t task) {
   constexpr int kPixels = (kGroupedTile - 1) * kStride + 3;
@@ -55,10 +61,10 @@ void grouped_row(const Step& s, int64_t task) {
     for (int64_t c = 0; c < s.C; c += kWidth) {
       V sum[kGroupedTile];
       const V bias = load<kWidth>(s.bias + c);
-#pragma GCC unroll 7
+      SENET_UNROLL(7)
       for (int t = 0; t < kGroupedTile; ++t) sum[t] = bias;
       for (int i = 0; i < 3; ++i)
-        add_grouped_row<kStride, g>(pixels[i], c, s.weights + i * 3 * g * s.gates_ld + c, s.gates_ld,
+        add_grouped_row<kStride, g>(pixels[i], c, s.weights + i * 3 * g * s.weights_ld + c, s.weights_ld,
                                     sum, std::make_integer_sequence<int, g>{});
       for (int64_t t = 0; t < outputs; ++t) {
         V value = sum[t];
@@ -84,3 +90,6 @@ void grouped(const Step& s, int64_t task) {
       return grouped_of_width<std::min(8, kWidth)>(s, task);
   }
 }
+
+}  // namespace
+}  // namespace senet

@@ -1,12 +1,22 @@
 // The matrix product under every convolution: rows of maps times a panel of packed weights, with
-// what follows the convolution applied to the accumulators. Included once per instruction set.
+// what follows the convolution applied to the accumulators.
 //
 // A panel is [depth][kPanel]: for each input the weights of kPanel outputs. A register tile has
 // kTileRows rows and one panel of columns; a row is a broadcast, so maps are read where they lie.
+#pragma once
+
+#include <utility>
+
+#include "../vector.h"
+#include "geometry.h"
+
+namespace senet {
+namespace {
 
 constexpr int kWidth = kLanes<float>;
 constexpr int kPanel = 2 * kWidth;
-constexpr int kTileRows = SENET_TILE_ROWS;
+// As many sums as there are registers beside those of a panel and a broadcast.
+constexpr int kTileRows = SENET_VECTOR_BYTES == 64 ? 14 : SENET_VECTOR_BYTES == 32 ? 6 : 5;
 using V = Vector<float, kWidth>;
 
 // What happens to an accumulator: y = activation(gates * (sum + bias) + shortcut). Pointers are those
@@ -29,12 +39,12 @@ SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64
 #define SENET_STEP(u)                                                              \
   {                                                                                \
     V w[kVectors];                                                                 \
-    _Pragma("GCC unroll 2") for (int v = 0; v < kVectors; ++v) w[v] =              \
+    SENET_UNROLL(2) for (int v = 0; v < kVectors; ++v) w[v] =              \
         load<kWidth>(b + (u) * kPanel + v * kWidth);                               \
-    _Pragma("GCC unroll 16") for (int r = 0; r < kRows; ++r) {                     \
+    SENET_UNROLL(16) for (int r = 0; r < kRows; ++r) {                     \
       const float* p = base[r / 3] + (r % 3 == 0 ? 0 : r % 3 == 1 ? lda : lda2);   \
       const V x = p[u] - V{}; /* folds to a broadcast, unlike a sum with zero */   \
-      _Pragma("GCC unroll 2") for (int v = 0; v < kVectors; ++v) sum[r][v] += x * w[v]; \
+      SENET_UNROLL(2) for (int v = 0; v < kVectors; ++v) sum[r][v] += x * w[v]; \
     }                                                                              \
   }
   for (; k + 4 <= depth; k += 4) {
@@ -62,43 +72,43 @@ SENET_INLINE void store_columns(float* to, V v, int64_t columns) {
 
 template <int kRows, int kVectors>
 SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
-#pragma GCC unroll 2
+  SENET_UNROLL(2)
   for (int v = 0; v < kVectors; ++v) {
     const V bias = load<kWidth>(e.bias + v * kWidth);
-#pragma GCC unroll 16
+    SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r) sum[r][v] += bias;
   }
   if (e.gates) {
-#pragma GCC unroll 2
+    SENET_UNROLL(2)
     for (int v = 0; v < kVectors; ++v) {
       const V gate = load<kWidth>(e.gates + v * kWidth);
-#pragma GCC unroll 16
+      SENET_UNROLL(16)
       for (int r = 0; r < kRows; ++r) sum[r][v] *= gate;
     }
   }
   if (e.shortcut) {
-#pragma GCC unroll 16
+    SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+      SENET_UNROLL(2)
       for (int v = 0; v < kVectors; ++v)
         sum[r][v] += load<kWidth>(e.shortcut + r * e.shortcut_ld + v * kWidth);
   }
   if (e.relu) {
-#pragma GCC unroll 16
+    SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+      SENET_UNROLL(2)
       for (int v = 0; v < kVectors; ++v) sum[r][v] = relu(sum[r][v]);
   }
   if (e.columns >= kVectors * kWidth) {
-#pragma GCC unroll 16
+    SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+      SENET_UNROLL(2)
       for (int v = 0; v < kVectors; ++v)
         std::memcpy(e.y + r * e.y_ld + v * kWidth, &sum[r][v], sizeof(V));
   } else {
-#pragma GCC unroll 16
+    SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+      SENET_UNROLL(2)
       for (int v = 0; v < kVectors; ++v)
         store_columns(e.y + r * e.y_ld + v * kWidth, sum[r][v], e.columns - v * kWidth);
   }
@@ -107,9 +117,9 @@ SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
 template <int kRows, int kVectors>
 void tile(const float* a, int64_t lda, const float* b, int64_t depth, const Epilogue& e) {
   V sum[kRows][kVectors];
-#pragma GCC unroll 16
+  SENET_UNROLL(16)
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+    SENET_UNROLL(2)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = V{};
   add_product<kRows, kVectors>(a, lda, b, depth, sum);
   finish<kRows, kVectors>(e, sum);
@@ -138,3 +148,6 @@ inline void panel_product(const float* a, int64_t lda, int64_t rows, const float
     if (e.shortcut) e.shortcut += here * e.shortcut_ld;
   }
 }
+
+}  // namespace
+}  // namespace senet

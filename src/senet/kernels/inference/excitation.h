@@ -1,7 +1,16 @@
 // The products of the excitation: a few vectors times packed weights, summed in float64. A gate's
 // input is a difference of large numbers where features are large, and its rounding is multiplied
 // into every pixel of a channel; the products are small, so the care costs nothing measurable.
-// Included once per instruction set.
+#pragma once
+
+#include <algorithm>
+
+#include "../gate.h"
+#include "geometry.h"
+#include "product.h"
+
+namespace senet {
+namespace {
 
 constexpr int kHalf = kWidth / 2;
 using D = Vector<double, kHalf>;
@@ -47,15 +56,15 @@ SENET_INLINE void excitation_panel(const Step& s, const float* x, const float* w
   rows(s, x, weights, bias, y, columns);
 }
 
-int64_t excitation_tasks(const Step& s) { return ceil_div(s.N, s.rows) * ceil_div(s.OC, kPanel); }
+int64_t excitation_tasks(const Step& s) { return ceil_div(s.N, s.images) * ceil_div(s.OC, kPanel); }
 
-// y = activation(x * weights + bias) for vectors; a task is one panel for `rows` images.
+// y = activation(x * weights + bias) for vectors; a task is one panel for `images` images.
 void excitation(const Step& s, int64_t task) {
   constexpr int kRows = kWidth >= 16 ? 4 : 2;  // as many sums as there are registers
   const int64_t panels = ceil_div(s.OC, kPanel), panel = task % panels;
   const int64_t columns = std::min<int64_t>(kPanel, s.OC - panel * kPanel);
   const float *weights = s.weights + panel * s.C * kPanel, *bias = s.bias + panel * kPanel;
-  const int64_t begin = task / panels * s.rows, end = std::min(s.N, begin + s.rows);
+  const int64_t begin = task / panels * s.images, end = std::min(s.N, begin + s.images);
   for (int64_t n = begin; n < end;) {
     const int64_t here = end - n >= kRows ? kRows : 1;
     float* y = s.y + n * s.y_ld + panel * kPanel;
@@ -71,3 +80,6 @@ void excitation(const Step& s, int64_t task) {
     n += here;
   }
 }
+
+}  // namespace
+}  // namespace senet

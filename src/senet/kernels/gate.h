@@ -1,22 +1,25 @@
 // The excitation: two small matrix products and the gate, forward and backward (eq. 3 of the paper).
 // Each function computes the part [begin, end) of one axis, so that the threads of the surrounding
-// parallel region share the work without a reduction. Included once per instruction set.
+// parallel region share the work without a reduction.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "operator/arguments.h"
+#include "vector.h"
+
+namespace senet {
+namespace {
 
 // Sums of neighbouring groups of kRun lanes of the vectors a and b: those of a's groups and of b's in
 // turn.
 template <int kRun, class A, int W, int... J>
 SENET_INLINE Vector<A, W> add_neighbours(Vector<A, W> a, Vector<A, W> b,
                                          std::integer_sequence<int, J...>) {
-#define SENET_LANE(j) (((j) / kRun % 2) * W + (j) / (2 * kRun) * 2 * kRun + (j) % kRun)
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, SENET_LANE(J)...) +
-         __builtin_shufflevector(a, b, (SENET_LANE(J) + kRun)...);
-#else
-  using I = Vector<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, W>;
-  return __builtin_shuffle(a, b, I{SENET_LANE(J)...}) +
-         __builtin_shuffle(a, b, I{(SENET_LANE(J) + kRun)...});
-#endif
-#undef SENET_LANE
+  constexpr auto lane = [](int j) { return j / kRun % 2 * W + j / (2 * kRun) * 2 * kRun + j % kRun; };
+  return shuffle<lane(J)...>(a, b) + shuffle<(lane(J) + kRun)...>(a, b);
 }
 
 // Lane i of the result is horizontal_sum(v[i]), to the bit: a vector's worth of sums at once.
@@ -186,3 +189,6 @@ void scale_by_slope(A* ds, const A* s, int64_t count, int gate) {
   if (gate == kRelu) return scale_by_slope_of<kRelu>(ds, s, count);
   return scale_by_slope_of<kHardSigmoid>(ds, s, count);
 }
+
+}  // namespace
+}  // namespace senet

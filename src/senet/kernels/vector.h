@@ -1,5 +1,45 @@
-// Vectors of the widest kind that the instruction set of this inclusion has.
-// Included once per instruction set, inside its namespace, by cpu.cpp: no include guard, no #include.
+// Storage types, and vectors of the widest kind that the instruction set of this translation unit has.
+#pragma once
+
+#include <type_traits>
+
+#include "portability.h"
+
+#ifdef __AVX512F__
+#define SENET_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SENET_VECTOR_BYTES 32
+#else
+#define SENET_VECTOR_BYTES 16
+#endif
+
+namespace senet {
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// What a sum of elements of T is kept in; also the type of all parameters.
+template <class T>
+struct AccumulatorOf {
+  using type = T;
+};
+template <>
+struct AccumulatorOf<bfloat16> {
+  using type = float;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+SENET_INLINE float widen(float v) { return v; }
+SENET_INLINE double widen(double v) { return v; }
+SENET_INLINE float widen(bfloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
 
 template <class A, int W>
 struct VectorOf {
@@ -39,43 +79,6 @@ SENET_INLINE Vector<float, W> load(const bfloat16* from) {
   Vector<float, W> v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
-}
-
-// A non-temporal store does not read the line it overwrites; `to` must be aligned to the vector.
-template <class V>
-SENET_INLINE void stream(void* to, const V& v) {
-#ifdef SENET_X86
-  if constexpr (sizeof(V) == 16) {
-    __m128i raw;
-    std::memcpy(&raw, &v, 16);
-    _mm_stream_si128(static_cast<__m128i*>(to), raw);
-    return;
-  }
-#if SENET_VECTOR_BYTES >= 32
-  if constexpr (sizeof(V) == 32) {
-    __m256i raw;
-    std::memcpy(&raw, &v, 32);
-    _mm256_stream_si256(static_cast<__m256i*>(to), raw);
-    return;
-  }
-#endif
-#if SENET_VECTOR_BYTES >= 64
-  if constexpr (sizeof(V) == 64) {
-    __m512i raw;
-    std::memcpy(&raw, &v, 64);
-    _mm512_stream_si512(static_cast<__m512i*>(to), raw);
-    return;
-  }
-#endif
-#endif
-  std::memcpy(to, &v, sizeof v);
-}
-
-// Orders non-temporal stores before whatever tells another thread that they are done.
-SENET_INLINE void finish_streams() {
-#ifdef SENET_X86
-  _mm_sfence();
-#endif
 }
 
 // Rounds to nearest even; a NaN stays one (its payload may lie in the bits that are cut off).
@@ -145,3 +148,6 @@ SENET_INLINE Vector<float, W> exponential(Vector<float, W> x) {
   std::memcpy(&power, &exponent, sizeof power);
   return x == x ? p * power : x;
 }
+
+}  // namespace
+}  // namespace senet

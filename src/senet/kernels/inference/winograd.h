@@ -2,7 +2,16 @@
 // 1509.09308): patches of (m+2)² inputs and the weights are transformed, multiplied as (m+2)² matrix
 // products over the channels, and transformed back to m² outputs: 2.25 (m = 2) or 4 (m = 4) times
 // fewer multiplications. The transforms follow Cook and Toom for the points 0, ±a, ±b and infinity
-// (m = 2: 0, ±1, infinity). Included once per instruction set.
+// (m = 2: 0, ±1, infinity).
+#pragma once
+
+#include <algorithm>
+
+#include "geometry.h"
+#include "product.h"
+
+namespace senet {
+namespace {
 
 // Squares of a and b for m = 4. With a·b = 1 all coefficients stay near 1, which keeps the rounding
 // error about as low as that of a direct convolution (measured in tests/test_inference_kernels.py).
@@ -50,9 +59,6 @@ SENET_INLINE int64_t tiles_h(const Step& s) { return ceil_div(s.OH, s.tile); }
 SENET_INLINE int64_t tiles_w(const Step& s) { return ceil_div(s.OW, s.tile); }
 SENET_INLINE int64_t winograd_tiles(const Step& s) { return s.N * tiles_h(s) * tiles_w(s); }
 
-constexpr int64_t kMaxWinogradChannels = 8192;
-alignas(64) const float kZeros[kMaxWinogradChannels + 64] = {};
-
 // Transforms `count` patches from tile `first` on into patches[(m+2)²][stride][ld].
 template <int m>
 void transform_patches(const Step& s, int64_t first, int64_t count, float* patches, int64_t stride,
@@ -69,18 +75,18 @@ void transform_patches(const Step& s, int64_t first, int64_t count, float* patch
       }
     for (int64_t c = 0; c < s.C; c += kWidth) {
       V columns[n * n], patch[n * n];
-#pragma GCC unroll 6
+      SENET_UNROLL(6)
       for (int j = 0; j < n; ++j) {
         V in[n], out[n];
-#pragma GCC unroll 6
+        SENET_UNROLL(6)
         for (int i = 0; i < n; ++i) in[i] = load<kWidth>(from[i * n + j] + c);
         to_patch_domain<m>(in, out, 1);
-#pragma GCC unroll 6
+        SENET_UNROLL(6)
         for (int i = 0; i < n; ++i) columns[i * n + j] = out[i];
       }
-#pragma GCC unroll 6
+      SENET_UNROLL(6)
       for (int i = 0; i < n; ++i) to_patch_domain<m>(columns + i * n, patch + i * n, 1);
-#pragma GCC unroll 36
+      SENET_UNROLL(36)
       for (int i = 0; i < n * n; ++i)
         std::memcpy(patches + (i * stride + t) * ld + c, &patch[i], sizeof(V));
     }
@@ -101,12 +107,12 @@ void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t pane
       const int64_t c = panel * kPanel + v * kWidth, columns = s.OC - c;
       if (columns <= 0) break;
       V in[n * n], half[m * n], out[m * m];
-#pragma GCC unroll 36
+      SENET_UNROLL(36)
       for (int i = 0; i < n * n; ++i)
         in[i] = load<kWidth>(products + (i * count + t) * kPanel + v * kWidth);
-#pragma GCC unroll 6
+      SENET_UNROLL(6)
       for (int j = 0; j < n; ++j) to_outputs<m>(in + j, half + j, n);
-#pragma GCC unroll 4
+      SENET_UNROLL(4)
       for (int i = 0; i < m; ++i) to_outputs<m>(half + i * n, out + i * m, 1);
       // Copies in registers: for all the compiler knows, a store to y may change what s holds.
       const V bias = load<kWidth>(s.bias + c);
@@ -126,9 +132,9 @@ void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t pane
         if (summed) sum += value;
       };
       if (height == m && width == m && columns >= kWidth) {
-#pragma GCC unroll 4
+        SENET_UNROLL(4)
         for (int i = 0; i < m; ++i)
-#pragma GCC unroll 4
+          SENET_UNROLL(4)
           for (int j = 0; j < m; ++j) finish_pixel(i, j, kWidth);
       } else {
         for (int64_t i = 0; i < height; ++i)
@@ -160,7 +166,7 @@ void multiply_patches(const Step& s, int64_t first, int64_t count, const float* 
   }
 }
 
-int64_t winograd_tasks(const Step& s) { return ceil_div(winograd_tiles(s), s.rows); }
+int64_t winograd_tasks(const Step& s) { return ceil_div(winograd_tiles(s), s.tiles); }
 
 // A block of tiles from input to output; its patches and products stay in the cache.
 template <int m>
@@ -178,7 +184,7 @@ template <int m>
 void winograd_input(const Step& s, int64_t task) {
   const int64_t tasks = winograd_tasks(s), tiles = winograd_tiles(s), ld = row_stride(s.C);
   const int64_t first = tiles * task / tasks, count = tiles * (task + 1) / tasks - first;
-  transform_patches<m>(s, first, count, s.shared + first * ld, tiles, ld);
+  transform_patches<m>(s, first, count, s.patches + first * ld, tiles, ld);
 }
 
 int64_t winograd_product_tasks(const Step& s) {
@@ -189,5 +195,8 @@ template <int m>
 void winograd_product(const Step& s, int64_t task, float* scratch) {
   const int64_t tiles = winograd_tiles(s);
   const int64_t end = std::min((task + 1) * s.panels, ceil_div(s.OC, kPanel));
-  multiply_patches<m>(s, 0, tiles, s.shared, tiles, row_stride(s.C), task * s.panels, end, scratch);
+  multiply_patches<m>(s, 0, tiles, s.patches, tiles, row_stride(s.C), task * s.panels, end, scratch);
 }
+
+}  // namespace
+}  // namespace senet

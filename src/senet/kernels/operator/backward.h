@@ -1,11 +1,17 @@
-// The backward pass of the tail; algebra.md's notation: G1, G2 are the sums of g' and g' (x - mean)
-// per image and channel. Included once per instruction set.
+// The tail backward. Notation and derivation: docs/algebra.md, "Backward".
+#pragma once
+
+#include "excitation.h"
+
+namespace senet {
+namespace {
 
 // Everything of (N, C) size that the two map passes exchange.
 template <class A>
 struct BackwardBuffers {
-  A *partial, *g1, *g2, *dt, *z, *dz, *dhidden, *scale, *offset;
-  A *slope, *shortcut_slope, *shortcut_offset;
+  A* partial;
+  ExcitationBuffers<A> gate;
+  A *scale, *offset, *slope, *shortcut_slope, *shortcut_offset;
   double* common;  // what batch statistics take from every pixel of a channel
   AffineBuffers<A> affine;
 };
@@ -112,8 +118,8 @@ void merge_reductions(const Plan& plan, const TailArguments& a, const BackwardBu
           for (int64_t i = 0; i < width; ++i) sum[j][i] += double(part[i]);
         }
       for (int64_t i = 0; i < width; ++i) {
-        b.g1[n * C + c0 + i] = A(sum[0][i]);
-        b.g2[n * C + c0 + i] = A(sum[1][i]);
+        b.gate.g1[n * C + c0 + i] = A(sum[0][i]);
+        b.gate.g2[n * C + c0 + i] = A(sum[1][i]);
         total[0][i] += sum[0][i];
         total[1][i] += sum[2][i];
       }
@@ -132,55 +138,6 @@ void merge_reductions(const Plan& plan, const TailArguments& a, const BackwardBu
   }
 }
 
-// Back through the gate of images [first, last), from the gradient of s to that of the squeeze, b.dz;
-// all threads take part.
-template <class A>
-void gate_backward(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
-                   const Norm<A>& norm, int64_t first, int64_t last, const Share& channels,
-                   const Share& units) {
-  const int64_t C = plan.C, H = a.H, images = last - first;
-  const A *gates = static_cast<const A*>(a.gates), *hidden = static_cast<const A*>(a.hidden);
-  const A *w1 = static_cast<const A*>(a.w1), *w2 = static_cast<const A*>(a.w2);
-  for_blocks(norm, channels, [&](int64_t c, int64_t width, const NormBlock<A>& block) {
-    for (int64_t n = first; n < last; ++n) {
-      const A *g1 = b.g1 + n * C + c, *g2 = b.g2 + n * C + c;
-      A* dt = b.dt + n * C + c;
-      for (int64_t i = 0; i < width; ++i) dt[i] = block.scale[i] * g2[i] + block.shift[i] * g1[i];
-      scale_by_slope(dt, gates + n * C + c, width, int(a.gate));
-    }
-  });
-#pragma omp barrier
-  A* dhidden = b.dhidden + first * H;
-  combine(b.dt + first * C, C, 1, w2, dhidden, images, C, H, units.begin, units.end);
-  for (int64_t n = 0; n < images; ++n)
-    for (int64_t j = units.begin; j < units.end; ++j)
-      if (hidden[(first + n) * H + j] <= 0) dhidden[n * H + j] = 0;
-#pragma omp barrier
-  combine(dhidden, H, 1, w1, b.dz + first * C, images, H, C, channels.begin, channels.end);
-}
-
-// Gradients of the gate's parameters, from all images at once: how these were grouped changes no bit.
-template <class A>
-void gate_parameters(const Plan& plan, const TailArguments& a, const BackwardBuffers<A>& b,
-                     const Norm<A>& norm, const Share& channels, const Share& units) {
-  const int64_t N = plan.N, C = plan.C, H = a.H;
-  const auto sum_images = [N](const A* from, int64_t width, const Share& share, void* to) {
-    if (!to) return;
-    A* sums = static_cast<A*>(to);
-    std::fill(sums + share.begin, sums + share.end, A(0));
-    for (int64_t n = 0; n < N; ++n)
-      for (int64_t i = share.begin; i < share.end; ++i) sums[i] += from[n * width + i];
-  };
-  sum_images(b.dt, C, channels, a.db2);
-  sum_images(b.dhidden, H, units, a.db1);
-  if (a.dw2)
-    combine(b.dt + channels.begin, 1, C, static_cast<const A*>(a.hidden),
-            static_cast<A*>(a.dw2) + channels.begin * H, channels.end - channels.begin, N, H, 0, H);
-  if (!a.dw1) return;
-  fill_squeeze(norm, static_cast<const A*>(a.squeezed), C, 0, N, channels, b.z);
-  combine(b.dhidden, 1, H, b.z, static_cast<A*>(a.dw1), H, N, C, channels.begin, channels.end);
-}
-
 // Gradients of the normalization's parameters, and with batch statistics what they add to dx; all
 // images at once.
 template <class A>
@@ -196,12 +153,12 @@ void norm_parameters(const Plan& plan, const TailArguments& a, const BackwardBuf
     double bias[NormBlock<A>::kSize] = {}, weight[NormBlock<A>::kSize] = {};
     for (int64_t n = 0; n < plan.N; ++n) {
       const int64_t at = n * C + c0;
-      const A *g1 = b.g1 + at, *g2 = b.g2 + at;
+      const A *g1 = b.gate.g1 + at, *g2 = b.gate.g2 + at;
       if (!a.H) {
         for (int64_t i = 0; i < width; ++i) bias[i] += double(g1[i]), weight[i] += double(g2[i]);
         continue;
       }
-      const A *s = static_cast<const A*>(a.gates) + at, *dz = b.dz + at;
+      const A *s = static_cast<const A*>(a.gates) + at, *dz = b.gate.dz + at;
       const A* mean = static_cast<const A*>(a.squeezed) + at;
       for (int64_t i = 0; i < width; ++i) {
         bias[i] += double(s[i]) * double(g1[i]) + double(dz[i]);
@@ -237,7 +194,7 @@ void input_coefficients(const Plan& plan, const TailArguments& a, const Backward
     const double* common = b.common + c;
     for (int64_t n = first; n < last; ++n) {
       const int64_t at = n * C + c;
-      const A *s = gates + at, *dz = b.dz + at;
+      const A *s = gates + at, *dz = b.gate.dz + at;
       A *scale = b.scale + at, *offset = b.offset + at;
       for (int64_t i = 0; i < width; ++i) {
         scale[i] = block.scale[i] * s[i];
@@ -247,95 +204,156 @@ void input_coefficients(const Plan& plan, const TailArguments& a, const Backward
   });
 }
 
+// What all threads know of a backward pass, and what each of them does.
 template <class T>
-int backward(const TailArguments* arguments) {
+struct TailBackward {
   using A = Accumulator<T>;
-  const TailArguments& a = *arguments;
-  const Plan plan(a.N, a.C, a.P, a.channels_last);
-  const int64_t C = plan.C, N = plan.N, H = a.H, step = H ? C : 0, rows_pq = H ? N : 1;
-  const bool batch = a.normalization == kBatchStatistics;
-  const bool norm_shortcut = a.shortcut_kind == kNormalizedShortcut;
-  const bool plain_shortcut = a.shortcut_kind == kPlainShortcut;
-  const bool parameters = a.dweight || a.dbias || a.dw1 || a.db1 || a.dw2 || a.db2;
-  const bool reduces = parameters || a.dshortcut_weight || a.dshortcut_bias ||
-                       (a.dx && (batch || H)) || (a.dshortcut && norm_shortcut && batch);
-  const bool gate = H && (parameters || a.dx);
-  const int mask = !a.relu ? kNoMask : plain_shortcut ? kMaskFromY
-                   : norm_shortcut ? kMaskFromBoth : kMaskFromX;
-  const bool writes = reduces && plain_shortcut && a.relu && a.dshortcut;
-  const bool final_pass = a.dx || (a.dshortcut && !writes);
-  const int final_mask = writes ? kNoMask : mask;
-  const int final_shortcut = writes || !a.dshortcut ? kNoShortcut : int(a.shortcut_kind);
-  const int threads = thread_count(plan, a);
+  const TailArguments& a;
+  const Plan plan;
+  const int64_t N, C, H;
+  const bool batch, norm_shortcut, plain_shortcut;
+  const bool parameters;  // whether gradients of the norm's or the gate's are wanted
+  const bool reduces;     // whether anything needs the sums over the maps
+  const int mask;
+  const bool writes;  // whether the reducing pass writes the shortcut's gradient
+  const int threads;
+  const Norm<A> norm, other;  // other: the shortcut's
+  const Excitation<A> excitation;
+  BackwardBuffers<A> b;
 
-  const int64_t map = N * C, partial_size = N * plan.sum_chunks * (norm_shortcut ? 3 : 2) * C;
-  const int64_t gated_map = H ? map : 0;
-  const int64_t sizes[] = {partial_size, map, map, gated_map, gated_map, gated_map, N * H,
-                           rows_pq * C, rows_pq * C, C, C, C,  // until shortcut_offset
-                           rows_pq * C, rows_pq * C, C, C,     // affine
-                           C * int64_t(sizeof(double) / sizeof(A))};
-  constexpr int kPieces = sizeof sizes / sizeof *sizes;
-  int64_t total = 0;
-  for (int64_t size : sizes) total += (size + 15) / 16 * 16;
-  A* memory = scratch<A>(total);
-  if (!memory) return 1;
-  A* piece[kPieces];
-  for (int i = 0; i < kPieces; ++i) {
-    piece[i] = memory;
-    memory += (sizes[i] + 15) / 16 * 16;
+  explicit TailBackward(const TailArguments& arguments)
+      : a(arguments),
+        plan(a.N, a.C, a.P, a.channels_last),
+        N(a.N),
+        C(a.C),
+        H(a.H),
+        batch(a.normalization == kBatchStatistics),
+        norm_shortcut(a.shortcut_kind == kNormalizedShortcut),
+        plain_shortcut(a.shortcut_kind == kPlainShortcut),
+        parameters(a.dweight || a.dbias || a.dw1 || a.db1 || a.dw2 || a.db2),
+        reduces(parameters || a.dshortcut_weight || a.dshortcut_bias || (a.dx && (batch || H)) ||
+                (a.dshortcut && norm_shortcut && batch)),
+        mask(!a.relu          ? kNoMask
+             : plain_shortcut ? kMaskFromY
+             : norm_shortcut  ? kMaskFromBoth
+                              : kMaskFromX),
+        writes(reduces && plain_shortcut && a.relu && a.dshortcut),
+        threads(thread_count(plan, a.threads)),
+        norm(norm_of(a.norm, statistics(), C)),
+        other(norm_of(a.shortcut_norm, norm_shortcut ? statistics() + 3 * C : nullptr, C)),
+        excitation(excitation_of<A>(a)) {}
+
+  const A* statistics() const {
+    return a.normalization == kNone ? nullptr : static_cast<const A*>(a.statistics);
   }
-  const BackwardBuffers<A> b{piece[0], piece[1], piece[2], piece[3],  piece[4],  piece[5], piece[6],
-                             piece[7], piece[8], piece[9], piece[10], piece[11],
-                             reinterpret_cast<double*>(piece[16]),
-                             {piece[12], piece[13], piece[14], piece[15], step}};
-  const A* statistics = a.normalization == kNone ? nullptr : static_cast<const A*>(a.statistics);
-  const Norm<A> norm = norm_of(a.norm, statistics, C);
-  const Norm<A> other = norm_of(a.shortcut_norm, norm_shortcut ? statistics + 3 * C : nullptr, C);
-  const A* gates = H ? static_cast<const A*>(a.gates) : nullptr;
-  const int64_t maps_read = plain_shortcut ? 4 : norm_shortcut ? 3 : 2;
-  const int64_t group = batch || norm_shortcut || !reduces ? N : plan.group(maps_read * sizeof(T), threads);
-  const bool streams_written = writes && may_stream(plan, sizeof(T), a.dshortcut);
-  const bool streams = may_stream(plan, sizeof(T), a.dx) && may_stream(plan, sizeof(T), a.dshortcut);
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int id = omp_get_thread_num(), size = omp_get_num_threads();
-    const Share channels(C, id, size, kLanes<A>), units(H, id, size, kLanes<A>);
+  bool allocate() {
+    const int64_t map = N * C, gated_map = H ? map : 0, rows_pq = H ? N : 1;
+    const int64_t partial = N * plan.sum_chunks * (norm_shortcut ? 3 : 2) * C;
+    AffineBuffers<A>& affine = b.affine;
+    A* common = nullptr;
+    const struct {
+      A*& place;
+      int64_t size;
+    } pieces[] = {
+        {b.partial, partial},
+        {b.gate.g1, map},
+        {b.gate.g2, map},
+        {b.gate.dt, gated_map},
+        {b.gate.z, gated_map},
+        {b.gate.dz, gated_map},
+        {b.gate.dhidden, N * H},
+        {b.scale, rows_pq * C},
+        {b.offset, rows_pq * C},
+        {b.slope, C},
+        {b.shortcut_slope, C},
+        {b.shortcut_offset, C},
+        {affine.p, rows_pq * C},
+        {affine.q, rows_pq * C},
+        {affine.shortcut_p, C},
+        {affine.zeros, C},
+        {common, C * int64_t(sizeof(double) / sizeof(A))},
+    };
+    const auto whole_lines = [](int64_t size) { return (size + 15) / 16 * 16; };
+    int64_t total = 0;
+    for (const auto& piece : pieces) total += whole_lines(piece.size);
+    A* memory = scratch<A>(total);
+    if (!memory) return false;
+    for (const auto& piece : pieces) {
+      piece.place = memory;
+      memory += whole_lines(piece.size);
+    }
+    b.common = reinterpret_cast<double*>(common);
+    affine.step = H ? C : 0;
+    return true;
+  }
+
+  void operator()(const Member& member) const {
+    const Share channels(C, member.id, member.size, kLanes<A>);
+    const Share units(H, member.id, member.size, kLanes<A>);
+    prepare(channels);
+    member.barrier();
+    const int64_t maps_read = plain_shortcut ? 4 : norm_shortcut ? 3 : 2;
+    const int64_t group =
+        batch || norm_shortcut || !reduces ? N : plan.group(maps_read * sizeof(T), threads);
+    for (int64_t first = 0; first < N; first += group) {
+      const int64_t last = std::min(N, first + group);
+      const Share tasks((last - first) * plan.chunks, member.id, member.size);
+      if (reduces) reduce(member, first, last, tasks, channels, units);
+      if (a.dx || (a.dshortcut && !writes)) write_gradients(first, tasks);
+    }
+    // After the map, which is in the cache: nobody waits for these.
+    if (!batch && parameters) norm_parameters(plan, a, b, norm, channels);
+    if (H && parameters) gate_parameters(excitation, b.gate, norm, channels, units);
+    finish_streams();
+  }
+
+  void prepare(const Share& channels) const {
     if (norm_shortcut)
       for (int64_t c = channels.begin; c < channels.end; ++c)
         b.shortcut_slope[c] = b.shortcut_offset[c] = 0;
     // Only a mask that is recomputed needs them for each image.
     const bool every_image = mask == kMaskFromX || mask == kMaskFromBoth;
-    fill_affine(norm, other, gates, C, 0, every_image ? N : 1, channels, b.affine);
+    fill_affine(norm, other, H ? static_cast<const A*>(a.gates) : nullptr, C, 0, every_image ? N : 1,
+                channels, b.affine);
     if (!batch) std::fill(b.common + channels.begin, b.common + channels.end, 0.0);
     if (!reduces) input_coefficients(plan, a, b, norm, 0, N, channels);
-#pragma omp barrier
-    for (int64_t first = 0; first < N; first += group) {
-      const int64_t last = std::min(N, first + group);
-      const Share tasks((last - first) * plan.chunks, id, size);
-      if (reduces) {
-        reduce_choice<T>(mask, norm_shortcut, writes, plan, a, b, first, tasks, streams_written);
-#pragma omp barrier
-        merge_reductions(plan, a, b, norm_shortcut, other, first, last, channels);
-        if (gate) gate_backward(plan, a, b, norm, first, last, channels, units);
-        if (batch && (parameters || a.dx)) norm_parameters(plan, a, b, norm, channels);
-        if (a.dx) input_coefficients(plan, a, b, norm, first, last, channels);
-#pragma omp barrier
-      }
-      if (final_pass) {
-        const void* gradient = writes ? a.dshortcut : a.gradient;
-        if (batch)
-          gradient_choice<T, true>(final_mask, final_shortcut, plan, a, b, gradient, first, tasks,
-                                   streams);
-        else
-          gradient_choice<T, false>(final_mask, final_shortcut, plan, a, b, gradient, first, tasks,
-                                    streams);
-      }
-    }
-    // After the map, which is in the cache: nobody waits for these.
-    if (!batch && parameters) norm_parameters(plan, a, b, norm, channels);
-    if (gate && parameters) gate_parameters(plan, a, b, norm, channels, units);
-    finish_streams();
   }
+
+  // The first pass over images [first, last), and from its sums all that the second one needs.
+  void reduce(const Member& member, int64_t first, int64_t last, const Share& tasks,
+              const Share& channels, const Share& units) const {
+    const bool streams = writes && may_stream(plan, sizeof(T), a.dshortcut);
+    reduce_choice<T>(mask, norm_shortcut, writes, plan, a, b, first, tasks, streams);
+    member.barrier();
+    merge_reductions(plan, a, b, norm_shortcut, other, first, last, channels);
+    if (H && (parameters || a.dx))
+      gate_backward(member, excitation, b.gate, norm, first, last, channels, units);
+    if (batch && (parameters || a.dx)) norm_parameters(plan, a, b, norm, channels);
+    if (a.dx) input_coefficients(plan, a, b, norm, first, last, channels);
+    member.barrier();
+  }
+
+  // The second pass.
+  void write_gradients(int64_t first, const Share& tasks) const {
+    const bool streams = may_stream(plan, sizeof(T), a.dx) && may_stream(plan, sizeof(T), a.dshortcut);
+    const int final_mask = writes ? kNoMask : mask;
+    const int shortcut = writes || !a.dshortcut ? kNoShortcut : int(a.shortcut_kind);
+    const void* gradient = writes ? a.dshortcut : a.gradient;
+    if (batch)
+      gradient_choice<T, true>(final_mask, shortcut, plan, a, b, gradient, first, tasks, streams);
+    else
+      gradient_choice<T, false>(final_mask, shortcut, plan, a, b, gradient, first, tasks, streams);
+  }
+};
+
+template <class T>
+int tail_backward(const TailArguments& arguments) {
+  TailBackward<T> pass(arguments);
+  if (!pass.allocate()) return 1;
+  parallel(pass.threads, pass);
   return 0;
 }
+
+}  // namespace
+}  // namespace senet

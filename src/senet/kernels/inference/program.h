@@ -1,5 +1,16 @@
 // Runs the steps of a program one after the other, the tasks of a step on whichever thread is free.
-// Which thread takes a task changes nothing in the result. Included once per instruction set.
+// Which thread takes a task changes nothing in the result.
+#pragma once
+
+#include "../threads.h"
+#include "convolution.h"
+#include "excitation.h"
+#include "grouped.h"
+#include "passes.h"
+#include "winograd.h"
+
+namespace senet {
+namespace {
 
 int64_t task_count(const Step& s) {
   switch (s.kind) {
@@ -28,10 +39,10 @@ int64_t task_count(const Step& s) {
 
 void run_task(const Step& s, int64_t task, float* scratch);
 
-// The `rows` steps behind this one, for one image: their tasks are in the order of images, as many
+// The `steps` steps behind this one, for one image: their tasks are in the order of images, as many
 // for each. What one writes is in the cache for the next, and no thread waits between them.
 void images(const Step& s, int64_t image, float* scratch) {
-  for (const Step* step = &s + 1; step <= &s + s.rows; ++step) {
+  for (const Step* step = &s + 1; step <= &s + s.steps; ++step) {
     const int64_t tasks = task_count(*step) / s.N;
     for (int64_t t = image * tasks; t < (image + 1) * tasks; ++t) run_task(*step, t, scratch);
   }
@@ -74,33 +85,27 @@ void run_task(const Step& s, int64_t task, float* scratch) {
 // A thread that finds no task left waits for the tasks that others still work on, not for the others
 // themselves: one that the operating system has put aside between two tasks holds up nobody.
 SENET_INLINE void wait_until_done(const Step& s, int64_t tasks) {
-  for (int64_t turns = 0; __atomic_load_n(&s.done, __ATOMIC_ACQUIRE) < tasks; ++turns) {
-    if (turns < 4096) {
-#ifdef SENET_X86
-      _mm_pause();
-#endif
-    } else {
-      sched_yield();
-    }
-  }
+  for (int64_t turns = 0; count_done(s.done) < tasks; ++turns) wait_a_little(turns);
 }
 
 void run(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t scratch_size) {
   for (int64_t i = 0; i < count; ++i) steps[i].next = steps[i].done = 0;
-#pragma omp parallel num_threads(int(threads))
-  {
-    float* mine = scratch + omp_get_thread_num() * scratch_size;
+  parallel(threads, [=](const Member& member) {
+    float* mine = scratch + member.id * scratch_size;
     for (int64_t i = 0; i < count; ++i) {
       Step& s = steps[i];
       const int64_t tasks = task_count(s);
       for (;;) {
-        const int64_t task = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED);
+        const int64_t task = take_number(s.next);
         if (task >= tasks) break;
         run_task(s, task, mine);
-        __atomic_fetch_add(&s.done, 1, __ATOMIC_RELEASE);
+        note_done(s.done);
       }
       wait_until_done(s, tasks);
-      if (s.kind == kImages) i += s.rows;
+      if (s.kind == kImages) i += s.steps;
     }
-  }
+  });
 }
+
+}  // namespace
+}  // namespace senet

@@ -1,15 +1,17 @@
 // The passes over feature maps. An operation (Statistics, Apply, Reduce, Gradient) says what happens
 // to one vector of elements; the drivers below walk it over channels_last rows, where a vector spans
 // channels, or over a contiguous plane, where a vector spans pixels of one channel. An element is at i
-// in the maps of C channels, and at j in a map whose rows have `width` channels (cpu_join.h).
-// Included once per instruction set.
+// in the maps of C channels, and at j in a map whose rows have `width` channels (join.h).
+#pragma once
 
-// Fetches the cache line at `p` into the second-level cache; p may lie beyond the map, a prefetch
-// does not fault.
-template <class T>
-SENET_INLINE void fetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
-}
+#include "../vector.h"
+#include "arguments.h"
+
+namespace senet {
+namespace {
+
+// Where the backward pass knows from which elements the relu let through.
+enum Mask { kNoMask, kMaskFromY, kMaskFromX, kMaskFromBoth };
 
 // How coefficient c of a per-channel array fills a vector.
 struct AlongChannels {
@@ -321,3 +323,6 @@ struct Gradient {
       store(shortcut.out + i, shortcut.template value<W>(k.shortcut, g, i), streamed);
   }
 };
+
+}  // namespace
+}  // namespace senet
