@@ -1,5 +1,6 @@
 """The C++ kernels of senet.optimize against PyTorch in float64, one layer at a time."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -325,3 +326,30 @@ def test_other_instruction_sets(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+class IntoConcat(nn.Module):
+    """A tail between other parts of a concat: its rows there are wider than its shortcut's."""
+
+    def __init__(self, tail: Tail) -> None:
+        super().__init__()
+        self.tail = tail
+        self.side = copy.deepcopy(tail.other)
+        self.last = nn.Conv2d(4 * tail.conv.out_channels, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.side(x)
+        return self.last(torch.cat([side, self.tail(x), torch.relu(side), 2 * side], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("se", [False, True], ids=["plain", "gates"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_shortcut_keeps_its_rows_where_the_output_lies_in_a_concat(name: str, se: bool) -> None:
+    conv, x = convolution(name)
+    model = IntoConcat(Tail(conv, se, True, True)).eval()
+    program = Program(Rewriter(model).run(), x, 2, {})
+    (part,) = program.parts
+    with_shortcut = [step for step in part.steps if step.shortcut]
+    assert any(step.y_ld > step.shortcut_ld for step in with_shortcut)
+    assert error(program.run(x), model, x) < TOLERANCE
