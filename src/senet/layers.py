@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet import ops
-from senet.ops.reference import full_precision
+from senet.ops.maps import full_precision
 from senet.sync_bn import SyncBatchNorm
 
 Squeeze = Literal["avg", "max", "none"]

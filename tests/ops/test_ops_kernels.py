@@ -14,7 +14,8 @@ from torch import Tensor
 
 from senet import ops
 from senet.errors import UserError
-from senet.ops import cpu
+from senet.ops import choice
+from senet.ops.cpu import common as cpu
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -39,7 +40,7 @@ import torch
 from ops_cases import Case, oracle, parts, run
 from join_cases import joins, oracle as join_oracle, run as join_run
 from tolerances import assert_close
-from senet.ops import cpu
+from senet.ops.cpu import common as cpu
 print(cpu.instruction_set())
 for layout in ("channels_last", "contiguous"):
     for dtype in (torch.float32, torch.bfloat16):
@@ -183,7 +184,7 @@ def test_without_kernels_the_algebra_runs_and_says_so_once(
 ) -> None:
     monkeypatch.setattr(cpu, "_LIBRARY", None)
     monkeypatch.setattr(cpu, "MISSING", "not built; install g++")
-    monkeypatch.setattr(ops, "_warned", False)
+    monkeypatch.setattr(choice, "_warned", False)
     assert not ops.implementations()["cpu"].available
     assert "g++" in ops.implementations()["cpu"].reason
     with pytest.warns(UserWarning, match="without its C\\+\\+ kernels.*g\\+\\+"):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from senet import ops
 from senet.layers import SqueezeExcitation, bn_relu, bn_relu_into, residual_tail
-from senet.ops import cpu
+from senet.ops.cpu import common as cpu
 
 needs_kernels = pytest.mark.skipif(bool(cpu.MISSING), reason="needs the C++ kernels")
 

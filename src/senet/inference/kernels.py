@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from senet.ops import cpu
+from senet.ops.cpu import common as cpu
 
 
 class Kind(IntEnum):
