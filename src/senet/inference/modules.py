@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.nn.block import SqueezeExcitation
-from senet.ops import triton
+from senet.ops.triton import tail as triton
+from senet.ops.triton.common import takes
 
 
 def batch_norm_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ def _in_one_pass(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     plain = all(t is None or type(t) is Tensor for t in tensors)
-    if not plain or tensors[0] is None or not triton.takes(tensors[0]):
+    if not plain or tensors[0] is None or not takes(tensors[0]):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senet import ops
 from senet.nn.sync_bn import SyncBatchNorm
-from senet.ops.reference import full_precision
+from senet.ops.maps import full_precision
 
 Squeeze = Literal["avg", "max", "none"]
 GateName = Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"]
