@@ -119,9 +119,7 @@ def test_a_kill_between_two_renames_does_not_lose_the_best(
                 contents.append((target / "model.safetensors").read_bytes())
 
     disk.after = snapshot
-    config = tiny_config(
-        recipe_epochs=4, recipe_ema_decay=None, recipe_augmentation=Augmentation()
-    )
+    config = tiny_config(recipe_epochs=4, recipe_ema_decay=None, recipe_augmentation=Augmentation())
     train(config)
     disk.after = lambda source, target: None
     assert len(contents) >= 2, "the test needs an epoch that is better than one before"
