@@ -23,11 +23,11 @@ from senet.data import (
     MemoryImages,
     Preprocessing,
     TrainLoader,
-    folders,
     load_data,
     train_loader,
     val_loader,
 )
+from senet.data.sources import folders
 from senet.errors import UserError
 
 MakeFolder = Callable[..., Path]
