@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from senet.anatomy.recognition import excitations
 from senet.anatomy.tracing import Trace, record
 from senet.errors import UserError
-from senet.gates.blocks import ConstantScale, as_partial, keep_channels, replace_block
+from senet.gates.blocks import ConstantScale, as_partial, keep_channels
 from senet.gates.record import fingerprint
 from senet.gates.statistics import BlockStatistics, GateStatistics
 from senet.gates.targets import edits_after, edits_before
+from senet.insertion.replace import replace_block
 from senet.models.cost import count_multiply_adds, count_parameters
 
 SMALLEST_FACTOR = 1e-3  # a partly folded block divides its first layer's weights by the constants

@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,13 +13,6 @@ from torch.optim import Optimizer
 
 from senet.anatomy.tracing import Trace, record, run
 from senet.errors import SenetError, UserError
-from senet.insertion.checks import (
-    RECORD,
-    attempt,
-    check_model,
-    check_optimizers,
-    example_arguments,
-)
 from senet.insertion.places import (
     Refused,
     Site,
@@ -32,6 +25,7 @@ from senet.insertion.places import (
     stages_of,
     unique,
 )
+from senet.insertion.replace import replace_block
 from senet.insertion.report import InsertionReport, Place
 from senet.insertion.twins import become_twin, twin_places
 from senet.models import Network
@@ -41,6 +35,7 @@ from senet.nn.block import GateName, SqueezeExcitation, hidden_width
 Rule = Literal["auto", "residual", "concat", "conv"]
 RULES: tuple[str, ...] = get_args(Rule)
 CHILD = "se"
+RECORD = "senet_insertion"  # attribute of a model with inserted blocks: what `remove` must undo
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # iterate over their children
 
 
@@ -90,24 +85,24 @@ def insert(
             place found, a name that does not exist, an argument out of range, or an example input
             that the model does not take. The model is unchanged then.
     """
-    check_model(model)
+    _check_model(model)
     optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
-    check_optimizers(model, optimizers)
+    _check_optimizers(model, optimizers)
     # Validates reduction and gate, and costs nothing.
     try:
         SqueezeExcitation(1, reduction, gate=gate, device="meta")
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     chosen = None if stages is None else tuple(stages)
-    arguments = example_arguments(model, example_input)
+    arguments = _example_arguments(model, example_input)
     own = isinstance(model, Network) and isinstance(where, str) and where in ("auto", "residual")
     skipped: tuple[tuple[str, str], ...] = ()
     if own:
         assert isinstance(model, Network)
-        before = attempt(lambda: run(model, arguments), arguments)
+        before = _attempt(lambda: run(model, arguments), arguments)
         places = twin_places(model, reduction, gate, chosen)
     else:
-        trace = attempt(lambda: record(model, arguments), arguments)
+        trace = _attempt(lambda: record(model, arguments), arguments)
         before = trace.result
         places, skipped = _traced_places(model, trace, where, reduction, chosen)
     attach(model, places, gate=gate)
@@ -128,6 +123,92 @@ def insert(
     for optimizer in optimizers:
         optimizer.add_param_group({"params": new, "lr": optimizer.param_groups[0]["lr"]})
     return InsertionReport(tuple(places), tuple(skipped), reduction, gate, identical)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise UserError for wrapped, compiled, scripted and uninitialised models, with the remedy."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, RECORD):
+        raise UserError(
+            "the model already has SE blocks of senet.insert; senet.remove(model) first"
+        )
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        inside = f" ({name})" if name else ""
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or (
+            kind in ("FullyShardedDataParallel", "FSDPModule")
+            or any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+        ):
+            raise UserError(
+                f"model is wrapped in {kind}{inside}, which would not see the new parameters; "
+                "insert into model.module first and wrap afterwards"
+            )
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise UserError(
+                f"model is compiled{inside}; insert before torch.compile (the original of a "
+                "compiled model is model._orig_mod)"
+            )
+        if isinstance(module, torch.jit.ScriptModule) and not name:
+            raise UserError("model is scripted; insert before torch.jit.script or torch.jit.trace")
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+            raise UserError(f"{name} is not initialised yet; run the model once before insert")
+
+
+def _check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for what is no optimizer of the model's parameters."""
+    known = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise UserError(f"optimizers must be torch optimizers, got {type(optimizer).__name__}")
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        if not any(id(p) in known for p in params):
+            raise UserError(
+                f"{type(optimizer).__name__} trains no parameter of this model; pass the "
+                "optimizer that was made from model.parameters()"
+            )
+
+
+def _example_arguments(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    """What the model is called with: the example, or zeros of the model's own input size.
+
+    Raises:
+        UserError: there is no example, and the model says no size.
+    """
+    if isinstance(example, tuple):
+        return example
+    if example is not None:
+        return (example,)
+    size = getattr(model, "input_size", None)
+    if size is None:
+        for name in ("pretrained_cfg", "default_cfg"):  # timm
+            config = getattr(model, name, None)
+            if isinstance(config, Mapping) and "input_size" in config:
+                size = config["input_size"]
+    if size is None:
+        raise UserError(
+            f"example_input is needed for {type(model).__name__}, for instance "
+            "torch.zeros(1, 3, 224, 224)"
+        )
+    parameter = next(model.parameters(), torch.empty(0))
+    return (torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype),)
+
+
+def _attempt(action: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+    """The result of an action that runs the model on `arguments`.
+
+    Raises:
+        UserError: the model does not take them.
+    """
+    try:
+        return action()
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"the model does not take example_input of shape {', '.join(map(str, shapes))}: "
+            f"{reason[0]}"
+        ) from error
 
 
 def attach(model: nn.Module, places: Sequence[Place], *, gate: str) -> None:
@@ -213,23 +294,8 @@ def remove(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()
         raise UserError("nothing to remove: some of the inserted blocks were folded away")
     gone: set[int] = set()
     for place in inserted_places(model):
-        holder_name, _, child = place.block.rpartition(".")
-        holder = model.get_submodule(holder_name)
-        gone |= {id(parameter) for parameter in getattr(holder, child).parameters()}
-        if isinstance(holder, ReLUSE):
-            model.set_submodule(place.module, nn.ReLU(inplace=True).train(holder.training))
-            continue
-        delattr(holder, child)
-        target = model.get_submodule(place.module)
-        if place.kind == "twin":
-            # Plain attributes again, as in a network that never had a block.
-            object.__setattr__(target, "se", None)
-            if hasattr(target, "integration"):
-                object.__setattr__(target, "integration", None)
-            continue
-        for key, hook in list(target._forward_hooks.items()):
-            if isinstance(hook, partial) and hook.func is _scale_output:
-                del target._forward_hooks[key]
+        gone |= {id(parameter) for parameter in model.get_submodule(place.block).parameters()}
+        replace_block(model, place.block, None)
     if isinstance(record_["config"], dict):
         model.config = record_["config"]  # type: ignore[assignment]
     delattr(model, RECORD)

@@ -19,7 +19,8 @@ from senet.models.inception import (
     max_pool_half_ceil,
     max_pool_same,
 )
-from senet.models.network import Network, SEOptions, Stage, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.residual import (
     BasicBlock,

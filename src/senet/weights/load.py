@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from senet.errors import UserError
 from senet.models import Network, SEOptions
-from senet.models.registry import SE_OPTIONS
+from senet.models.options import SE_OPTIONS
 from senet.models.resnet import ResNet
 from senet.nn.block import SqueezeExcitation
 from senet.weights.files import State, read_with_description, unwrap
