@@ -217,7 +217,7 @@ def remove(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()
         holder = model.get_submodule(holder_name)
         gone |= {id(parameter) for parameter in getattr(holder, child).parameters()}
         if isinstance(holder, ReLUSE):
-            model.set_submodule(place.module, nn.ReLU(inplace=True).train(holder.training))
+            model.set_submodule(place.module, nn.ReLU().train(holder.training))
             continue
         delattr(holder, child)
         target = model.get_submodule(place.module)

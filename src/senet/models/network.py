@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from senet.errors import UserError
 from senet.models.hub import HubMixin
-from senet.nn.block import GATES, SQUEEZES, GateName, Squeeze, SqueezeExcitation, hidden_width
+from senet.nn.block import (
+    GATES,
+    SQUEEZES,
+    GateName,
+    Squeeze,
+    SqueezeExcitation,
+    hidden_width,
+    no_script,
+)
 
 Integration = Literal["standard", "pre", "post", "identity", "3x3"]
 INTEGRATIONS: tuple[str, ...] = get_args(Integration)
@@ -187,6 +195,14 @@ class Network(nn.Module, HubMixin, ABC):
     @abstractmethod
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(no_script(self))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of images x (N, in_channels, H, W); no softmax.
