@@ -85,7 +85,7 @@ def test_code_that_instruction_sets_would_share_fails_the_build(tmp_path: Path) 
 def wheel(folder: Path, **environment: str) -> set[str]:
     """Builds a wheel into `folder`, unpacks it there and gives the names of its files."""
     pytest.importorskip("scikit_build_core")
-    code = "import sys; sys.path.insert(0, 'cmake'); import backend as b; b.build_wheel(sys.argv[1])"
+    code = "import sys; sys.path += ['cmake']; import backend as b; b.build_wheel(*sys.argv[1:])"
     built = run(sys.executable, "-c", code, folder, **environment)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = folder.glob("*.whl")
@@ -107,7 +107,7 @@ def test_installation_without_a_compiler_succeeds(tmp_path: Path) -> None:
 
 def test_source_distribution_has_all_sources(tmp_path: Path) -> None:
     pytest.importorskip("scikit_build_core")
-    code = "import sys; sys.path.insert(0, 'cmake'); import backend as b; b.build_sdist(sys.argv[1])"
+    code = "import sys; sys.path += ['cmake']; import backend as b; b.build_sdist(sys.argv[1])"
     built = run(sys.executable, "-c", code, tmp_path)
     assert built.returncode == 0, built.stderr
     (path,) = tmp_path.glob("*.tar.gz")

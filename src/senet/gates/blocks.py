@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from senet.insertion.replace import replace_block
-from senet.nn.block import GATES, GlobalSqueeze, SqueezeExcitation
+from senet.nn.block import GATES, GlobalSqueeze, SqueezeExcitation, weight_dtype
 
 ACTIVATIONS = {"ReLU": nn.ReLU, "SiLU": nn.SiLU, "Hardswish": nn.Hardswish}
 _GATES_BY_CLASS = {
@@ -80,7 +80,8 @@ class PartialExcitation(nn.Module):
         self.register_buffer("kept", torch.arange(shape.kept))
 
     def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
-        z = self.squeeze(x).flatten(1).to(self.fc1.weight.dtype)
+        z = self.squeeze(x).flatten(1)
+        z = z.to(weight_dtype(self.fc1, z.dtype))
         gates = self.gate(self.fc2(self.activation(self.fc1(z)))).to(x.dtype)
         scale = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
         scale = scale.index_copy(1, self.kept, gates)
@@ -109,6 +110,8 @@ def as_partial(block: nn.Module, channels: int) -> PartialExcitation | None:
     if layers is None or gate_name is None or type(activation).__name__ not in ACTIVATIONS:
         return None
     fc1, fc2 = layers
+    if not all(isinstance(getattr(layer, "weight", None), Tensor) for layer in layers):
+        return None  # quantized, or wrapped
     shape = PartialShape(
         channels=channels,
         hidden=fc1.weight.shape[0],

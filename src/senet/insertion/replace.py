@@ -35,7 +35,7 @@ def replace_block(model: nn.Module, name: str, by: nn.Module | None) -> None:
     elif hooked:
         delattr(holder, child)
     elif isinstance(holder, ReLUSE):
-        model.set_submodule(holder_name, nn.ReLU(inplace=True).train(holder.training))
+        model.set_submodule(holder_name, nn.ReLU().train(holder.training))
     elif child == "se" and _is_ours(holder):
         delattr(holder, child)
         # Plain attributes again, as in a network that never had a block.

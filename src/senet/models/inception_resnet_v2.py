@@ -94,7 +94,7 @@ class ResidualMixed(nn.Module):
         outputs = [getattr(self, f"branch{index}")(x) for index in range(self.count)]
         out = self.conv2d(torch.cat(outputs, 1))
         out = torch.add(x, out if self.se is None else self.se(out), alpha=self.scale)
-        return F.relu(out, inplace=True) if self.relu else out
+        return F.relu(out) if self.relu else out
 
 
 _BLOCK35: tuple[tuple[Layer, ...], ...] = (

@@ -11,6 +11,7 @@ from senet.errors import UserError
 from senet.models.hub import HubMixin
 from senet.models.options import SE_OPTIONS, SEOptions
 from senet.models.registry import entry
+from senet.nn.block import no_script
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ class Network(nn.Module, HubMixin, ABC):
     @abstractmethod
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(no_script(self))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of images x (N, in_channels, H, W); no softmax.

@@ -159,7 +159,7 @@ class BasicBlock(ResidualBlock):
         shortcut, shortcut_bn = self.shortcut(x)
         if shortcut_bn is not None:
             shortcut = shortcut_bn(shortcut)
-        return F.relu(se(bn_relu(out, self.bn2)) + shortcut, inplace=True)
+        return F.relu(se(bn_relu(out, self.bn2)) + shortcut)
 
 
 class Bottleneck(ResidualBlock):

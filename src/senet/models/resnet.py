@@ -99,10 +99,10 @@ class ResNet(Network):
             self.conv1 = nn.Sequential(
                 conv(in_channels, 64, 3, 2),
                 nn.BatchNorm2d(64),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 conv(64, 64, 3),
                 nn.BatchNorm2d(64),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 conv(64, channels, 3),
             )
         else:

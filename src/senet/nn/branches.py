@@ -40,7 +40,7 @@ def joined(
             own = own_statistics(bn)
             x, norm = step_norm(bn, x)
         elif bn is not None:
-            x = F.relu(bn(x), inplace=True)
+            x = F.relu(bn(x))
         maps.append(x)
         norms.append(norm)
         training.append(own)
