@@ -5,7 +5,7 @@ one image of any kind, and `Preprocessing.transform` makes it the network's inpu
 """
 
 from senet.data.decoders import Decoder, check_decoder
-from senet.data.image_data import ImageData, map_style
+from senet.data.image_data import ImageData, ImageStream, map_style
 from senet.data.images import (
     BadImageError,
     FileImages,
@@ -35,6 +35,7 @@ __all__ = [
     "FileImages",
     "ImageData",
     "ImageSource",
+    "ImageStream",
     "Key",
     "MemoryImages",
     "Preprocessing",

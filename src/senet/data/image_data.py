@@ -1,9 +1,13 @@
 """What a data set is to the loaders, and how its images are prepared unless it says otherwise."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
 
 from senet.data.images import ImageSource
-from senet.data.sources.stream import StreamedImages
+from senet.data.samplers import EpochBatchSampler
 from senet.data.transforms import Preprocessing
 from senet.errors import UserError
 
@@ -11,6 +15,42 @@ SMALL = 64
 """Pixels up to which an image is used whole instead of resized and cropped."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE, _IMAGENET_RESIZE = 224, 256
+
+
+class KeyBatches(Protocol):
+    """Evaluation batches of a rank, as lists of keys."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+
+@runtime_checkable
+class ImageStream(Protocol):
+    """Images that come in an order of their own, instead of being asked for by their number.
+
+    It makes its own batches of keys, each with `epoch`, `step` and `image` as a `Key` has, and
+    opens the images of these keys, in whatever process.
+    """
+
+    name: str
+    """What errors call it."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, key: Any) -> tuple[Image.Image, int]:
+        """The decoded image of a key, and its class."""
+        ...
+
+    def train_batches(
+        self, batch_size: int, seed: int, rank: int, world_size: int, drop_last: bool
+    ) -> EpochBatchSampler:
+        """Shuffled batches of a rank, as many on every rank."""
+        ...
+
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> KeyBatches:
+        """Batches of a rank; over all ranks each image once."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,8 +67,8 @@ class ImageData:
     """
 
     name: str
-    train: ImageSource | StreamedImages
-    val: ImageSource | StreamedImages
+    train: ImageSource | ImageStream
+    val: ImageSource | ImageStream
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()
@@ -49,7 +89,7 @@ def natural_preprocessing(size: int, channels: int) -> Preprocessing:
     return preprocessing_for(size, mean, std)
 
 
-def map_style(source: ImageSource | StreamedImages, what: str) -> ImageSource:
+def map_style(source: ImageSource | ImageStream, what: str) -> ImageSource:
     """The source itself, for work that opens images at any place and in any order.
 
     Args:
@@ -59,7 +99,7 @@ def map_style(source: ImageSource | StreamedImages, what: str) -> ImageSource:
     Raises:
         UserError: it is a stream.
     """
-    if isinstance(source, StreamedImages):
+    if isinstance(source, ImageStream):
         raise UserError(
             f"{what} opens images in its own order, {source.name} gives them in one only: use "
             "hf:NAME instead of hf-stream:NAME"

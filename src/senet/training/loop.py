@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from senet.checkpoint.files import load_training_state, save_checkpoint
-from senet.data import StreamedImages
+from senet.data import ImageStream
 from senet.errors import SenetError, UserError
 from senet.support.device import choose_device
 from senet.support.files import atomic_write
@@ -282,7 +282,7 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
     if classes < 5:
         progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
     if (before := session.processes_before) is not None:
-        streamed = isinstance(session.data.train, StreamedImages)  # may share out its files anew
+        streamed = isinstance(session.data.train, ImageStream)  # may share out its files anew
         progress.note(
             f"the run was made by {before} processes, now {session.accelerator.num_processes}: "
             f"{'' if streamed else 'each step takes the same images, but '}batch statistics, "

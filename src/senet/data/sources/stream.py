@@ -97,6 +97,16 @@ class StreamedImages:
         """Whether ranks read whole files of their own, instead of each world_size-th image."""
         return world_size > 1 and self.stream.num_shards % world_size == 0
 
+    def train_batches(
+        self, batch_size: int, seed: int, rank: int, world_size: int, drop_last: bool
+    ) -> "StreamedBatchSampler":
+        """See `senet.data.image_data.ImageStream`."""
+        return StreamedBatchSampler(self, batch_size, seed, rank, world_size, drop_last)
+
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> "StreamBatches":
+        """See `senet.data.image_data.ImageStream`."""
+        return StreamBatches(self, batch_size, rank, world_size)
+
     def rows(
         self, *, rank: int = 0, world_size: int = 1, seed: int | None = None, epoch: int = 0
     ) -> Iterator[Row]:
