@@ -65,7 +65,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     )
     good = tmp_path / "good.png"
     Image.new("RGB", (8, 8)).save(good)

@@ -1,6 +1,7 @@
 """`senet evaluate`: the accuracy of a checkpoint."""
 
 from pathlib import Path
+from typing import Literal
 
 from senet.cli.options import (
     NO_DATA,
@@ -22,6 +23,7 @@ def evaluate(
     model: str | None = None,
     data: str | None = None,
     data_flags: DataFlags = NO_DATA,
+    split: Literal["train", "val", "test"] | None = None,
     batch_size: Whole = 256,
     workers: Whole = 0,
     device: Device = "auto",
@@ -39,8 +41,9 @@ def evaluate(
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
-        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder
-            (default: what the checkpoint was trained on).
+        data: what senet train takes, or a folder or FILE.csv without splits, of which all images
+            count (default: what the checkpoint was trained on).
+        split: which images: train, val or test (default: val, or test where there is no val).
         batch_size: images at a time.
         workers: processes that read images (0: this one).
         device: where the network runs.
@@ -57,6 +60,7 @@ def evaluate(
             data,
             given(data_flags),
             model_name=model,
+            split=split,
             batch_size=batch_size,
             workers=workers,
             device=device,

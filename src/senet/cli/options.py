@@ -11,6 +11,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from cyclopts.argument import update_argument_collection
 
 from senet.errors import UserError
+from senet.support.text import decoded
 
 MODEL_GROUP = Group("Network", sort_key=1)
 DATA_GROUP = Group("Data", sort_key=2)
@@ -115,9 +116,16 @@ class DataFlags:
     download: bool | None = None
     """Fetch a missing data set into --data-root."""
     val_fraction: float | None = None
-    """Share of the images held out for validation, for a folder without train/ and val/."""
+    """Share of the images held out for validation, for data without a split of their own."""
     image_size: OptionalWhole = None
     """Side of the network's input in pixels (default: that of the data set)."""
+    channels: Literal[1, 3] | None = None
+    """Channels of the network's input, such as 3 for grey images and a network for colours
+    (default: those of the images, or of the network of --init)."""
+    image_column: str | None = None
+    """Column of the images, where a table has several (of WebDataset's tars: their ending)."""
+    label_column: str | None = None
+    """Column of the classes, where a table has several (of tars: an ending or entry of .json)."""
     skip_bad_images: bool | None = None
     """Leave out images that cannot be read and count them, instead of stopping."""
     shuffle_buffer: OptionalWhole = None
@@ -269,7 +277,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(path.read_bytes()))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -292,7 +300,11 @@ def config_place(tokens: Sequence[str], text: str) -> str:
     if not path.is_file():
         return ""
     named = re.split("did you mean", text, flags=re.IGNORECASE)[0]
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    try:
+        lines = decoded(path.read_bytes()).splitlines()
+    except UnicodeDecodeError:
+        return ""
+    for number, line in enumerate(lines):
         assignment = re.match(r"\s*([\w-]+)\s*=", line)
         if assignment is None:
             continue

@@ -6,15 +6,48 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from senet.data.decoders import Decoder
 from senet.data.images import ImageSource
+from senet.data.probe import SMALL
 from senet.data.samplers import EpochBatchSampler
+from senet.data.splits import Split
 from senet.data.transforms import Preprocessing
 from senet.errors import UserError
 
-SMALL = 64
-"""Pixels up to which an image is used whole instead of resized and cropped."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE, _IMAGENET_RESIZE = 224, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a data set is to be read, whatever holds it; see `senet.data.load_data`.
+
+    Attributes:
+        val_fraction: part of each class set aside, where there is no split of its own.
+        image_size: side of the network's input; None: that of the data.
+        channels: 1 or 3; None: those of the data.
+        skip_bad_images: decode all now and leave out the broken ones.
+        image_column, label_column: of tables with several.
+        split: what is evaluated on; None: the validation images, else the test images.
+        whole: where there is no split and no val_fraction, all images are for evaluation.
+        classes: names in the order of their numbers; None: those of the data, sorted.
+        decode: who decodes JPEG.
+        seed: of the choice of the images set aside.
+        download: whether something may be fetched.
+    """
+
+    val_fraction: float | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    skip_bad_images: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    split: Split | None = None
+    whole: bool = False
+    classes: tuple[str, ...] | None = None
+    decode: Decoder = "pillow"
+    seed: int = 0
+    download: bool = False
 
 
 class KeyBatches(Protocol):

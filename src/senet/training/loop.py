@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from senet.checkpoint.files import load_training_state, save_checkpoint
-from senet.data import ImageStream
+from senet.data import DATA_SETS, ImageStream, absolute_data
 from senet.errors import SenetError, UserError
 from senet.support.device import choose_device
 from senet.support.files import atomic_write
@@ -84,6 +84,7 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
         Interrupted: a signal came.
     """
     _check_new_folder(config.out)
+    config = config.in_place()
     session = Session(config)
     with ExitStack() as held:
         if session.accelerator.is_main_process:
@@ -108,7 +109,7 @@ def resume(
     Args:
         run: the run folder.
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
-            `parallel` alone may be another than the run's own.
+            `parallel` may be another than the run's own, and `data` where its images lie now.
         progress: see `train`.
 
     Raises:
@@ -122,13 +123,25 @@ def resume(
     given = dict(options or {})
     config = RunConfig.from_toml(run / CONFIG, out=run)
     config = replace(config, parallel=given.pop("parallel", config.parallel))
+    was = config.data
+    config = _moved(config, given)
     _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
-        return _resume(config, progress or Silent())
+        return _resume(config, was, progress or Silent())
 
 
-def _resume(config: RunConfig, progress: Progress) -> RunResult:
+def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
+    """The run with its data where the user says that they are now, taken out of `given`."""
+    if "data_root" in given:
+        config = replace(config, data_root=os.path.abspath(given.pop("data_root")))  # noqa: PTH100
+    if "data" in given and not {given["data"], config.data} & set(DATA_SETS):
+        config = replace(config, data=absolute_data(given.pop("data")))
+    return config
+
+
+def _resume(config: RunConfig, data: str, progress: Progress) -> RunResult:
+    """Go on; `data` is what config.toml calls the data, which may have been moved since."""
     run = config.out
     session = Session(config)
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
@@ -136,7 +149,7 @@ def _resume(config: RunConfig, progress: Progress) -> RunResult:
     if state is not None:
         # Runs from before these options had their defaults.
         was = flatten({"accumulate": 1, "sync_bn": False, **state["options"]})
-        now = flatten(config.result_options())
+        now = flatten(config.result_options()) | {"data": data}
         changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         if changed:
             raise UserError(
@@ -144,6 +157,10 @@ def _resume(config: RunConfig, progress: Progress) -> RunResult:
                 "restore it, or start a new run from it: "
                 f"senet train --config {run / CONFIG} --out NEW_FOLDER"
             )
+    if config.data != data and session.accelerator.is_main_process:
+        if state is not None:
+            session.check_data(state)
+        config.to_toml(run / CONFIG)
     return _fit(session, state, progress)
 
 
