@@ -230,7 +230,7 @@ def load_data(
         _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip)
         found = load_stream(data, reading, epoch_size=epoch_size, buffer=shuffle_buffer)
     elif sharded:
-        _refuse_for(data, skip_bad_images=skip, **columns)
+        _refuse_for(data, skip_bad_images=skip)
         found = load_shards(data, reading, cache=Path(root), buffer=shuffle_buffer, bad=bad_shards)
     elif data.startswith(HUGGING_FACE):
         _refuse_for(data, skip_bad_images=skip)
