@@ -42,8 +42,10 @@ fuzzed = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-KINDS = ("jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm", "avif", "jpeg2000", "ico", "tga", "pcx",
-         "sgi", "qoi")  # fmt: skip
+KINDS = (
+    "jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm", "avif", "jpeg2000", "ico", "tga", "pcx",
+    "sgi", "qoi",
+)  # fmt: skip
 # Where and to which value bytes are changed, where the file is cut, what is put in.
 damage = st.tuples(
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),
@@ -141,8 +143,10 @@ def test_images_are_opened_in_one_place() -> None:
     assert not {"EPS", "PSD", "WMF", "FPX", "MIC", "HDF5", "GRIB", "BUFR"} & set(FORMATS)
 
 
-OTHERS = [magic for magic in (b"%!PS", b"%PDF-1.4", b"\x89HDF\r\n\x1a\n", b"8BPS\0\1", b"GRIB",
-                              b"BUFR", b"\xd7\xcd\xc6\x9a\0\0", b"\0\0\1\xb3", b"icns")]  # fmt: skip
+OTHERS = (
+    b"%!PS", b"%PDF-1.4", b"\x89HDF\r\n\x1a\n", b"8BPS\0\1", b"GRIB", b"BUFR",
+    b"\xd7\xcd\xc6\x9a\0\0", b"\0\0\1\xb3", b"icns",
+)  # fmt: skip
 
 
 @fuzzed

@@ -70,7 +70,8 @@ def train(
     Args:
         model: network; `senet models` lists them.
         data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images
-            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address), hf:NAME
+            with train/ and val/, FILE.csv of files and classes, shards:PLACE (of `senet shard`, a
+            folder or an address; or a folder of WebDataset's tars), hf:NAME
             (Hugging Face's datasets; a name or a local folder) or hf-stream:NAME (the same,
             streaming) (default: embedded).
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
@@ -82,7 +83,8 @@ def train(
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
-        resume: run folder to go on with; its own configuration counts, but for --parallel.
+        resume: run folder to go on with; its own configuration counts, but for --parallel, and
+            --data and --data-root where the data were moved.
             "auto": go on with --out if it exists, else begin it.
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """

@@ -123,12 +123,12 @@ def resume(
     given = dict(options or {})
     config = RunConfig.from_toml(run / CONFIG, out=run)
     config = replace(config, parallel=given.pop("parallel", config.parallel))
-    was = config.data
+    before = config.data
     config = _moved(config, given)
     _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
-        return _resume(config, was, progress or Silent())
+        return _resume(config, progress or Silent(), moved=config.data != before)
 
 
 def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
@@ -140,8 +140,8 @@ def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _resume(config: RunConfig, data: str, progress: Progress) -> RunResult:
-    """Go on; `data` is what config.toml calls the data, which may have been moved since."""
+def _resume(config: RunConfig, progress: Progress, *, moved: bool) -> RunResult:
+    """Go on; `moved`: config.toml names the place where the data were before."""
     run = config.out
     session = Session(config)
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
@@ -149,7 +149,9 @@ def _resume(config: RunConfig, data: str, progress: Progress) -> RunResult:
     if state is not None:
         # Runs from before these options had their defaults.
         was = flatten({"accumulate": 1, "sync_bn": False, **state["options"]})
-        now = flatten(config.result_options()) | {"data": data}
+        now = flatten(config.result_options())
+        if not {was["data"], now["data"]} & set(DATA_SETS):  # a place; what is there is compared
+            was["data"] = now["data"]
         changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         if changed:
             raise UserError(
@@ -157,10 +159,11 @@ def _resume(config: RunConfig, data: str, progress: Progress) -> RunResult:
                 "restore it, or start a new run from it: "
                 f"senet train --config {run / CONFIG} --out NEW_FOLDER"
             )
-    if config.data != data and session.accelerator.is_main_process:
+    if moved and session.accelerator.is_main_process:
         if state is not None:
             session.check_data(state)
-        config.to_toml(run / CONFIG)
+        place = {"data": config.data, "data_root": config.data_root}
+        RunConfig.from_toml(run / CONFIG, **place).to_toml(run / CONFIG)
     return _fit(session, state, progress)
 
 

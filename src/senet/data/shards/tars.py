@@ -208,15 +208,15 @@ def _sample(
     if len(images) != 1:
         what = "no image" if not images else f"several images ({', '.join(map(repr, images))})"
         raise UserError(
-            f"{where} has {what}, only {', '.join(map(repr, members))}: --image-column names the ending of "
-            "the one that is meant"
+            f"{where} has {what}, only {', '.join(map(repr, members))}: --image-column names the "
+            "ending of the one that is meant"
         )
     image = members[images[0]]
     label = _label(tar, members, reading.label_column)
     if label is None:
         raise UserError(
-            f"{where} has no class, only {', '.join(map(repr, members))}: it needs a .cls, or a .json with "
-            f"{LABELS[0]!r} or another entry that --label-column names"
+            f"{where} has no class, only {', '.join(map(repr, members))}: it needs a .cls, or a "
+            f".json with {LABELS[0]!r} or another entry that --label-column names"
         )
     yield Sample(image.offset_data, image.size, label)
 
