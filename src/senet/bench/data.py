@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 
 from senet.bench.timing import Case, Contestant, Measurement
 from senet.data import Augmentation, Decoder, FileImages, ImageData, Preprocessing, train_loader
+from senet.data.images import read_header
+from senet.data.walk import image_files
 from senet.errors import UserError
 
 WORKERS = (0, 1, 2)
@@ -66,7 +68,7 @@ def find_jpegs(folder: Path) -> list[str]:
     Raises:
         UserError: there are fewer than a batch.
     """
-    found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    found = [p for p in image_files(folder) if Path(p).suffix.lower() in (".jpg", ".jpeg")]
     if len(found) < BATCH:
         raise UserError(f"{folder} has {len(found)} JPEG files: give a folder with {BATCH} or more")
     return found[: min(len(found), COUNT) // BATCH * BATCH]
@@ -75,8 +77,7 @@ def find_jpegs(folder: Path) -> list[str]:
 def describe(paths: Sequence[str]) -> str:
     """What the files are, in a line."""
     size = sum(Path(path).stat().st_size for path in paths) / len(paths) / 1000
-    with Image.open(paths[0]) as first:
-        width, height = first.size
+    width, height = read_header(paths[0]).size
     return f"{len(paths)} JPEG files of {size:.0f} kB on average, the first {width}×{height} pixels"
 
 

@@ -2,7 +2,7 @@
 
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
@@ -20,6 +20,7 @@ def evaluate(
     *,
     model: str | None = None,
     flags: EvaluationFlags = NO_EVALUATION,
+    split: Literal["train", "val", "test"] | None = None,
     json: Switch = False,
     figures: Path | None = None,
 ) -> None:
@@ -32,6 +33,7 @@ def evaluate(
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
+        split: which images: train, val or test (default: val, or test where there is no val).
         json: print JSON instead of a table.
         figures: folder for the confusion matrix as PNG and SVG.
     """
@@ -43,6 +45,7 @@ def evaluate(
             checkpoint,
             model_name=model,
             **flags.arguments(),
+            split=split,
             progress=progress,
         )
     if figures is not None:

@@ -59,7 +59,8 @@ def train(
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
-        resume: run folder to go on with; its own configuration counts, but for --parallel.
+        resume: run folder to go on with; its own configuration counts, but for --parallel, and
+            --data and --data-root where the data were moved.
             "auto": go on with --out if it exists, else begin it.
     """
     flags.prepare_process()

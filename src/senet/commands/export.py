@@ -117,7 +117,7 @@ def _open_images(
             decoder = check_decoder(data_options.get("decode", "pillow"))
             channels = checkpoint.preprocessing.channels
             return FileImages(paths, labels, channels, decoder), None
-    data = open_data(checkpoint, data_name, data_options)
+    data = open_data(checkpoint, data_name, data_options, whole=False)
     check_classes(checkpoint, data)
     return map_style(data.train, "senet export"), data
 

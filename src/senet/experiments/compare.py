@@ -14,7 +14,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.data import ImageData
+from senet.data import ImageData, absolute_data
 from senet.errors import UserError
 from senet.experiments.runs import examine, neutral_gate, open_run_data, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
@@ -22,6 +22,7 @@ from senet.models.registry import entry
 from senet.reports.comparison import Comparison, NetworkResult, write_report
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
+from senet.support.text import decoded
 from senet.training.config import CONFIG, RunConfig
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
@@ -120,9 +121,12 @@ class CompareConfig:
         """Write config.toml, whose keys are the flags of the command."""
         tables = ("model_options", "se_options", "data_options", "recipe_options", "machine")
         values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
+        values["data"] = absolute_data(self.data)  # found from any working directory
         for table in tables:
             for key, value in getattr(self, table).items():
                 values[key] = list(value) if isinstance(value, tuple) else _plain(value)
+        if "data_root" in values:
+            values["data_root"] = str(Path(values["data_root"]).absolute())
         head = f"# Reruns exactly: senet {self.COMMAND} --config THIS_FILE --out NEW_FOLDER\n"
         atomic_write(self.out / CONFIG, head + tomli_w.dumps(values))
 
@@ -157,7 +161,7 @@ class CompareConfig:
                 )
         path = out / CONFIG
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(decoded(path.read_bytes()))
         except FileNotFoundError:
             raise UserError(
                 f"{out} is no folder of senet {cls.COMMAND}: {CONFIG} is missing"

@@ -44,7 +44,7 @@ def prepare_start(start: Checkpoint, data: ImageData, train: Trained) -> Network
     if channels != data.preprocessing.channels:
         raise UserError(
             f"init takes images of {channels} channels, {data.name} has "
-            f"{data.preprocessing.channels}: use data of the same kind"
+            f"{data.preprocessing.channels}: use data of the same kind, or --channels {channels}"
         )
     if model.config["num_classes"] != classes:
         if train == "se":

@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from senet.checkpoint.files import load_training_state, save_checkpoint
-from senet.data import StreamedImages
+from senet.data import DATA_SETS, ImageStream, absolute_data
 from senet.errors import SenetError, UserError
 from senet.support.device import choose_device
 from senet.support.files import atomic_write, sync_folder
@@ -84,6 +84,7 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
         Interrupted: a signal came.
     """
     _check_new_folder(config.out)
+    config = config.in_place()
     session = Session(config)
     with ExitStack() as held:
         if session.accelerator.is_main_process:
@@ -108,7 +109,7 @@ def resume(
     Args:
         run: the run folder.
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
-            `parallel` alone may be another than the run's own.
+            `parallel` may be another than the run's own, and `data` where its images lie now.
         progress: see `train`.
 
     Raises:
@@ -122,13 +123,25 @@ def resume(
     given = dict(options or {})
     config = RunConfig.from_toml(run / CONFIG, out=run)
     config = replace(config, parallel=given.pop("parallel", config.parallel))
+    before = config.data
+    config = _moved(config, given)
     _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
-        return _resume(config, progress or Silent())
+        return _resume(config, progress or Silent(), moved=config.data != before)
 
 
-def _resume(config: RunConfig, progress: Progress) -> RunResult:
+def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
+    """The run with its data where the user says that they are now, taken out of `given`."""
+    if "data_root" in given:
+        config = replace(config, data_root=os.path.abspath(given.pop("data_root")))  # noqa: PTH100
+    if "data" in given and not {given["data"], config.data} & set(DATA_SETS):
+        config = replace(config, data=absolute_data(given.pop("data")))
+    return config
+
+
+def _resume(config: RunConfig, progress: Progress, *, moved: bool) -> RunResult:
+    """Go on; `moved`: config.toml names the place where the data were before."""
     run = config.out
     session = Session(config)
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
@@ -137,6 +150,8 @@ def _resume(config: RunConfig, progress: Progress) -> RunResult:
         # Runs from before these options had their defaults.
         was = flatten({"accumulate": 1, "sync_bn": False, **state["options"]})
         now = flatten(config.result_options())
+        if not {was["data"], now["data"]} & set(DATA_SETS):  # a place; what is there is compared
+            was["data"] = now["data"]
         changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         if changed:
             raise UserError(
@@ -144,6 +159,11 @@ def _resume(config: RunConfig, progress: Progress) -> RunResult:
                 "restore it, or start a new run from it: "
                 f"senet train --config {run / CONFIG} --out NEW_FOLDER"
             )
+    if moved and session.accelerator.is_main_process:
+        if state is not None:
+            session.check_data(state)
+        place = {"data": config.data, "data_root": config.data_root}
+        RunConfig.from_toml(run / CONFIG, **place).to_toml(run / CONFIG)
     return _fit(session, state, progress)
 
 
@@ -282,7 +302,7 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
     if classes < 5:
         progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
     if (before := session.processes_before) is not None:
-        streamed = isinstance(session.data.train, StreamedImages)  # may share out its files anew
+        streamed = isinstance(session.data.train, ImageStream)  # may share out its files anew
         progress.note(
             f"the run was made by {before} processes, now {session.accelerator.num_processes}: "
             f"{'' if streamed else 'each step takes the same images, but '}batch statistics, "

@@ -75,7 +75,9 @@ class Session:
                 least = build_model(config.model, **config.model_options).min_input_size
         else:
             least = start.model.min_input_size
-        self.data = _load(config)
+        own = None if start is None else start.model.config["in_channels"]
+        # Grey images serve a network for colours as they are; of colours something would be lost.
+        self.data = _load(config, 3 if own == 3 else None)
         size = self.data.preprocessing.image_size
         if size < least:
             raise UserError(
@@ -170,7 +172,7 @@ class Session:
             "preprocessing": self.data.preprocessing.to_dict(),
             "step": position.step,
             "metrics": position.history[-1] if position.history and not position.done else {},
-            "run": self.config.result_options(),
+            "run": {**self.config.result_options(), "data_root": self.config.data_root},
         }
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -310,17 +312,25 @@ class Session:
         data = self.data
         return {"train": len(data.train), "val": len(data.val), "classes": list(data.classes)}
 
-    def restore(self, state: dict[str, Any]) -> Position:
-        """Go back to where `state` was taken; the random states follow in `restore_random`.
+    def check_data(self, state: dict[str, Any]) -> None:
+        """Refuse a state that was taken with other data.
 
         Raises:
-            UserError: it was taken with other data.
+            UserError: other classes, or other numbers of images.
         """
         if state["data"] != self._data_facts():
             raise UserError(
                 f"{self.config.data} is not what it was when the run began: it had "
                 f"{state['data']}, now {self._data_facts()}; restore it, or start a new run"
             )
+
+    def restore(self, state: dict[str, Any]) -> Position:
+        """Go back to where `state` was taken; the random states follow in `restore_random`.
+
+        Raises:
+            UserError: it was taken with other data.
+        """
+        self.check_data(state)
         processes, index = state["processes"], self.accelerator.process_index
         if len(processes) != self.accelerator.num_processes:
             self.processes_before = len(processes)
@@ -354,14 +364,17 @@ class Session:
             meter.reset()
 
 
-def _load(config: RunConfig) -> ImageData:
+def _load(config: RunConfig, channels: int | None) -> ImageData:
     data = load_data(
         config.data,
         root=config.data_root,
         download=config.download,
         val_fraction=config.val_fraction,
         image_size=config.image_size,
+        channels=config.channels or channels,
         skip_bad_images=config.skip_bad_images,
+        image_column=config.image_column,
+        label_column=config.label_column,
         shuffle_buffer=config.shuffle_buffer,
         bad_shards=config.bad_shards,
         decode=config.decode,
