@@ -47,7 +47,7 @@ GATES: dict[str, Callable[[], nn.Module]] = {
 def hidden_width(channels: int, reduction: float) -> int:
     """Width of the layer between the two fully connected ones: floor(C / r), at least 1.
 
-    The released models round down and never to a multiple of 8 (paper.md section 1).
+    The released models round down and never to a multiple of 8 (the authors' Caffe definitions).
     """
     return max(1, int(channels / reduction))
 
