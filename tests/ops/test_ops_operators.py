@@ -53,6 +53,25 @@ CONFIGURATIONS = [
 ]
 
 
+SCHEMAS = {
+    "tail": "senet::tail(Tensor x, Tensor? shortcut, Tensor? weight, Tensor? bias,"
+    " Tensor? running_mean, Tensor? running_var, Tensor? shortcut_weight, Tensor? shortcut_bias,"
+    " Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2,"
+    " str normalization, bool normalize_shortcut, float eps, float shortcut_eps, str gate,"
+    " bool relu) -> (Tensor y, Tensor statistics, Tensor squeezed, Tensor hidden, Tensor gates)",
+    "join": "senet::join(Tensor[] maps, Tensor?[] weights, Tensor?[] biases, Tensor?[] means,"
+    " Tensor?[] variances, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, int[] normalizations,"
+    " float[] eps, str gate)"
+    " -> (Tensor y, Tensor statistics, Tensor squeezed, Tensor hidden, Tensor gates)",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_of_exported_graphs(name: str) -> None:
+    """Programs that were exported before hold it."""
+    assert str(getattr(torch.ops.senet, name).default._schema) == SCHEMAS[name]
+
+
 # opcheck itself reads .grad of tensors that are no leaves
 NON_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 

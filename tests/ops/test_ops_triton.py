@@ -66,7 +66,7 @@ SELECTIONS: dict[str, tuple[int, list[str]]] = {
             "-k=channels_last or step",
         ],
     ),
-    "own": (23, ["triton_cases.py"]),
+    "own": (24, ["triton_cases.py"]),
 }
 
 

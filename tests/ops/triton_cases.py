@@ -1,5 +1,6 @@
 """What only the Triton kernels have to show; `test_ops_triton.py` and `make test-gpu` run it."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -184,6 +185,15 @@ def test_optimized_network_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
         with ops.use("reference"):
             assert error(found, model(x)) < 1e-4
     assert len(finished) >= 7
+
+
+def test_only_the_cpp_kernels_outputs_are_recomputed() -> None:
+    t = inputs(Case())
+    x = t["x"].requires_grad_()
+    with ops.use("triton"):
+        norm = (t["weight"], t["bias"], t["running_mean"], t["running_var"])
+        y = ops.bn_se_add_relu(x, None, *norm, training=True, momentum=0.1, eps=1e-5)
+    assert isinstance(ops.recomputed(y), nullcontext)
 
 
 def test_what_the_kernels_cannot_take_is_said() -> None:

@@ -16,8 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from senet.ops.operators import TAIL
-from senet.ops.tail import Arguments, Gradients
+from senet.ops.tail import TAIL, Arguments, Gradients
 from senet.ops.triton import gate, kernels
 from senet.ops.triton import tail as ours
 
@@ -88,7 +87,7 @@ def record(cases: list[Case]) -> dict[str, Launch]:
         )
         outputs = ours.forward(arguments, (0.1, 0.1) if case.training else (None, None))
         wanted = [getattr(arguments, name) is not None for name in Gradients._fields]
-        ours.backward(t["gradient"], TAIL.saved(arguments, outputs), Gradients(*wanted))
+        ours.backward(t["gradient"], TAIL.save(arguments, outputs), Gradients(*wanted))
     return launches
 
 

@@ -1,7 +1,7 @@
 """Fold gates that do not depend on the input into the layers around them, and measure the effect.
 
-algebra.md section 4: a gate that has the same value for every image is a constant factor, which
-batch norm or convolution weights can take in. ASR (arXiv 2304.06345) trains blocks for this; here
+A gate that has the same value for every image is a constant factor, which batch norm or convolution
+weights can take in: docs/algebra.md, section 4. ASR (arXiv 2304.06345) trains blocks for this; here
 the gates of an already trained network are measured, folded and judged by the network's accuracy.
 """
 

@@ -115,7 +115,8 @@ class BlockStatistics:
     def folding_bound(self) -> Float[Tensor, " c"]:
         """Bound on the mean of |s − mean(s)|·|v| by channel, v the map that is scaled.
 
-        What is lost where a gate becomes its mean (algebra.md section 4), by Cauchy and Schwarz:
+        What is lost where a gate becomes its mean, by Cauchy and Schwarz (docs/algebra.md,
+        section 4):
         √(Var(s) · mean over images of (mean over positions of |v|)²).
         """
         return (self.variance * self.energy / max(self.count, 1)).sqrt()

@@ -46,7 +46,7 @@ class ResNet(Network):
         se: SE options, or None for the plain network.
         variant: "torch" (stride in the 3×3, padded max pooling: what torchvision and timm users
             expect), "caffe" (the released networks: stride in a ResNet's first 1×1, max pooling
-            in ceil mode without padding; paper.md section 7) or, with SE and basic blocks only,
+            in ceil mode without padding) or, with SE and basic blocks only,
             "cadene" (as caffe, with a further ReLU before SE: the structure that the weights of
             timm's `legacy_seresnet18` and `34` were trained in).
         stem: "7x7" (ImageNet), "deep" (three 3×3, SENet-154) or "cifar" (one 3×3, stride 1).
@@ -273,7 +273,7 @@ def resnext101_64x4d(*, variant: Variant = "torch", **common: Any) -> ResNet:
 
 @register(se_name="senet154")
 def senet154_plain(*, variant: Variant = "torch", dropout: float = 0.2, **common: Any) -> ResNet:
-    """SENet-154 without its SE blocks: a modified ResNeXt-152 64×4d (paper.md section 7)."""
+    """SENet-154 without its SE blocks: a modified ResNeXt-152 64×4d (the paper's appendix)."""
     return ResNet(
         Bottleneck,
         (3, 8, 36, 3),

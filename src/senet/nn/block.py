@@ -47,7 +47,7 @@ GATES: dict[str, Callable[[], nn.Module]] = {
 def hidden_width(channels: int, reduction: float) -> int:
     """Width of the layer between the two fully connected ones: floor(C / r), at least 1.
 
-    The released models round down and never to a multiple of 8 (table 1 gives their sizes).
+    The released models round down and never to a multiple of 8 (the authors' Caffe definitions).
     """
     return max(1, int(channels / reduction))
 

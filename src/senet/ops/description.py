@@ -76,11 +76,7 @@ class Kernels(NamedTuple):
     module: Algebra
 
 
-def _nothing(_: Any) -> tuple[()]:
-    return ()
-
-
-def _none(_: Any) -> None:
+def _passes_nothing(_: Any) -> None:
     return None
 
 
@@ -96,11 +92,11 @@ class Description(Generic[A, O, S]):
             first output is the result y, the others serve the backward pass.
         gradients: generic named tuple of the arguments that are differentiated, by their names:
             of bool for what is wanted, of tensors for the gradients.
+        save: what the backward pass needs.
         empty_outputs, empty_gradients: uninitialized results, from what forward and backward take.
         flops, backward_flops: the same from shapes instead of tensors (2 a multiply-add).
         move: moves the running statistics among the arguments by the momenta.
-        drops: of what `saved` names, arguments or outputs, that which is needless this time.
-        passes: the argument whose gradient is that of y itself, if any; not in a list.
+        passes: index into `gradients` of an argument whose gradient is that of y itself, if any.
     """
 
     name: str
@@ -108,13 +104,13 @@ class Description(Generic[A, O, S]):
     outputs: type[O]
     saved: type[S]
     gradients: type[Any]
+    save: Callable[[A, O], S]
     empty_outputs: Callable[[A], O]
     empty_gradients: Callable[[S, Any], Any]
     flops: Callable[[Any], int]
     backward_flops: Callable[[Any, Any], int]
     move: Callable[[A, O, Momenta], None]
-    drops: Callable[[A], Sequence[str]] = _nothing
-    passes: Callable[[A], str | None] = _none
+    passes: Callable[[A], int | None] = _passes_nothing
 
 
 def move_running(
@@ -164,11 +160,13 @@ class _Fields:
 
     def split(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Tensors, options."""
-        return _flat(values[: self.count], self.lists), values[self.count :]
+        tensors, options = values[: self.count], values[self.count :]
+        return _flat(tensors, self.lists) if self.lists else tensors, options
 
     def join(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
         """The named tuple of which these are the parts."""
-        return self.cls._make((*_grouped(tensors, self.lists), *options))
+        values = _grouped(tensors, self.lists) if self.lists else tensors
+        return self.cls._make((*values, *options))
 
 
 def differentiates(tensors: Sequence[Any]) -> bool:
@@ -179,17 +177,9 @@ def differentiates(tensors: Sequence[Any]) -> bool:
 
 
 def _unobserved(tensors: Sequence[Any]) -> bool:
-    """Whether nothing has to see the operator: no tracing, dispatch mode or subclass."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
-        and _PLAIN.issuperset(map(type, tensors))
-    )
-
-
-def _is_empty(x: Tensor) -> bool:
-    """Whether x has no elements; while torch.jit traces, sizes are tensors that nobody asks."""
-    return not torch.jit.is_tracing() and x.numel() == 0
+    """Whether nothing has to see the operator: no dispatch mode or subclass."""
+    stack = torch._C._len_torch_dispatch_stack()
+    return stack == 0 and _PLAIN.issuperset(map(type, tensors))
 
 
 class Operator(Generic[A]):
@@ -213,8 +203,7 @@ class Operator(Generic[A]):
         self.description, self.reference = description, reference
         self.algebra, self.kernels = algebra, kernels
         self._arguments, self._saved = _Fields(description.arguments), _Fields(description.saved)
-        names = self._arguments.names + description.outputs._fields
-        self._kept = [names.index(name) for name in self._saved.names]
+        names = self._arguments.names
         self._differentiated = [names.index(name) for name in description.gradients._fields]
         lists = self._arguments.lists
         self._gradient_lists = tuple(lists[i] for i in self._differentiated) if lists else ()
@@ -232,14 +221,15 @@ class Operator(Generic[A]):
             arguments: of the operator.
             momenta: of its normalizations.
         """
-        tensors, options = self._arguments.split(arguments)
-        empty = _is_empty(tensors[0])
+        tensors, _ = self._arguments.split(arguments)
+        traced = torch.jit.is_tracing()  # sizes are tensors then, and comparing them warns
+        empty = not traced and tensors[0].numel() == 0
         if implementation == "reference" and not empty:
             return self.reference(arguments, momenta)
         if implementation not in self.kernels:
             outputs = self._by_algebra(arguments)
-        elif not torch.compiler.is_compiling() and not empty and _unobserved(tensors):
-            call = (self.kernels[implementation].module, momenta, options)
+        elif not (traced or empty or torch.compiler.is_compiling()) and _unobserved(tensors):
+            call = (self.kernels[implementation].module, arguments, momenta)
             y: Tensor = self._direct.apply(call, *tensors)
             return y
         else:
@@ -247,14 +237,6 @@ class Operator(Generic[A]):
         if not empty:
             self.description.move(arguments, outputs, momenta)
         return outputs.y
-
-    def saved(self, arguments: A, outputs: Any) -> Any:
-        """What the backward pass needs."""
-        named = (*arguments, *outputs)
-        values = [named[i] for i in self._kept]
-        for name in self.description.drops(arguments):
-            values[self._saved.names.index(name)] = None
-        return self._saved.cls._make(values)
 
     def saved_by(self, node: Any, implementation: str) -> Any:
         """What `node`, a y.grad_fn, keeps if these kernels made y directly; otherwise None."""
@@ -329,8 +311,8 @@ class Operator(Generic[A]):
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, call: Any, *tensors: Any) -> Any:
-                ctx.module, momenta, options = call
-                given = arguments(tensors, options)
+                del tensors  # the function's inputs for autograd; the arguments hold the same
+                ctx.module, given, momenta = call
                 outputs = ctx.module.forward(given, momenta)
                 keep(ctx, given, outputs)
                 return outputs.y
@@ -375,10 +357,9 @@ class Operator(Generic[A]):
 
     def _keep(self, ctx: Any, arguments: A, outputs: Any) -> None:
         """Keep for the backward pass what the description says."""
-        tensors, ctx.options = self._saved.split(self.saved(arguments, outputs))
+        tensors, ctx.options = self._saved.split(self.description.save(arguments, outputs))
         ctx.save_for_backward(*tensors)
-        passes = self.description.passes(arguments)
-        ctx.passes = passes and self.description.gradients._fields.index(passes)
+        ctx.passes = self.description.passes(arguments)
 
     def _gradients(
         self, ctx: Any, backward: Callable[..., Any], gradient: Tensor | None

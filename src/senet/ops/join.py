@@ -94,6 +94,10 @@ class Gradients(NamedTuple, Generic[T]):
     b2: T
 
 
+def _save(a: Arguments, out: Outputs) -> Saved:
+    return Saved(a.maps, a.w1, a.w2, *out[1:], a.normalizations, a.gate)
+
+
 def channels(maps: list[Tensor]) -> list[int]:
     """C_i."""
     return [x.shape[1] for x in maps]
@@ -165,6 +169,7 @@ JOIN = Description(
     outputs=Outputs,
     saved=Saved,
     gradients=Gradients,
+    save=_save,
     empty_outputs=empty_outputs,
     empty_gradients=empty_gradients,
     flops=_flops,

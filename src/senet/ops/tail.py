@@ -123,10 +123,24 @@ def _plain_shortcut(a: Arguments) -> bool:
     return a.shortcut is not None and not a.normalize_shortcut
 
 
-def _drops(a: Arguments) -> list[str]:
-    """Of y and the shortcut, what the ReLU's mask does not need; all else is x or small."""
-    needed = {"y": a.relu and _plain_shortcut(a), "shortcut": a.normalize_shortcut}
-    return [name for name, need in needed.items() if not need]
+def _save(a: Arguments, out: Outputs) -> Saved:
+    """x, and y or the shortcut for the ReLU's mask; everything else is of (N,C) size."""
+    return Saved(
+        a.x,
+        out.y if a.relu and _plain_shortcut(a) else None,
+        a.shortcut if a.normalize_shortcut else None,
+        a.weight,
+        a.bias,
+        a.shortcut_weight,
+        a.shortcut_bias,
+        a.w1,
+        a.w2,
+        *out[1:],
+        a.normalization,
+        a.normalize_shortcut,
+        a.gate,
+        a.relu,
+    )
 
 
 def statistics_rows(normalization: str, normalize_shortcut: bool) -> int:
@@ -147,8 +161,8 @@ def empty_outputs(a: Arguments) -> Outputs:
 
 
 def empty_gradients(saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:
-    """Uninitialized gradients, None where not wanted."""
-    x, w1, w2 = dense(saved.x), saved.w1, saved.w2
+    """Uninitialized gradients for a dense x, None where not wanted."""
+    x, w1, w2 = saved.x, saved.w1, saved.w2
     dtype, device = accumulator(x.dtype), x.device
 
     def numbers(want: bool, *shape: int) -> Tensor | None:
@@ -168,6 +182,10 @@ def empty_gradients(saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor |
         None if w2 is None else numbers(wanted.w2, *w2.shape),
         numbers(wanted.b2, C),
     )
+
+
+def _empty_gradients(saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:
+    return empty_gradients(saved._replace(x=dense(saved.x)), wanted)
 
 
 def _flops(a: Any) -> int:
@@ -190,9 +208,9 @@ def _move(a: Arguments, out: Outputs, momenta: Momenta) -> None:
     move_running(a.shortcut_mean, a.shortcut_var, shortcut, out.statistics[3:])
 
 
-def _passes(a: Arguments) -> str | None:
+def _passes(a: Arguments) -> int | None:
     """Without a ReLU the gradient of a plain shortcut is that of y itself."""
-    return "shortcut" if _plain_shortcut(a) and not a.relu else None
+    return None if a.relu or not _plain_shortcut(a) else Gradients._fields.index("shortcut")
 
 
 TAIL = Description(
@@ -201,11 +219,11 @@ TAIL = Description(
     outputs=Outputs,
     saved=Saved,
     gradients=Gradients,
+    save=_save,
     empty_outputs=empty_outputs,
-    empty_gradients=empty_gradients,
+    empty_gradients=_empty_gradients,
     flops=_flops,
     backward_flops=_backward_flops,
     move=_move,
-    drops=_drops,
     passes=_passes,
 )
