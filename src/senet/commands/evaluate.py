@@ -11,12 +11,13 @@ import torch
 from rich.table import Table
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
-from senet.data import ImageData, Preprocessing, load_data, val_loader
+from senet.data import ImageData, Preprocessing, val_loader
 from senet.errors import UserError
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
 from senet.support.progress import Progress
 from senet.support.text import print_table
+from senet.training.data import open_named
 from senet.training.evaluation import Evaluation, evaluate
 
 
@@ -115,9 +116,7 @@ def open_data(
         for name in ("val_fraction", "skip_bad_images", "bad_shards", "decode"):
             if name in checkpoint.config:
                 options.setdefault(name, checkpoint.config[name])
-    if "data_root" in options:
-        options["root"] = options.pop("data_root")
-    return load_data(data_name, **options)
+    return open_named(data_name, options)
 
 
 @dataclass(frozen=True)
