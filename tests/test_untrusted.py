@@ -25,12 +25,12 @@ from PIL import Image
 
 import senet
 from senet import create_model
-from senet.checkpoint.files import open_checkpoint
+from senet.checkpoint.files import open_checkpoint, rebuild
 from senet.data import Preprocessing
 from senet.data.images import FORMATS, decode_image, load_image, read_header
 from senet.data.shards.index import Shard, ShardIndex, Table
 from senet.errors import SenetError, UserError
-from senet.networks.anywhere import open_source, rebuild
+from senet.networks.anywhere import open_source
 from senet.training.config import RunConfig
 from senet.weights import read_state_dict
 

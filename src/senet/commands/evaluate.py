@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
-from senet.data import ImageData, Preprocessing, Split, load_data, val_loader
+from senet.data import ImageData, Preprocessing, Split, val_loader
 from senet.errors import UserError
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
 from senet.support.progress import Progress
+from senet.training.data import open_named
 from senet.training.evaluation import Evaluation, evaluate
 
 
@@ -139,9 +140,7 @@ def open_data(
     if checkpoint.model.classes is not None:
         names = (unicodedata.normalize("NFC", name) for name in checkpoint.classes)
         options["classes"] = tuple(names)
-    if "data_root" in options:
-        options["root"] = options.pop("data_root")
-    return load_data(data_name, **options)
+    return open_named(data_name, options)
 
 
 @dataclass(frozen=True)

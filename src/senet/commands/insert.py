@@ -11,15 +11,16 @@ from torch import nn
 from senet.checkpoint.files import open_checkpoint
 from senet.checkpoint.write import check_new, write_checkpoint
 from senet.data import Preprocessing
+from senet.data.image_data import IMAGENET_MEAN, IMAGENET_STD
 from senet.errors import UserError
 from senet.insertion.insert import insert
 from senet.insertion.report import InsertionReport
+from senet.models.description import describe
 from senet.networks.anywhere import open_source
 from senet.weights import read_state_dict
 
 # How ImageNet networks of torchvision are evaluated; a checkpoint of this package says its own.
 _RESIZE = 256 / 224
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def insert_checkpoint(
         preprocessing = Preprocessing(
             image_size=side,
             resize=round(side * _RESIZE),
-            mean=_MEAN,
-            std=_STD,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             channels=int(size[0]),
             interpolation="bilinear",
         )
@@ -90,7 +91,9 @@ def insert_checkpoint(
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, preprocessing.channels, side, side, generator=generator)
     report = insert(network.eval(), example_input=example, **options)
-    write_checkpoint(out, network, classes, preprocessing, run=run)
+    config: Any = network.config
+    description = describe(config, preprocessing.to_dict(), classes, run=run)
+    write_checkpoint(out, network.state_dict(), description)
     return Inserted(out, report)
 
 

@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import ImageData, absolute_data
 from senet.errors import UserError
-from senet.experiments.runs import examine, neutral_gate, open_run_data, read_rows
+from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
 from senet.models.registry import entry
 from senet.reports.comparison import Comparison, NetworkResult, write_report
+from senet.reports.figures import neutral_gate
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
 from senet.support.text import decoded
-from senet.training.config import CONFIG, RunConfig
+from senet.training.config import RUN_CONFIG, RunConfig
+from senet.training.data import open_run_data
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
 from senet.training.recipe import Recipe, get_recipe
@@ -87,7 +89,7 @@ class CompareConfig:
     @property
     def started(self) -> bool:
         """Whether the folder exists, so that the comparison can be resumed."""
-        return (self.out / CONFIG).is_file()
+        return (self.out / RUN_CONFIG).is_file()
 
     def training_recipe(self) -> Recipe:
         """The recipe of every run."""
@@ -128,7 +130,7 @@ class CompareConfig:
         if "data_root" in values:
             values["data_root"] = str(Path(values["data_root"]).absolute())
         head = f"# Reruns exactly: senet {self.COMMAND} --config THIS_FILE --out NEW_FOLDER\n"
-        atomic_write(self.out / CONFIG, head + tomli_w.dumps(values))
+        atomic_write(self.out / RUN_CONFIG, head + tomli_w.dumps(values))
 
     @classmethod
     def of_flags(cls, options: Mapping[str, Any]) -> Self:
@@ -159,12 +161,12 @@ class CompareConfig:
                     f"--resume goes on with the folder's own options: leave out "
                     f"--{shown.replace('_', '-')}, or start a new one with --out"
                 )
-        path = out / CONFIG
+        path = out / RUN_CONFIG
         try:
             values = tomllib.loads(decoded(path.read_bytes()))
         except FileNotFoundError:
             raise UserError(
-                f"{out} is no folder of senet {cls.COMMAND}: {CONFIG} is missing"
+                f"{out} is no folder of senet {cls.COMMAND}: {RUN_CONFIG} is missing"
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a TOML file: {error}") from error
@@ -223,7 +225,7 @@ def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False)
 
 def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> None:
     """Train a run from the start, or from where it was stopped."""
-    if (run.out / CONFIG).is_file():
+    if (run.out / RUN_CONFIG).is_file():
         resume_run(run.out, progress=progress)
     else:
         train_run(run, progress=progress)

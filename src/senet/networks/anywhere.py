@@ -1,20 +1,17 @@
-"""Networks from anywhere by one name, and rebuilt from the configuration in a checkpoint."""
+"""Networks from anywhere by one name."""
 
 import contextlib
 import hashlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from senet.errors import UserError
-from senet.gates.blocks import restructure
-from senet.insertion.insert import attach
-from senet.insertion.report import Place
 from senet.models import build_model
 
 PREFIXES = ("torchvision:", "timm:")
@@ -65,34 +62,6 @@ def open_source(
             setattr(model, key, value)
         return model
     return build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
-
-
-def rebuild(config: Mapping[str, Any]) -> nn.Module:
-    """A network from its `config`: freshly initialised, with inserted and folded blocks.
-
-    Args:
-        config: name, num_classes, in_channels, options, and as the case may be `inserted` (of
-            `senet.insert`) and `folded` (of `senet.fold_gates`).
-
-    Raises:
-        UserError: as for `open_source`.
-    """
-    model = open_source(
-        config["name"],
-        num_classes=config["num_classes"],
-        in_channels=config["in_channels"],
-        named_by_user=False,
-        **config["options"],
-    )
-    if "inserted" in config:
-        inserted = config["inserted"]
-        attach(model, [Place(**place) for place in inserted["places"]], gate=inserted["gate"])
-    if "folded" in config:
-        restructure(model, config["folded"])
-        former = model.config
-        assert isinstance(former, dict)
-        model.config = {**former, "folded": config["folded"]}  # type: ignore[assignment]
-    return model
 
 
 def _foreign(

@@ -182,6 +182,11 @@ def shown_layers(gates: Gates) -> list[str]:
     return [layers[-1] for layers in early] + last
 
 
+def neutral_gate(gate: str) -> float | None:
+    """The value of a gate that leaves a channel unchanged, if the gate can lie on both sides."""
+    return 1.0 if gate in ("identity_sigmoid", "relu") else None
+
+
 def gates_per_stage(
     gates: Gates, classes: Sequence[str], *, neutral: float | None = None
 ) -> Figure:

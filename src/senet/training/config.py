@@ -20,7 +20,22 @@ from senet.training.recipe import Recipe
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Trained = Literal["all", "se", "se+head", "head"]
 Parallel = Literal["ddp", "fsdp"]
-CONFIG = "config.toml"
+RUN_CONFIG = "config.toml"
+# How data are read.
+DATA = (
+    "data_root",
+    "download",
+    "val_fraction",
+    "image_size",
+    "channels",
+    "skip_bad_images",
+    "image_column",
+    "label_column",
+    "shuffle_buffer",
+    "bad_shards",
+    "decode",
+    "epoch_size",
+)
 # Where and how fast a run happens, not what comes out of it (on CPU).
 MACHINE = (
     "out",

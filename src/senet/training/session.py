@@ -13,12 +13,14 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from senet.data import ImageData, load_data, train_loader, val_loader
+from senet.data import train_loader, val_loader
 from senet.errors import SenetError, UserError
 from senet.models import build_model
+from senet.models.description import describe
 from senet.nn.sync_bn import convert
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
+from senet.training.data import open_run_data
 from senet.training.evaluation import Evaluation, evaluate
 from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
 from senet.training.fsdp import (
@@ -77,7 +79,7 @@ class Session:
             least = start.model.min_input_size
         own = None if start is None else start.model.config["in_channels"]
         # Grey images serve a network for colours as they are; of colours something would be lost.
-        self.data = _load(config, 3 if own == 3 else None)
+        self.data = open_run_data(config, channels=3 if own == 3 else None)
         size = self.data.preprocessing.image_size
         if size < least:
             raise UserError(
@@ -166,14 +168,14 @@ class Session:
 
     def description(self, position: Position) -> dict[str, Any]:
         """What the metadata of model.safetensors say."""
-        return {
-            "model": self.model.config,
-            "classes": list(self.data.classes),
-            "preprocessing": self.data.preprocessing.to_dict(),
-            "step": position.step,
-            "metrics": position.history[-1] if position.history and not position.done else {},
-            "run": {**self.config.result_options(), "data_root": self.config.data_root},
-        }
+        return describe(
+            self.model.config,
+            self.data.preprocessing.to_dict(),
+            self.data.classes,
+            metrics=position.history[-1] if position.history and not position.done else None,
+            run={**self.config.result_options(), "data_root": self.config.data_root},
+            step=position.step,
+        )
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, or those that are left after `restore`."""
@@ -362,25 +364,3 @@ class Session:
         """Forget the metrics of the epoch before."""
         for meter in self.meters.values():
             meter.reset()
-
-
-def _load(config: RunConfig, channels: int | None) -> ImageData:
-    data = load_data(
-        config.data,
-        root=config.data_root,
-        download=config.download,
-        val_fraction=config.val_fraction,
-        image_size=config.image_size,
-        channels=config.channels or channels,
-        skip_bad_images=config.skip_bad_images,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        shuffle_buffer=config.shuffle_buffer,
-        bad_shards=config.bad_shards,
-        decode=config.decode,
-        epoch_size=config.epoch_size,
-    )
-    if config.recipe.normalisation == "mean":
-        plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
-        data = dataclasses.replace(data, preprocessing=plain)
-    return data

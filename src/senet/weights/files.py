@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from senet.errors import UserError
+from senet.models.description import FORMAT
+from senet.support.tensors import unpack
 
 HUB_PREFIX = "hf_hub:"
 # Where training scripts put the state dict in their checkpoints, and what wrappers put before
@@ -60,10 +62,8 @@ def read_with_description(source: str | PathLike[str]) -> tuple[State, dict[str,
     loaded: Any
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("senet", "{}"))
-                names = file.keys()
-                loaded = {name: file.get_tensor(name) for name in names}
+            loaded, held = unpack(path, FORMAT)
+            description = json.loads(held or "{}")
         else:
             with warnings.catch_warnings():
                 # Remarks on the pickle's protocol and storage types say nothing beside the error or
