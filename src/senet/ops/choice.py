@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ _warned = False
 
 def _transforms() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation looks at each operation."""
-    stack = torch._C._functorch.peek_interpreter_stack()
+    stack: Any = torch._C._functorch.peek_interpreter_stack()
     return stack is not None or forward_ad._current_level >= 0
 
 

@@ -400,7 +400,7 @@ class Operator(Generic[A]):
             saved = self._saved.join(tensors[: ctx.kept], ctx.options)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 again = self.description.again(saved, tensors[ctx.kept :], ctx.given, gradient)
-                values = self._differentiable(again, places, flags)
+                values: Sequence[Any] = self._differentiable(again, places, flags)
             else:
                 found = backward(gradient, saved, self._wanted(flags))
                 values = _flat(found, self._gradient_lists)

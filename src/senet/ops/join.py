@@ -151,11 +151,20 @@ def _again(
 ) -> Again:
     K = len(saved.maps)
     rows = saved.statistics.split(channels(saved.maps), 1)
+    normalizations, eps, gate = options
     arguments = Arguments(
-        *(saved.maps, list(kept[:K]), list(kept[K : 2 * K])),
-        *([row[0] for row in rows], [row[2] for row in rows]),
-        *(saved.w1, kept[-2], saved.w2, kept[-1]),
-        *options,
+        maps=saved.maps,
+        weights=list(kept[:K]),
+        biases=list(kept[K : 2 * K]),
+        means=[row[0] for row in rows],
+        variances=[row[2] for row in rows],
+        w1=saved.w1,
+        b1=kept[-2],
+        w2=saved.w2,
+        b2=kept[-1],
+        normalizations=normalizations,
+        eps=eps,
+        gate=gate,
     )
     return Again(arguments, (None,) * K, gradient)
 

@@ -203,20 +203,35 @@ def _again(
         gradient = torch.where(saved.y <= 0, 0, gradient)
         known["shortcut"] = gradient
         relu = False
-    means: tuple[Tensor | None, ...] = (None,) * 4
+    mean = var = shortcut_mean = shortcut_var = None
     if normalization == "running":
         rows, C = statistics_rows(normalization, normalize_shortcut), saved.x.shape[1]
         statistics = saved.statistics.flatten()[: rows * C].view(rows, C)
-        means = (
-            *statistics[0::2][:2],
-            *(statistics[3::2][:2] if normalize_shortcut else means[:2]),
-        )
+        mean, var = statistics[0], statistics[2]
+        if normalize_shortcut:
+            shortcut_mean, shortcut_var = statistics[3], statistics[5]
     b1, b2 = biases
     arguments = Arguments(
-        *(saved.x, saved.shortcut, saved.weight, saved.bias, *means[:2]),
-        *(saved.shortcut_weight, saved.shortcut_bias, *means[2:]),
-        *(saved.w1, b1, saved.w2, b2),
-        *(normalization, normalize_shortcut, eps, shortcut_eps, gate, relu),
+        x=saved.x,
+        shortcut=saved.shortcut,
+        weight=saved.weight,
+        bias=saved.bias,
+        running_mean=mean,
+        running_var=var,
+        shortcut_weight=saved.shortcut_weight,
+        shortcut_bias=saved.shortcut_bias,
+        shortcut_mean=shortcut_mean,
+        shortcut_var=shortcut_var,
+        w1=saved.w1,
+        b1=b1,
+        w2=saved.w2,
+        b2=b2,
+        normalization=normalization,
+        normalize_shortcut=normalize_shortcut,
+        eps=eps,
+        shortcut_eps=shortcut_eps,
+        gate=gate,
+        relu=relu,
     )
     return Again(arguments, (None, None), gradient, known)
 
