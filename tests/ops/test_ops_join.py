@@ -236,14 +236,6 @@ def test_flops_of_the_fully_connected_layers() -> None:
         assert counted.get_total_flops() == 6 * product
 
 
-def test_no_double_backward() -> None:
-    t = {k: v.requires_grad_(k[:3] not in ("mea", "var")) for k, v in numbers(Join()).items()}
-    y = apply(t, Join())
-    (first,) = torch.autograd.grad(y.square().sum(), t["x0"], create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        first.sum().backward()
-
-
 def test_bad_arguments() -> None:
     t = numbers(Join())
     x, norm = t["x0"], ops.BatchNorm(t["weight0"], t["bias0"], t["mean0"], t["var0"])

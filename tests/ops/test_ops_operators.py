@@ -388,15 +388,6 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("implementation", ["algebra", "cpu"])
-def test_double_backward_is_refused(implementation: str) -> None:
-    x = torch.randn(2, C, 4, 4, requires_grad=True)
-    with ops.use(implementation):
-        (gradient,) = torch.autograd.grad(Block()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        gradient.sum().backward()
-
-
 def test_double_backward_of_the_reference() -> None:
     x = torch.randn(2, C, 4, 4, dtype=torch.float64, requires_grad=True)
     block = Block().double().eval()

@@ -5,7 +5,8 @@ ReLU, each part optional) in the two passes over memory that its batch norm need
 `bn_relu_concat_se` the end of an Inception module (BN → ReLU of each branch, joined, → SE). Four
 implementations agree:
 
-- `reference`: the paper's equations in plain PyTorch, the oracle; it alone has double backward.
+- `reference`: the paper's equations in plain PyTorch, the oracle. It computes for all of them
+  where a backward pass is differentiated itself (`create_graph=True`), and under torch.func.
 - `algebra`: the closed-form backward in pure PyTorch; any device, and what torch.compile fuses.
 - `cpu`: C++ and OpenMP kernels for float32, bfloat16 and float64 on the CPU.
 - `triton`: Triton kernels for CUDA and ROCm tensors; elsewhere in its interpreter, for tests.

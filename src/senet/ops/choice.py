@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from senet import kernels
 from senet.errors import UserError
@@ -105,6 +107,12 @@ def _warn_missing_kernels() -> None:
 _warned = False
 
 
+def _transforms() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation looks at each operation."""
+    stack: Any = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or forward_ad._current_level >= 0
+
+
 def resolve(x: Tensor) -> str:
     """The implementation for x under the current choice."""
     compiling = torch.compiler.is_compiling()
@@ -113,9 +121,14 @@ def resolve(x: Tensor) -> str:
         why_not = triton.unsupported(x) if on_gpu else cpu.unsupported(x)
         if why_not == kernels.MISSING != "" and x.device.type == "cpu" and not compiling:
             _warn_missing_kernels()
-        if not compiling and torch._C._functorch.peek_interpreter_stack():
-            why_not = why_not or "torch.func transforms cannot look into the kernels"
+        if not compiling and _transforms():
+            return "reference"
         return "algebra" if why_not else "triton" if on_gpu else "cpu"
+    if _implementation != "reference" and not compiling and _transforms():
+        raise UserError(
+            f"senet.ops.use({_implementation!r}) cannot run under torch.func's transforms and "
+            'forward-mode differentiation; use senet.ops.use("auto") or "reference"'
+        )
     fast = {"cpu": cpu, "triton": triton}.get(_implementation)
     if fast is not None and (why_not := fast.unsupported(x)):
         raise UserError(f'{why_not}; use senet.ops.use("auto") or "algebra"')

@@ -30,8 +30,8 @@ S = TypeVar("S", bound=tuple[Any, ...])  # what its backward pass takes
 Momenta = Sequence[float | None]
 
 NO_DOUBLE_BACKWARD = (
-    "senet.ops has no double backward in its fast implementations; wrap the model's forward pass "
-    'in `with senet.ops.use("reference"):`'
+    "senet::…_backward has no derivative of its own; call the functions of senet.ops, which have "
+    'derivatives of any order, or wrap the forward pass in `with senet.ops.use("reference"):`'
 )
 
 _LIBRARY = torch.library.Library("senet", "DEF")
@@ -80,6 +80,22 @@ def _passes_nothing(_: Any) -> None:
     return None
 
 
+class Again(NamedTuple):
+    """The operator's y once more, to be differentiated further.
+
+    Attributes:
+        arguments: whose reference gives y, or the part of it through which derivatives go.
+        momenta: that move nothing.
+        gradient: of that y.
+        known: gradients that need no differentiation, by the names of arguments.
+    """
+
+    arguments: Any
+    momenta: Momenta
+    gradient: Tensor
+    known: Mapping[str, Tensor] = {}
+
+
 @dataclass(frozen=True)
 class Description(Generic[A, O, S]):
     """An operator.
@@ -94,6 +110,9 @@ class Description(Generic[A, O, S]):
             of bool for what is wanted, of tensors for the gradients.
         save: what the backward pass needs.
         empty_outputs, empty_gradients: uninitialized results, from what forward and backward take.
+        save_again: small tensors that `again` needs beside what is saved.
+        again: (saved, those tensors, the arguments' options, gradient of y) → what the reference
+            computes again where the backward pass is differentiated itself.
         flops, backward_flops: the same from shapes instead of tensors (2 a multiply-add).
         move: moves the running statistics among the arguments by the momenta.
         passes: index into `gradients` of an argument whose gradient is that of y itself, if any.
@@ -107,6 +126,8 @@ class Description(Generic[A, O, S]):
     save: Callable[[A, O], S]
     empty_outputs: Callable[[A], O]
     empty_gradients: Callable[[S, Any], Any]
+    save_again: Callable[[A], tuple[Tensor | None, ...]]
+    again: Callable[[S, Sequence[Tensor | None], Sequence[Any], Tensor], Again]
     flops: Callable[[Any], int]
     backward_flops: Callable[[Any, Any], int]
     move: Callable[[A, O, Momenta], None]
@@ -245,7 +266,7 @@ class Operator(Generic[A]):
             return None
         if node.module is not self.kernels[implementation].module:
             return None
-        return self._saved.join(node.saved_tensors, node.options)
+        return self._saved.join(node.saved_tensors[: node.kept], node.options)
 
     def _by_algebra(self, arguments: A) -> Any:
         """Outputs; torch.compile cannot trace the function where no gradient is wanted."""
@@ -318,7 +339,6 @@ class Operator(Generic[A]):
                 return outputs.y
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, gradient: Tensor) -> Any:
                 return gradients(ctx, ctx.module.backward, gradient)
 
@@ -349,7 +369,6 @@ class Operator(Generic[A]):
                 ctx.set_materialize_grads(False)
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, gradient: Tensor | None, *_: None) -> Any:
                 return gradients(ctx, algebra.backward, gradient)
 
@@ -358,7 +377,9 @@ class Operator(Generic[A]):
     def _keep(self, ctx: Any, arguments: A, outputs: Any) -> None:
         """Keep for the backward pass what the description says."""
         tensors, ctx.options = self._saved.split(self.description.save(arguments, outputs))
-        ctx.save_for_backward(*tensors)
+        ctx.given = arguments[self._arguments.count :]
+        ctx.kept = len(tensors)
+        ctx.save_for_backward(*tensors, *self.description.save_again(arguments))
         ctx.passes = self.description.passes(arguments)
 
     def _gradients(
@@ -375,13 +396,39 @@ class Operator(Generic[A]):
             flags[ctx.passes] = False
             result[places[ctx.passes]] = gradient
         if any(flags):
-            saved = self._saved.join(ctx.saved_tensors, ctx.options)
-            found = backward(gradient, saved, self._wanted(flags))
-            values = _flat(found, self._gradient_lists)
+            tensors = ctx.saved_tensors
+            saved = self._saved.join(tensors[: ctx.kept], ctx.options)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                again = self.description.again(saved, tensors[ctx.kept :], ctx.given, gradient)
+                values: Sequence[Any] = self._differentiable(again, places, flags)
+            else:
+                found = backward(gradient, saved, self._wanted(flags))
+                values = _flat(found, self._gradient_lists)
             for place, want, value in zip(places, flags, values, strict=True):
                 if want:
                     result[place] = value
         return tuple(result)
+
+    def _differentiable(
+        self, again: Again, places: Sequence[int], flags: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The wanted gradients by the reference, as functions of all that they depend on."""
+        tensors, options = self._arguments.split(again.arguments)
+        # Each argument a tensor of its own, though the caller may have given one tensor twice.
+        tensors = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in tensors)
+        names = self.description.gradients._fields if again.known else ()
+        known = {names.index(name): value for name, value in again.known.items()}
+        wanted = [i for i, want in enumerate(flags) if want and i not in known]
+        values: list[Tensor | None] = [known.get(i) for i in range(len(flags))]
+        if wanted:
+            y = self.reference(self._arguments.join(tensors, options), again.momenta)
+            sources = [tensors[places[i] - 1] for i in wanted]
+            found = torch.autograd.grad(
+                y, sources, again.gradient, create_graph=True, allow_unused=True
+            )
+            for i, value in zip(wanted, found, strict=True):
+                values[i] = value
+        return values
 
     def _places(self, inputs: int) -> Sequence[int]:
         """Where among a function's inputs those stand that are differentiated."""

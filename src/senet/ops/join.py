@@ -6,12 +6,13 @@ branches of C_i channels, C of all together; N images, h the gate's hidden width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from senet.ops.description import Description, Momenta, move_running
+from senet.ops.description import Again, Description, Momenta, move_running
 from senet.ops.maps import accumulator, common_format
 
 T = TypeVar("T")
@@ -141,6 +142,33 @@ def empty_gradients(saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor |
     )
 
 
+def _save_again(a: Arguments) -> tuple[Tensor | None, ...]:
+    return (*a.weights, *a.biases, a.b1, a.b2)
+
+
+def _again(
+    saved: Saved, kept: Sequence[Tensor | None], options: Sequence[Any], gradient: Tensor
+) -> Again:
+    K = len(saved.maps)
+    rows = saved.statistics.split(channels(saved.maps), 1)
+    normalizations, eps, gate = options
+    arguments = Arguments(
+        maps=saved.maps,
+        weights=list(kept[:K]),
+        biases=list(kept[K : 2 * K]),
+        means=[row[0] for row in rows],
+        variances=[row[2] for row in rows],
+        w1=saved.w1,
+        b1=kept[-2],
+        w2=saved.w2,
+        b2=kept[-1],
+        normalizations=normalizations,
+        eps=eps,
+        gate=gate,
+    )
+    return Again(arguments, (None,) * K, gradient)
+
+
 def _flops(a: Any) -> int:
     """Of shapes: the gate's two products."""
     if a.w1 is None:
@@ -172,6 +200,8 @@ JOIN = Description(
     save=_save,
     empty_outputs=empty_outputs,
     empty_gradients=empty_gradients,
+    save_again=_save_again,
+    again=_again,
     flops=_flops,
     backward_flops=_backward_flops,
     move=_move,

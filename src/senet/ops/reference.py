@@ -1,7 +1,7 @@
 """The equations of the paper in plain PyTorch: slow, obvious, the oracle of the other ways.
 
 Every map is computed in the accumulation type (float32 for 16-bit storage) and rounded once at the
-end; gradients come from autograd. Double backward works here and nowhere else in `senet.ops`.
+end; gradients of any order come from autograd.
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ operator. N images, C channels, P pixels, h the gate's hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from senet.ops.description import Description, Momenta, move_running
+from senet.ops.description import Again, Description, Momenta, move_running
 from senet.ops.maps import accumulator, dense
 
 T = TypeVar("T")
@@ -188,6 +189,53 @@ def _empty_gradients(saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor 
     return empty_gradients(saved._replace(x=dense(saved.x)), wanted)
 
 
+def _save_again(a: Arguments) -> tuple[Tensor | None, ...]:
+    return a.b1, a.b2
+
+
+def _again(
+    saved: Saved, biases: Sequence[Tensor | None], options: Sequence[Any], gradient: Tensor
+) -> Again:
+    """A plain shortcut is not kept: of relu(v + shortcut) only the mask counts, which y tells."""
+    normalization, normalize_shortcut, eps, shortcut_eps, gate, relu = options
+    known = {}
+    if saved.y is not None:
+        gradient = torch.where(saved.y <= 0, 0, gradient)
+        known["shortcut"] = gradient
+        relu = False
+    mean = var = shortcut_mean = shortcut_var = None
+    if normalization == "running":
+        rows, C = statistics_rows(normalization, normalize_shortcut), saved.x.shape[1]
+        statistics = saved.statistics.flatten()[: rows * C].view(rows, C)
+        mean, var = statistics[0], statistics[2]
+        if normalize_shortcut:
+            shortcut_mean, shortcut_var = statistics[3], statistics[5]
+    b1, b2 = biases
+    arguments = Arguments(
+        x=saved.x,
+        shortcut=saved.shortcut,
+        weight=saved.weight,
+        bias=saved.bias,
+        running_mean=mean,
+        running_var=var,
+        shortcut_weight=saved.shortcut_weight,
+        shortcut_bias=saved.shortcut_bias,
+        shortcut_mean=shortcut_mean,
+        shortcut_var=shortcut_var,
+        w1=saved.w1,
+        b1=b1,
+        w2=saved.w2,
+        b2=b2,
+        normalization=normalization,
+        normalize_shortcut=normalize_shortcut,
+        eps=eps,
+        shortcut_eps=shortcut_eps,
+        gate=gate,
+        relu=relu,
+    )
+    return Again(arguments, (None, None), gradient, known)
+
+
 def _flops(a: Any) -> int:
     """Of shapes: the gate's two products."""
     return 0 if a.w1 is None else 2 * 2 * a.x[0] * a.x[1] * a.w1[0]
@@ -222,6 +270,8 @@ TAIL = Description(
     save=_save,
     empty_outputs=empty_outputs,
     empty_gradients=_empty_gradients,
+    save_again=_save_again,
+    again=_again,
     flops=_flops,
     backward_flops=_backward_flops,
     move=_move,
