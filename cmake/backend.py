@@ -1,4 +1,4 @@
-"""scikit-build-core, which leaves the C++ kernels out where no CMake, Ninja or make is there.
+"""scikit-build-core, which leaves the C++ kernels out where CMake, or Ninja and make, are missing.
 
 The override in pyproject.toml does the same where they are there and fail.
 """
