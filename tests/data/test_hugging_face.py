@@ -135,8 +135,12 @@ def test_texts_and_numbers_as_classes(
         loader = val_loader(data, batch_size=2, num_workers=0)
         found = [names[label] for _, part in loader for label in part.tolist()]
         assert found == [str(label) for label in labels[:2]]
-        given = load_data(data.name, classes=("x", *names))
-        assert given.classes == ("x", *names)
+        own = load_data(data.name, classes=("x", *names))  # they have a split of their own
+        assert own.classes == names
+    labelled(labels, kind).save_to_disk(str(tmp_path / "one"))
+    some = load_data(f"hf:{tmp_path / 'one'}", whole=True, classes=("x", *names))
+    assert some.classes == ("x", *names)
+    assert [some.classes[label] for label in some.val.targets] == [str(x) for x in labels]  # type: ignore[union-attr]
     unknown = labelled([labels[0], "other" if isinstance(labels[0], str) else 0], kind)
     if kind.dtype != "bool":
         folder = saved(tmp_path / "unknown", labelled(labels, kind), unknown)

@@ -108,11 +108,15 @@ def test_damaged_segments_of_a_jpeg() -> None:
 
 
 def test_what_adobe_says_of_the_colours_stays() -> None:
+    """Its segment tells here that the three channels are red, green and blue, not YCbCr."""
     file = io.BytesIO()
-    PICTURE.convert("CMYK").save(file, "jpeg")  # Adobe's segment tells that it is inverted
-    bare = without_metadata(file.getvalue())
-    assert bare is not None
-    assert decode_image(bare, "x", 3).tobytes() == decode_image(file.getvalue(), "x", 3).tobytes()
+    PICTURE.save(file, "jpeg")
+    plain = without_metadata(file.getvalue())
+    assert plain is not None
+    adobe = struct.pack(">BBH5sHHHB", 0xFF, 0xEE, 14, b"Adobe", 100, 0, 0, 0)
+    marked = plain[:2] + adobe + plain[2:]
+    assert without_metadata(marked) == marked
+    assert decode_image(marked, "x", 3).tobytes() != decode_image(plain, "x", 3).tobytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd8\xff\xe0\0"])

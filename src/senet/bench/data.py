@@ -68,7 +68,8 @@ def find_jpegs(folder: Path) -> list[str]:
     Raises:
         UserError: there are fewer than a batch.
     """
-    found = [p for p in image_files(folder) if Path(p).suffix.lower() in (".jpg", ".jpeg")]
+    files = image_files(folder) if folder.is_dir() else []
+    found = [p for p in files if Path(p).suffix.lower() in (".jpg", ".jpeg")]
     if len(found) < BATCH:
         raise UserError(f"{folder} has {len(found)} JPEG files: give a folder with {BATCH} or more")
     return found[: min(len(found), COUNT) // BATCH * BATCH]

@@ -112,8 +112,8 @@ def open_data(
     """Data by name; by default what the checkpoint was trained on, with its val_fraction.
 
     Args:
-        checkpoint: says what it was trained on, and its classes: those of a folder, table or column
-            of texts get its numbers, and may be only some of them.
+        checkpoint: says what it was trained on, and its classes: those of data without a split of
+            their own get its numbers by their names, and may be only some of them.
         data_name: data set or folder.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
         split: as for `load_data`.

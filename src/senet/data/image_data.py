@@ -30,7 +30,8 @@ class Reading:
         image_column, label_column: of tables with several.
         split: what is evaluated on; None: the validation images, else the test images.
         whole: where there is no split and no val_fraction, all images are for evaluation.
-        classes: names in the order of their numbers; None: those of the data, sorted.
+        classes: names in the order of their numbers, for data without a split of their own; None:
+            those of the data, sorted.
         decode: who decodes JPEG.
         seed: of the choice of the images set aside.
         download: whether something may be fetched.

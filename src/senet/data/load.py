@@ -182,8 +182,9 @@ def load_data(
         split: what becomes `ImageData.val`, "train", "val" or "test"; by default the validation
             images, or where there are none, the test images.
         whole: data without a split of their own, and without val_fraction, are all for evaluation.
-        classes: names in the order of their numbers, such as a checkpoint's, for folders, tables
-            and columns of texts; by default those of the data, sorted.
+        classes: names in the order of their numbers, such as a checkpoint's, for folders, tables,
+            tars and columns of texts without a split of their own; by default those of the data,
+            sorted.
         seed: of the choice of the images set aside.
 
     Raises:

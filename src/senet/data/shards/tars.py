@@ -115,7 +115,8 @@ def load_tars(
             f"{data} has a split of its own: leave out val_fraction {reading.val_fraction}"
         )
     labels = {sample.label for tar in train[1] for sample in tar.samples}
-    classes = reading.classes or tuple(sorted(labels, key=natural_order))
+    own = "train" in splits and val is not None
+    classes = (None if own else reading.classes) or tuple(sorted(labels, key=natural_order))
     place = Place(str(folder), folder)
     source = _source(place, train, classes, buffer, reading)
     kind = kind_of(_headers(source))

@@ -25,7 +25,8 @@ def load_folder(data: str, reading: Reading) -> ImageData:
         raise UserError(f"{name} has {val[0]}/: leave out val_fraction {reading.val_fraction}")
     # Where all is for evaluation, a test/ alone will do; a train/ alone must be asked for.
     train = splits.get("train") or val or (folder.name, folder)
-    reading = replace(reading, whole=reading.whole and "train" not in splits)
+    if "train" in splits:
+        reading = replace(reading, whole=False, classes=None)
     scanned = _scan(train[1])
     labelled = _labelled(train[1], scanned)
     judged = None

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,8 @@ def load_hugging_face(data: str, reading: Reading) -> ImageData:
         raise UserError(
             f"{data} has one split only: set aside a part of it with --val-fraction 0.1"
         )
+    if val is not None and val is not train:
+        reading = replace(reading, classes=None)
     image, label = find_columns(train.features, data, reading)
     labels = find_labels(train, label, data, reading)
     raw = [undecoded(part, image) for part in (train, val) if part is not None]

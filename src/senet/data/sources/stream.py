@@ -12,6 +12,7 @@ the library's own `state_dict` forgets what the shuffle buffer held.
 import itertools
 import warnings
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,7 +243,8 @@ def load_stream(
             f"hf:{name} with --val-fraction"
         )
     image, label = find_columns(parts[0].features, data, reading)
-    labels = find_labels(parts[0], label, data, reading)
+    own = None if parts[0] is not parts[1] else reading.classes
+    labels = find_labels(parts[0], label, data, replace(reading, classes=own))
     train, val = (
         StreamedImages(
             undecoded(rows, image),

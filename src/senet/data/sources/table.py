@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from senet.data.image_data import ImageData, Reading
@@ -72,6 +73,8 @@ def _load(
             f"{name} has a split of its own: leave out val_fraction {reading.val_fraction}"
         )
     train = splits.get("train") or next(iter(splits.values()))
+    if "train" in splits and len(splits) > 1:
+        reading = replace(reading, classes=None)
     classes = reading.classes or tuple(sorted(set(train[1].labels), key=natural_order))
     return load_files(name, train[1], val[1] if val else None, reading, classes)
 
