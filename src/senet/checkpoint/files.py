@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from senet.checkpoint.write import MANIFEST, defect
@@ -22,12 +23,13 @@ from senet.gates.blocks import restructure
 from senet.insertion.insert import attach
 from senet.insertion.report import Place
 from senet.models import Network, build_model
-from senet.models.description import WEIGHTS, adopt, read_described
+from senet.models.description import FORMAT, WEIGHTS, adopt, read_described
 from senet.models.hub import HUB_CONFIG
 from senet.networks.anywhere import open_source
 from senet.weights import HUB_PREFIX, load_weights, local_file
-from senet.weights.files import UNREADABLE, read_with_description
+from senet.weights.files import UNREADABLE, read_contents
 from senet.weights.layouts import detect
+from senet.weights.select import select
 
 
 @dataclass(frozen=True)
@@ -161,26 +163,50 @@ def _checkpoint(model: Network, run: dict[str, Any], path: Path) -> Checkpoint:
     )
 
 
-def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
+def is_described(path: str | PathLike[str]) -> bool:
+    """Whether a checkpoint says itself which network it is for; other files hold weights alone.
+
+    Args:
+        path: a file, a folder, or `hf_hub:owner/name`.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        path = local_file(str(path))
+    path = Path(path)
+    if not path.is_file():
+        return True  # a folder, which holds what this package wrote
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FORMAT in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True  # whoever opens it says what is wrong
+
+
+def model_for_weights(
+    name: str, source: str | PathLike[str], *, fresh_head: bool = False, **options: Any
+) -> Network:
     """A network of a given name with weights from elsewhere, in any layout.
 
-    The images' channels and the number of classes are those of the weights, the preprocessing is
-    what their layout implies. Nothing is unpickled.
+    The images' channels and the number of classes are those of the weights. Nothing is unpickled.
 
     Args:
         name: one of `senet.list_models()`.
         source: a file or `hf_hub:owner/name`, see `senet.weights.read_state_dict`.
+        fresh_head: take weights without a last layer that fits, and give the network a fresh one
+            for 1,000 classes.
+        **options: of the network, see `create_model`.
 
     Raises:
-        UserError: unknown name, weights that do not fit, that say themselves which network they
-            are for, or whose layout does not tell how images are prepared.
+        UserError: unknown name, weights that do not fit, or that say themselves which network they
+            are for.
     """
     with torch.device("meta"):
-        outline = build_model(name)
-    path = local_file(source)
-    state, description = read_with_description(path)
-    if description:
+        outline = build_model(name, **options)
+    contents = read_contents(local_file(source))
+    if contents.description:
         raise UserError(f"{source} says itself which network it is for: leave out --model {name}")
+    state = select(contents.state, outline).state
     decoded = detect(state).decode(state, outline)
     # Where these are not in the file, `load_weights` tells what is wrong with it.
     head = decoded.get(f"{outline.head}.weight")
@@ -190,6 +216,21 @@ def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
         name,
         num_classes=1000 if head is None else head.shape[0],
         in_channels=3 if stem is None else stem.shape[1],
+        **options,
     )
-    load_weights(model, state)
+    load_weights(model, contents.state, new_head=fresh_head and head is None)
+    return model
+
+
+def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
+    """A network of a given name with weights from elsewhere, ready to classify.
+
+    The preprocessing is what the weights' layout implies. Arguments as in `model_for_weights`.
+
+    Raises:
+        UserError: as there, weights without a last layer, or a layout that does not tell how images
+            are prepared.
+    """
+    path = local_file(source)
+    model = model_for_weights(name, path)
     return _checkpoint(model, {}, path)

@@ -6,6 +6,7 @@ same that training checkpoints carry), `config.json` for the Hub, and a model ca
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,28 @@ class HubMixin(PyTorchModelHubMixin):
         )
         repository = kwargs.get("repository", "PATH-OR-OWNER/NAME")
         return ModelCard(f"---\n{data.to_yaml()}\n---\n{_card_text(self, repository, kwargs)}")
+
+
+def plain_values(preprocessing: object) -> dict[str, Any] | None:
+    """Preprocessing as plain values, whether it is given as them, as an object, or not at all.
+
+    Raises:
+        UserError: it is something else, or holds something else.
+    """
+    if preprocessing is None:
+        return None
+    to_dict = getattr(preprocessing, "to_dict", None)
+    values = to_dict() if to_dict is not None else preprocessing
+    try:
+        if isinstance(values, Mapping):
+            json.dumps(values := dict(values))
+            return values
+    except TypeError:
+        pass
+    raise UserError(
+        "preprocessing must be a senet.data.Preprocessing or its plain values (Preprocessing("
+        f"…).to_dict()), got {preprocessing!r}"
+    )
 
 
 def _card_text(model: HubMixin, repository: str, extra: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.errors import UserError
-from senet.models.hub import HubMixin
+from senet.models.hub import HubMixin, plain_values
 from senet.models.options import SE_OPTIONS, SEOptions
 from senet.models.registry import entry
 from senet.nn.block import no_script
@@ -41,7 +41,8 @@ class Network(nn.Module, HubMixin, ABC):
             stage k has stride 2**k, which for ResNets is the paper's numbering (table 1).
         head: name of the last linear layer.
         preprocessing: how an image becomes the input, as plain values (see
-            `senet.weights.layouts`); set when weights are loaded whose layout implies it.
+            `senet.weights.layouts`); set when weights are loaded whose layout implies it. A
+            `senet.data.Preprocessing` may be set too, and becomes its plain values.
         classes: names in the order of the logits, for `save_pretrained`; None if unknown.
         metrics: what the network was measured at, for the model card; None if unknown.
     """
@@ -51,6 +52,12 @@ class Network(nn.Module, HubMixin, ABC):
     num_features: int
     stages: dict[int, Stage]
     head: str = "fc"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "preprocessing":
+            object.__setattr__(self, name, plain_values(value))
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Network":
