@@ -53,7 +53,8 @@ def train(
         model: network; `senet models` lists them.
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
-        init: checkpoint to start from, such as one of `senet insert`; its network counts.
+        init: checkpoint to start from, such as one of `senet insert`; its network counts,
+            and its preprocessing (of which --image-size changes the side).
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
             (default: all).

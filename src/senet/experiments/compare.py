@@ -125,7 +125,9 @@ class CompareConfig:
         """
         tables = ("model_options", "se_options", "data_options", "recipe_options", "machine")
         values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
-        values["data"] = holdable("data", absolute_data(self.data))  # found from any working directory
+        values["data"] = holdable(
+            "data", absolute_data(self.data)
+        )  # found from any working directory
         for table in tables:
             for key, value in getattr(self, table).items():
                 values[key] = list(value) if isinstance(value, tuple) else _plain(value)

@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import nn
 
+from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.gates.blocks import restructure
 from senet.insertion.insert import attach
 from senet.insertion.report import Place
 from senet.models import build_model
+from senet.networks.preparation import imagenet, of_timm, of_torchvision
 
-PREFIXES = ("torchvision:", "timm:")
-_SIZE = (3, 224, 224)
+TORCHVISION, TIMM = "torchvision:", "timm:"
+PREFIXES = (TORCHVISION, TIMM)
 
 
 def open_source(
@@ -43,8 +45,9 @@ def open_source(
         **options: for networks of this package, see `create_model`.
 
     Returns:
-        The network; foreign ones get the attributes `config`, `input_size` and `min_input_size`
-        that networks of this package have.
+        The network; foreign ones get the attributes `config`, `input_size`, `min_input_size` and
+        `preprocessing` that networks of this package have: the last as timm or torchvision say it
+        of their weights, ImageNet's for files.
 
     Raises:
         UserError: no such network, or the package is not installed.
@@ -54,12 +57,14 @@ def open_source(
             raise UserError(f"{name} takes no options, got {', '.join(options)}")
         if in_channels != 3 and not name.startswith("timm:"):
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
-        model, size = _foreign(name, num_classes, in_channels, named_by_user)
+        model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
+        size = preparation.image_size
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels}
         about = {
             "config": {**config, "options": {}},
-            "input_size": (in_channels, *size[1:]),
+            "input_size": (in_channels, size, size),
             "min_input_size": 1,  # unknown: the network itself refuses what is too small
+            "preprocessing": preparation.to_dict(),
         }
         for key, value in about.items():
             setattr(model, key, value)
@@ -97,12 +102,13 @@ def rebuild(config: Mapping[str, Any]) -> nn.Module:
 
 def _foreign(
     name: str, num_classes: int, in_channels: int, named_by_user: bool
-) -> tuple[nn.Module, tuple[int, ...]]:
-    if name.startswith("torchvision:"):
-        return _torchvision(name.removeprefix("torchvision:"), num_classes), _SIZE
+) -> tuple[nn.Module, Preprocessing]:
+    if name.startswith(TORCHVISION):
+        name = name.removeprefix(TORCHVISION)
+        return _torchvision(name, num_classes), of_torchvision(name)
     if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"), num_classes, in_channels)
-    return _from_file(name, num_classes, named_by_user), _SIZE
+        return _timm(name.removeprefix(TIMM), num_classes, in_channels)
+    return _from_file(name, num_classes, named_by_user), imagenet()
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
@@ -114,7 +120,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
-def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[int, ...]]:
+def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, Preprocessing]:
     try:
         import timm
     except ImportError as error:
@@ -122,8 +128,7 @@ def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, tup
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
     model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
-    about: Any = model.pretrained_cfg
-    return model, tuple(about.get("input_size", _SIZE))
+    return model, of_timm(model, in_channels)
 
 
 def _close(name: str, names: list[str]) -> str:

@@ -59,6 +59,7 @@ class RunConfig:
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
         init: checkpoint to start from instead of fresh weights, as `open_checkpoint` takes it.
+            Images are prepared as it says, not as the data set does; `image_size` changes the side.
         train: with `init`, what is trained: "all", "se" (the SE blocks alone; everything else,
             batch-norm statistics included, stays as it is), "se+head" (and the classifier) or
             "head" (the classifier alone).

@@ -20,7 +20,12 @@ from senet.nn.sync_bn import convert
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
 from senet.training.evaluation import Evaluation, evaluate
-from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
+from senet.training.finetuning import (
+    as_the_checkpoint_says,
+    freeze,
+    prepare_start,
+    starting_checkpoint,
+)
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -31,6 +36,7 @@ from senet.training.fsdp import (
 )
 from senet.training.machine import accelerator_of, environment, random_state, set_random_state
 from senet.training.optimizer import Average, build_optimizer, build_schedule
+from senet.training.recipe import RECIPES, Recipe
 
 
 @dataclass
@@ -78,6 +84,13 @@ class Session:
         own = None if start is None else start.model.config["in_channels"]
         # Grey images serve a network for colours as they are; of colours something would be lost.
         self.data = _load(config, 3 if own == 3 else None)
+        if start is not None:
+            self.data = as_the_checkpoint_says(start, self.data, config)
+        if recipe.normalisation == "mean" and (start is None or _asked_for(recipe)):
+            plain = dataclasses.replace(
+                self.data.preprocessing, std=(1.0,) * self.data.preprocessing.channels
+            )
+            self.data = dataclasses.replace(self.data, preprocessing=plain)
         size = self.data.preprocessing.image_size
         if size < least:
             raise UserError(
@@ -365,7 +378,7 @@ class Session:
 
 
 def _load(config: RunConfig, channels: int | None) -> ImageData:
-    data = load_data(
+    return load_data(
         config.data,
         root=config.data_root,
         download=config.download,
@@ -380,7 +393,9 @@ def _load(config: RunConfig, channels: int | None) -> ImageData:
         decode=config.decode,
         epoch_size=config.epoch_size,
     )
-    if config.recipe.normalisation == "mean":
-        plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
-        data = dataclasses.replace(data, preprocessing=plain)
-    return data
+
+
+def _asked_for(recipe: Recipe) -> bool:
+    """Whether its normalisation was given beside the recipe's name."""
+    named = RECIPES.get(recipe.name)
+    return named is None or recipe.normalisation != named.normalisation
