@@ -9,6 +9,7 @@ from rich.table import Table
 from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
 from senet.cli.tables import new_table, print_table
 from senet.support.progress import watch
+from senet.support.text import printable
 
 if TYPE_CHECKING:
     from senet.commands.evaluate import CheckpointEvaluation
@@ -59,16 +60,16 @@ def evaluate(
 def _as_json(evaluation: "CheckpointEvaluation") -> str:
     checkpoint, data, result = evaluation.checkpoint, evaluation.data, evaluation.result
     content = {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": printable(str(checkpoint.path)),
         "model": checkpoint.model.config["name"],
-        "data": data.name,
+        "data": printable(data.name),
         "n": result.n,
         "top1": result.top1,
         f"top{result.k}": result.top5,
         "loss": result.loss,
         "images_per_second": result.images_per_second,
-        "skipped": list(data.skipped),
-        "classes": list(data.classes),
+        "skipped": [printable(str(each)) for each in data.skipped],
+        "classes": [printable(name) for name in data.classes],
         "confusion": result.confusion.tolist(),
     }
     return dumps(content, indent=1)

@@ -53,8 +53,9 @@ def train(
         model: network; `senet models` lists them.
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
-        init: checkpoint to start from, such as one of `senet insert`; its network counts. With
-            --model a file of weights in any released layout.
+        init: checkpoint to start from, such as one of `senet insert`; its network counts, and its
+            preprocessing (of which --image-size changes the side). With --model a file of weights
+            in any released layout.
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
             (default: all).

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
-from senet.data import ImageData, Preprocessing, Split, val_loader
+from senet.data import ImageData, Split, val_loader
 from senet.errors import UserError
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
@@ -71,7 +71,7 @@ def evaluate_checkpoint(
     check_classes(checkpoint, data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:
-        preprocessing = resized(preprocessing, image_size)
+        preprocessing = preprocessing.resized(image_size)
     least = checkpoint.model.min_input_size
     if preprocessing.image_size < least:
         raise UserError(
@@ -85,14 +85,6 @@ def evaluate_checkpoint(
     )
     model = checkpoint.model.to(choose_device(device)).to(memory_format=torch.channels_last)
     return evaluate(model, loader, data.classes, progress=progress)
-
-
-def resized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
-    """The same preprocessing for another side, with the share that the centre crop keeps."""
-    resize = preprocessing.resize
-    if resize is not None:
-        resize = round(resize * image_size / preprocessing.image_size)
-    return dataclasses.replace(preprocessing, image_size=image_size, resize=resize)
 
 
 _OF_THE_TRAINING = (

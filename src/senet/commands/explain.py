@@ -15,7 +15,7 @@ from PIL import Image
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.checkpoint.write import check_new
-from senet.commands.evaluate import check_classes, open_data, resized
+from senet.commands.evaluate import check_classes, open_data
 from senet.data import ImageData, map_style, val_loader
 from senet.errors import UserError
 from senet.gates.record import record_gates
@@ -72,7 +72,7 @@ def open_for_gates(
     check_classes(checkpoint, data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:
-        preprocessing = resized(preprocessing, image_size)
+        preprocessing = preprocessing.resized(image_size)
     return checkpoint, dataclasses.replace(data, preprocessing=preprocessing)
 
 

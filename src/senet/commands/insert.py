@@ -11,16 +11,13 @@ from torch import nn
 from senet.checkpoint.files import open_checkpoint
 from senet.checkpoint.write import check_new, write_checkpoint
 from senet.data import Preprocessing
-from senet.data.image_data import IMAGENET_MEAN, IMAGENET_STD
 from senet.errors import UserError
 from senet.insertion.insert import insert
 from senet.insertion.report import InsertionReport
 from senet.models.description import describe
-from senet.networks.anywhere import open_source
+from senet.networks.anywhere import TORCHVISION, open_source
+from senet.networks.preparation import imagenet, of_torchvision
 from senet.weights import read_state_dict
-
-# How ImageNet networks of torchvision are evaluated; a checkpoint of this package says its own.
-_RESIZE = 256 / 224
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,9 @@ def insert_checkpoint(
             raise UserError(f"{weights} knows its own classes and image size: leave them out")
     else:
         network = open_source(model, num_classes=num_classes or 1000)
-        size: Any = network.input_size
-        side = int(image_size or size[1])
-        preprocessing = Preprocessing(
-            image_size=side,
-            resize=round(side * _RESIZE),
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            channels=int(size[0]),
-            interpolation="bilinear",
-        )
+        preprocessing = _preparation(model, network, weights)
+        if image_size is not None:
+            preprocessing = preprocessing.resized(image_size)
         if weights is not None:
             _load(network, weights)
         classes = ()  # nobody knows their names
@@ -95,6 +85,17 @@ def insert_checkpoint(
     description = describe(config, preprocessing.to_dict(), classes, run=run)
     write_checkpoint(out, network.state_dict(), description)
     return Inserted(out, report)
+
+
+def _preparation(name: str, network: nn.Module, weights: Path | None) -> Preprocessing:
+    """How the network wants its images, as far as anyone says it."""
+    if name.startswith(TORCHVISION):  # whose weights are said by the file's name
+        return of_torchvision(name.removeprefix(TORCHVISION), weights)
+    said: Any = network.preprocessing
+    if said is not None:
+        return Preprocessing.from_dict(said)
+    size: Any = network.input_size
+    return imagenet().resized(int(size[1]))
 
 
 def _load(network: nn.Module, weights: Path) -> None:

@@ -88,6 +88,13 @@ class Preprocessing:
         if self.value_range not in (1.0, 255.0):
             raise ValueError(f"value_range must be 1 or 255, not {self.value_range!r}")
 
+    def resized(self, image_size: int) -> "Preprocessing":
+        """The same for another side, with the share that the centre crop keeps."""
+        resize = self.resize
+        if resize is not None:
+            resize = round(resize * image_size / self.image_size)
+        return dataclasses.replace(self, image_size=image_size, resize=resize)
+
     @property
     def _mode(self) -> InterpolationMode:
         return InterpolationMode(self.interpolation)

@@ -24,7 +24,7 @@ from senet.reports.figures import neutral_gate
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
 from senet.support.text import decoded
-from senet.training.config import RUN_CONFIG, RunConfig
+from senet.training.config import RUN_CONFIG, RunConfig, holdable
 from senet.training.data import open_run_data
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
@@ -119,18 +119,25 @@ class CompareConfig:
             for seed in range(self.seeds)
         ]
 
-    def write(self) -> None:
-        """Write config.toml, whose keys are the flags of the command."""
+    def to_toml(self) -> str:
+        """The text of config.toml, whose keys are the flags of the command.
+
+        Raises:
+            UserError: a path that it cannot hold.
+        """
         tables = ("model_options", "se_options", "data_options", "recipe_options", "machine")
         values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
-        values["data"] = absolute_data(self.data)  # found from any working directory
+        values["data"] = holdable(
+            "data", absolute_data(self.data)
+        )  # found from any working directory
         for table in tables:
             for key, value in getattr(self, table).items():
                 values[key] = list(value) if isinstance(value, tuple) else _plain(value)
         if "data_root" in values:
-            values["data_root"] = str(Path(values["data_root"]).absolute())
+            root = str(Path(values["data_root"]).absolute())
+            values["data_root"] = holdable("data_root", root)
         head = f"# Reruns exactly: senet {self.COMMAND} --config THIS_FILE --out NEW_FOLDER\n"
-        atomic_write(self.out / RUN_CONFIG, head + tomli_w.dumps(values))
+        return head + tomli_w.dumps(values)
 
     @classmethod
     def of_flags(cls, options: Mapping[str, Any]) -> Self:
@@ -259,8 +266,9 @@ def make_folder(config: CompareConfig) -> None:
     """Make the folder of a comparison or an ablation with its config.toml.
 
     Raises:
-        UserError: it exists, or cannot be made.
+        UserError: it exists, cannot be made, or config.toml cannot hold an option.
     """
+    content = config.to_toml()
     try:
         config.out.mkdir(parents=True)
     except FileExistsError:
@@ -272,7 +280,7 @@ def make_folder(config: CompareConfig) -> None:
         raise UserError(
             f"cannot make {config.out}: {error.strerror}; give a writable place by --out"
         ) from error
-    config.write()
+    atomic_write(config.out / RUN_CONFIG, content)
 
 
 def finished(run: RunConfig) -> bool:

@@ -1,6 +1,7 @@
 """Numbers and names as people read them."""
 
 import codecs
+import unicodedata
 
 
 def duration(seconds: float) -> str:
@@ -24,6 +25,17 @@ def count(value: int) -> str:
 def printable(name: str) -> str:
     r"""A file's name as text: bytes that are no UTF-8 as `\xe9`, which any output can take."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def visible(text: str) -> str:
+    r"""`printable` text with its control characters written out: `\x1b` for an escape.
+
+    Line ends and tabs stay. A name in a stranger's file cannot colour, move or empty a terminal.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) != "Cc" else ascii(c)[1:-1]
+        for c in printable(text)
+    )
 
 
 def natural_order(name: str) -> tuple[int, int, str]:

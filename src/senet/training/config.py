@@ -74,6 +74,7 @@ class RunConfig:
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
         init: checkpoint to start from instead of fresh weights, as `open_checkpoint` takes it.
+            Images are prepared as it says, not as the data set does; `image_size` changes the side.
         train: with `init`, what is trained: "all", "se" (the SE blocks alone; everything else,
             batch-norm statistics included, stays as it is), "se+head" (and the classifier) or
             "head" (the classifier alone).
@@ -130,13 +131,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "data_root", str(self.data_root))
-        for name in ("data", "data_root", "out"):
-            text = str(getattr(self, name))
-            if printable(text) != text:
-                raise UserError(
-                    f"{name} {printable(text)} has bytes that are not UTF-8, which config.toml "
-                    "cannot hold: rename it"
-                )
+        for name in ("model", "data", "data_root", "out", "init", "image_column", "label_column"):
+            holdable(name, str(getattr(self, name)))
         for name in ("seed", "num_workers", "checkpoint_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -247,6 +243,20 @@ class RunConfig:
         if not self.compile:  # checkpoints of runs from before this option lack it
             del options["compile"]
         return options
+
+
+def holdable(name: str, text: str) -> str:
+    """The text, if config.toml can hold it.
+
+    Raises:
+        UserError: it has bytes that are not UTF-8; `name` is the option it belongs to.
+    """
+    if printable(text) != text:
+        raise UserError(
+            f"{name} {printable(text)} has bytes that are not UTF-8, which config.toml "
+            "cannot hold: rename it"
+        )
+    return text
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,7 +31,10 @@ def open_run_data(config: RunConfig, *, channels: int | None = None) -> ImageDat
     options = {name: getattr(config, name) for name in DATA}
     options["channels"] = config.channels or channels
     data = open_named(config.data, options)
-    if config.recipe.normalisation == "mean":
-        plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
-        data = dataclasses.replace(data, preprocessing=plain)
-    return data
+    return without_deviation(data) if config.recipe.normalisation == "mean" else data
+
+
+def without_deviation(data: ImageData) -> ImageData:
+    """The data with their mean taken off and not divided by the deviation."""
+    plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
+    return dataclasses.replace(data, preprocessing=plain)

@@ -1,5 +1,6 @@
 """Starting from a checkpoint, and training its SE blocks, its classifier, or both."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,19 +57,35 @@ def starting_checkpoint(config: RunConfig) -> Start:
     return start
 
 
-def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
-    """The checkpoint's network in training mode, with a fresh classifier for other classes.
+def as_the_checkpoint_says(start: Start, data: ImageData, config: RunConfig) -> ImageData:
+    """The data with their images prepared as the checkpoint's network knows them.
+
+    Its side, resize, mean, deviation and order of colours hold, not those of the data set;
+    `config.image_size`, and a `normalisation` that is not the recipe's own, go before them. Where
+    the weights do not tell, the data set's hold.
 
     Raises:
-        UserError: other channels, or other classes where the classifier is not trained.
+        UserError: images of other channels.
     """
-    model = start.model
-    channels, classes = model.config["in_channels"], len(data.classes)
+    channels = start.model.config["in_channels"]
     if channels != data.preprocessing.channels:
         raise UserError(
             f"init takes images of {channels} channels, {data.name} has "
             f"{data.preprocessing.channels}: use data of the same kind, or --channels {channels}"
         )
+    preprocessing = start.preprocessing or data.preprocessing
+    if config.image_size is not None:
+        preprocessing = preprocessing.resized(config.image_size)
+    return dataclasses.replace(data, preprocessing=preprocessing)
+
+
+def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
+    """The checkpoint's network in training mode, with a fresh classifier for other classes.
+
+    Raises:
+        UserError: other classes where the classifier is not trained.
+    """
+    model, classes = start.model, len(data.classes)
     if model.config["num_classes"] != classes:
         if train == "se":
             raise UserError(

@@ -298,6 +298,12 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
         progress.note(f"images that cannot be read and are left out: {skipped}")
     if classes < 5:
         progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
+    if session.config.init is not None:
+        images = session.data.preprocessing
+        progress.note(
+            f"images are prepared as init says: {images.image_size}×{images.image_size} pixels, "
+            f"mean {_numbers(images.mean)}, std {_numbers(images.std)}"
+        )
     if (before := session.processes_before) is not None:
         streamed = isinstance(session.data.train, ImageStream)  # may share out its files anew
         progress.note(
@@ -313,6 +319,10 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
             f"the run began with {'; '.join(changed)}: its results may differ from those of an "
             "uninterrupted run in the last digits"
         )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _write_tables(run: Path, at: Position) -> None:

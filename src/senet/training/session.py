@@ -20,9 +20,14 @@ from senet.models.description import describe
 from senet.nn.sync_bn import convert
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
-from senet.training.data import open_run_data
+from senet.training.data import open_run_data, without_deviation
 from senet.training.evaluation import Evaluation, evaluate
-from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
+from senet.training.finetuning import (
+    as_the_checkpoint_says,
+    freeze,
+    prepare_start,
+    starting_checkpoint,
+)
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -33,6 +38,7 @@ from senet.training.fsdp import (
 )
 from senet.training.machine import accelerator_of, environment, random_state, set_random_state
 from senet.training.optimizer import Average, build_optimizer, build_schedule
+from senet.training.recipe import RECIPES, Recipe
 
 
 @dataclass
@@ -80,6 +86,10 @@ class Session:
         own = None if start is None else start.model.config["in_channels"]
         # Grey images serve a network for colours as they are; of colours something would be lost.
         self.data = open_run_data(config, channels=3 if own == 3 else None)
+        if start is not None:
+            self.data = as_the_checkpoint_says(start, self.data, config)
+            if recipe.normalisation == "mean" and _asked_for(recipe):
+                self.data = without_deviation(self.data)
         size = self.data.preprocessing.image_size
         if size < least:
             raise UserError(
@@ -364,3 +374,9 @@ class Session:
         """Forget the metrics of the epoch before."""
         for meter in self.meters.values():
             meter.reset()
+
+
+def _asked_for(recipe: Recipe) -> bool:
+    """Whether its normalisation was given beside the recipe's name."""
+    named = RECIPES.get(recipe.name)
+    return named is None or recipe.normalisation != named.normalisation
