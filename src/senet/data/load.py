@@ -1,4 +1,4 @@
-"""Where images come from: the embedded set, torchvision's data sets, any folder of classes."""
+"""Data by name: the embedded set, torchvision's, folders, tables, shards:, hf:, hf-stream:."""
 
 import dataclasses
 import difflib
