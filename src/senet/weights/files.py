@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from senet.errors import UserError
+from senet.support.hub import fetch
 
 HUB_PREFIX = "hf_hub:"
 # Where training scripts put the state dict in their checkpoints, and what wrappers put before
@@ -86,19 +87,7 @@ def local_file(source: str | PathLike[str]) -> Path:
         UserError: no such file, or it cannot be fetched.
     """
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-
-        name = source.removeprefix(HUB_PREFIX)
-        try:
-            return Path(hf_hub_download(name, "model.safetensors"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"weights: cannot fetch {source}: {reason}") from error
+        return fetch(source.removeprefix(HUB_PREFIX), "model.safetensors")
     path = Path(source)
     if not path.is_file():
         raise UserError(f"weights: no such file: {path}")
