@@ -21,7 +21,7 @@ _TRANSFORMING = ("googlenet", "inception_v3")
 
 def of_timm(model: nn.Module, channels: int) -> Preprocessing:
     """What the configuration of a timm network (`pretrained_cfg`) says."""
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     said = resolve_model_data_config(model)
     side = int(said["input_size"][1])

@@ -30,7 +30,8 @@ def fetch(repository: str, filename: str, **options: Any) -> Path:
 
     revision = options.get("revision")
     # Its bases are those of the HTTP library, which differs between versions of the package.
-    refused = (HfHubHTTPError, HFValidationError, OSError, *HfHubHTTPError.__bases__)
+    bases: tuple[Any, ...] = HfHubHTTPError.__bases__
+    refused: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError, *bases)
     try:
         found = try_to_load_from_cache(
             repository, filename, cache_dir=options.get("cache_dir"), revision=revision
