@@ -113,6 +113,7 @@ def test_networks_on_the_hub(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(arguments)
         return str(path)
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, token: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     for source in ("hf_hub:owner/name", Path("hf_hub:owner/name")):
         assert open_checkpoint(source).classes == ("ant", "bee", "cow")

@@ -196,6 +196,13 @@ def test_report_in_a_browser(folder, tmp_path, width, dark):
         )
         assert browser.text("#head-b") == CLASSES[2]
         assert "alert" in browser.run("return document.getElementById('channels').data[4].name")
+        low, high, least, greatest = browser.run(
+            "const chart = document.getElementById('classes'), trace = chart.data[0];"
+            "const ends = (sign) => trace.y.map((y, k) => y + sign * trace.error_y.array[k]);"
+            "return [...chart._fullLayout.yaxis.range,"
+            " Math.min(...ends(-1)), Math.max(...ends(1))]"
+        )
+        assert high - low < 1.3 * (greatest - least), "the axis lies around the values"
 
         # By keyboard alone: from the block's heading on to the first channel of the table.
         browser.run("document.getElementById('block-title').focus()")

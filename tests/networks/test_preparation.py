@@ -30,7 +30,6 @@ def picture() -> Image.Image:
     [
         ("resnet10t.c3_in1k", 176, 201, (0.485, 0.456, 0.406)),  # 176 / 0.875, rounded down
         ("mixer_s32_224", 224, 256, (0.5, 0.5, 0.5)),
-        ("inception_v3.tv_in1k", 299, 341, (0.485, 0.456, 0.406)),
         ("inception_v3.tf_in1k", 299, 341, (0.5, 0.5, 0.5)),
     ],
 )

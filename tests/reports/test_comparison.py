@@ -6,6 +6,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -113,7 +114,37 @@ def test_verdict_says_what_the_interval_allows(comparison: Comparison) -> None:
 
 def test_cost(comparison: Comparison) -> None:
     assert "10.0% parameters" in cost(comparison)
-    assert "100% of the plain" in cost(comparison)
+
+
+def with_speeds(comparison: Comparison, plain: Sequence[float], se: Sequence[float]) -> Comparison:
+    return dataclasses.replace(
+        comparison,
+        plain=dataclasses.replace(comparison.plain, images_per_second=tuple(plain)),
+        se=dataclasses.replace(comparison.se, images_per_second=tuple(se)),
+    )
+
+
+def test_speeds_are_paired_and_carry_an_interval(comparison: Comparison) -> None:
+    # Each pair at 90, 91 and 92%, though the machine is three times slower in the end.
+    steady = with_speeds(comparison, (3000.0, 2000.0, 1000.0), (2700.0, 1820.0, 920.0))
+    said = "It trains at 91% of the plain network's images/s, 95% interval 89% to 94% over 3 paired"
+    assert said in cost(steady)
+    # Noise that had been stated as 130%.
+    noise = with_speeds(comparison, (620.0, 950.0, 1055.0), (1180.0, 1105.0, 1135.0))
+    assert "does not differ measurably: 95% interval" in cost(noise)
+    assert "It trains at" not in cost(noise)
+    content = json.loads(to_json(noise))["speed_ratio"]
+    assert content["n"] == 3
+    assert content["interval_95"][0] < 1 < content["interval_95"][1]
+    assert content["mean"] == pytest.approx((1180 * 1105 * 1135 / (620 * 950 * 1055)) ** (1 / 3))
+
+
+def test_one_seed_says_nothing_about_speed(comparison: Comparison) -> None:
+    single = dataclasses.replace(
+        comparison, plain=network("a", (60.0,)), se=network("se_a", (61.0,)), seeds=(0,)
+    )
+    assert cost(single).endswith("One run of each says nothing about its speed of training.")
+    assert json.loads(to_json(single))["speed_ratio"]["interval_95"] is None
 
 
 def test_table_shows_each_number(comparison: Comparison) -> None:

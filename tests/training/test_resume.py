@@ -238,7 +238,7 @@ def test_run_folder_can_move(tiny_config: Make, expected: list[bytes], tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 3}, "epochs is 2 there and 3 here"),
+        ({"epochs": 3}, r"its 2 epochs are.*senet train --init .*run --data .* --epochs N"),
         ({"lr": 0.1}, r"lr is 0\.05 there and 0\.1 here"),
         ({"model": "resnet8_cifar"}, "model is 'se_resnet8_cifar' there"),
         ({"reduction": 16}, "reduction is 4 there"),

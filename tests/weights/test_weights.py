@@ -76,6 +76,7 @@ def test_hub_sources_are_fetched_through_huggingface_hub(timm18, tmp_path, monke
         asked.append(arguments)
         return str(path)
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, token: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     model = senet.create_model("se_resnet18", num_classes=5, pretrained="hf_hub:owner/name").eval()
     same_logits(model, timm18)

@@ -1,6 +1,8 @@
 """`senet summary`: layers of a network or of one SE block."""
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -16,7 +18,7 @@ from senet.cli.options import (
     given,
     named,
 )
-from senet.cli.tables import new_table, print_table
+from senet.cli.tables import new_table, print_table, table_width
 from senet.support.text import count
 
 if TYPE_CHECKING:
@@ -53,12 +55,46 @@ def summary(
     else:
         options |= named(channels=channels)
         found = summarize_network(name, input_shape, num_classes, options)
-        print(found.layers)
+        print(fitted(found.layers, table_width()))
         print_table(_stage_table(name, found.stages))
         print(
             f"{name} at {' × '.join(map(str, found.shape))}: {found.parameters:,} parameters, "
             f"{count(found.multiply_adds)} multiply-adds"
         )
+
+
+def fitted(layers: str, width: int) -> str:
+    """A table of layers in that many characters: narrow columns, then shortened names.
+
+    Args:
+        layers: lines of columns that begin beneath those of the header, and rulers of `=`.
+        width: characters; from 60 on it is kept to.
+    """
+    lines = layers.splitlines()
+    if max(map(len, lines)) <= width:
+        return layers
+    header = next(line for line in lines if line.startswith("Layer"))
+    starts = [match.start() for match in re.finditer(r"(?<!\S)\S+(?: \S+)*", header)]
+    rows = [
+        [line[start:end].rstrip() for start, end in pairwise([*starts, None])]
+        for line in lines
+        if not line.startswith("=")
+    ]
+    names, *others = zip(*rows, strict=True)
+    sizes = [max(map(len, column)) for column in others]
+    room = max(width - sum(sizes) - 2 * len(sizes), 12)
+    room = min(room, max(map(len, names)))
+    shown = iter(
+        "  ".join(
+            [
+                (name if len(name) <= room else name[: room - 1] + "…").ljust(room),
+                *(cell.ljust(size) for cell, size in zip(cells, sizes, strict=True)),
+            ]
+        ).rstrip()
+        for name, *cells in rows
+    )
+    ruler = "=" * (room + sum(sizes) + 2 * len(sizes))
+    return "\n".join(ruler if line.startswith("=") else next(shown) for line in lines)
 
 
 def _megabytes(size: int) -> str:

@@ -33,6 +33,13 @@ def print_table(table: Table) -> None:
     In a file or a pipe, which have no width, no column is cut.
     """
     console = PlainConsole()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPE_WIDTH
+    console.width = table_width()
     console.print(table)
+
+
+def table_width() -> int:
+    """Characters that a line of standard output has."""
+    console = PlainConsole()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return PIPE_WIDTH
+    return console.width

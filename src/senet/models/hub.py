@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 
 from senet.errors import UserError
 from senet.models.description import WEIGHTS, adopt, describe, pack_described, read_described
 from senet.support.files import atomic_write
+from senet.support.hub import fetch
 
 HUB_CONFIG = "config.json"
 
@@ -61,16 +62,14 @@ class HubMixin(PyTorchModelHubMixin):
     ) -> "HubMixin":
         path = Path(model_id) / WEIGHTS
         if not path.parent.is_dir():
-            path = Path(
-                hf_hub_download(
-                    model_id,
-                    WEIGHTS,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
+            path = fetch(
+                model_id,
+                WEIGHTS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
             )
         if not path.is_file():
             raise UserError(f"no such file: {path}")

@@ -128,6 +128,17 @@ class Comparison:
         """Top-1 of SE minus plain in percentage points, over the seeds."""
         return PairedDifference.of(self.plain.top1, self.se.top1)
 
+    @property
+    def speed_ratio(self) -> PairedDifference:
+        """Training speed of SE over that of plain, which ran in turns, paired by seed.
+
+        Its mean is the geometric one, its interval that of the logarithms, both as ratios; use
+        `low > 1` or `high < 1` for what is significant.
+        """
+        logarithms = (np.log(each.images_per_second).tolist() for each in (self.plain, self.se))
+        ratio = PairedDifference.of(*logarithms)
+        return PairedDifference(ratio.n, *map(math.exp, (ratio.mean, ratio.low, ratio.high)))
+
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation (n - 1); only the value where there is one."""
@@ -159,12 +170,25 @@ def cost(comparison: Comparison) -> str:
     plain, se = comparison.plain, comparison.se
     parameters = 100 * (se.parameters / plain.parameters - 1)
     multiply_adds = 100 * (se.multiply_adds / plain.multiply_adds - 1)
-    speed = 100 * (
-        statistics.fmean(se.images_per_second) / statistics.fmean(plain.images_per_second)
-    )
     return (
-        f"SE adds {parameters:.1f}% parameters and {multiply_adds:.2f}% multiply-adds; it trains "
-        f"at {speed:.0f}% of the plain network's images/s."
+        f"SE adds {parameters:.1f}% parameters and {multiply_adds:.2f}% multiply-adds. "
+        f"{_speed(comparison.speed_ratio)}"
+    )
+
+
+def _speed(ratio: PairedDifference) -> str:
+    """What the runs allow one to say about the speed of training, which varies with all else."""
+    if ratio.n == 1:
+        return "One run of each says nothing about its speed of training."
+    interval = f"{100 * ratio.low:.0f}% to {100 * ratio.high:.0f}%"
+    if not (ratio.low > 1 or ratio.high < 1):
+        return (
+            f"Its speed of training does not differ measurably: 95% interval {interval} of the "
+            f"plain network's images/s over {ratio.n} paired runs."
+        )
+    return (
+        f"It trains at {100 * ratio.mean:.0f}% of the plain network's images/s, 95% interval "
+        f"{interval} over {ratio.n} paired runs."
     )
 
 
@@ -205,7 +229,7 @@ def to_json(comparison: Comparison) -> str:
         return content
 
     difference = comparison.difference
-    single = difference.n == 1
+    single, speed = difference.n == 1, comparison.speed_ratio
     content = {
         "data": comparison.data,
         "recipe": comparison.recipe,
@@ -220,6 +244,11 @@ def to_json(comparison: Comparison) -> str:
             "mean": difference.mean,
             "interval_95": None if single else [difference.low, difference.high],
             "significant": difference.significant,
+        },
+        "speed_ratio": {
+            "n": speed.n,
+            "mean": speed.mean,
+            "interval_95": None if single else [speed.low, speed.high],
         },
         "gates": {name: values.tolist() for name, values in comparison.gates.items()},
     }

@@ -373,6 +373,13 @@ def _refuse_changes(config: RunConfig, options: Mapping[str, Any]) -> None:
         had = known.get(name)
         plain = str(given) if isinstance(given, Path) else given
         plain = list(plain) if isinstance(plain, tuple) else plain
+        if plain != had and name == "epochs":
+            raise UserError(
+                f"--resume goes on with the run's own options, and its {had} epochs are what its "
+                "learning rate was planned for; to train its network further, start a new run from "
+                f"its weights: senet train --init {config.out} --data {config.data} "
+                f"--recipe {config.recipe.name} --epochs N --out NEW_FOLDER"
+            )
         if plain != had:
             said = "not set" if had is None else repr(had)
             raise UserError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from senet.errors import UserError
 from senet.models.description import FORMAT
+from senet.support.hub import fetch
 from senet.support.tensors import unpack
 
 HUB_PREFIX = "hf_hub:"
@@ -179,19 +180,7 @@ def local_file(source: str | PathLike[str]) -> Path:
         UserError: no such file, or it cannot be fetched.
     """
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-
-        name = source.removeprefix(HUB_PREFIX)
-        try:
-            return Path(hf_hub_download(name, "model.safetensors"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"weights: cannot fetch {source}: {reason}") from error
+        return fetch(source.removeprefix(HUB_PREFIX), "model.safetensors")
     path = Path(source)
     if not path.is_file():
         raise UserError(f"weights: no such file: {path}")

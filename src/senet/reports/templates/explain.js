@@ -143,11 +143,12 @@
     at("channel").max = b.channels - 1;
     at("channel-range").textContent = `0 to ${b.channels - 1}`;
     at("channel-facts").textContent = `Mean gate ${number(b.overall[c])}, median ${number(b.quantiles[1][c])}, 5% to 95% of the images ${number(b.quantiles[0][c])} to ${number(b.quantiles[2][c])}; ${percent(b.betweenBy[c])} of its variance lies between classes.`;
+    // Points, not bars, on an axis around them: bars from 0 would hide 0.59 against 0.61.
     draw("classes", [{
-      type: "bar", x: data.classes.map((_, k) => k), y: data.classes.map((_, k) => b.mean[k][c]),
+      type: "scatter", mode: "markers", x: data.classes.map((_, k) => k), y: data.classes.map((_, k) => b.mean[k][c]),
       error_y: { type: "data", array: data.classes.map((_, k) => b.std[k][c]), visible: true, color: main[2] },
-      marker: { color: data.classes.map((_, k) => (k === state.a ? main[0] : k === state.b ? main[1] : main[2])) },
-      text: data.classes.map(plain), textposition: "none", hovertemplate: "%{text}: %{y:.3f}<extra></extra>",
+      marker: { size: 9, color: data.classes.map((_, k) => (k === state.a ? main[0] : k === state.b ? main[1] : main[2])) },
+      text: data.classes.map(plain), hovertemplate: "%{text}: %{y:.3f}<extra></extra>",
     }], {
       xaxis: { tickvals: data.classes.map((_, k) => k), ticktext: data.classes.map(plain) },
       yaxis: { title: { text: "mean gate" } }, showlegend: false,
