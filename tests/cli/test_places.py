@@ -108,6 +108,7 @@ def test_whole_paths_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for prefix in ("", "shards:", "hf:", "hf-stream:"):
         assert absolute_data(f"{prefix}m") == f"{prefix}{tmp_path}/m"
+    assert absolute_data("hf:m:main") == f"hf:{tmp_path}/m:main"
     assert absolute_data("t.csv") == f"{tmp_path}/t.csv"
     pattern = "train-{000000..000009}.tar"
     assert absolute_data(f"shards:m/{pattern}") == f"shards:{tmp_path}/m/{pattern}"

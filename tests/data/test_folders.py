@@ -234,6 +234,13 @@ def test_all_of_a_labelled_folder_by_the_numbers_of_a_network(tmp_path: Path) ->
     assert len(load_data(str(tmp_path / "parts"), whole=True).val) == 4
 
 
+def test_splits_of_named_sets() -> None:
+    counts = [len(load_data("embedded", split=s).val) for s in ("train", "val", "test")]
+    assert counts == [10_000, 2_000, 2_000]
+    with pytest.raises(UserError, match="split must be one of train, val, test, got 'all'"):
+        load_data("embedded", split="all")  # type: ignore[arg-type]
+
+
 def test_grey_images_for_a_network_for_colours() -> None:
     data = load_data("embedded", channels=3)
     assert data.preprocessing.channels == len(data.preprocessing.mean) == 3

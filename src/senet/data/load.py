@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torchvision import datasets
@@ -237,7 +237,7 @@ def load_data(
         _refuse_for(data, skip_bad_images=skip)
         found = load_hugging_face(data, reading)
     elif data in DATA_SETS:
-        _refuse_for(data, **columns, split=split)
+        _refuse_for(data, **columns)
         if val_fraction is not None:
             raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
         if skip_bad_images:
@@ -245,6 +245,10 @@ def load_data(
         if decode is not None and (data == "embedded" or _REMOTE[data].pixels):
             raise UserError(f"decode is for image files, {data} comes as pixels: leave it out")
         found = _load_embedded(reading) if data == "embedded" else _load_remote(data, root, reading)
+        if split is not None and split not in get_args(Split):
+            raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+        if split == "train":
+            found = dataclasses.replace(found, val=found.train)
     else:
         if download:
             raise UserError(f"nothing to download for {data!r}: leave out download")
@@ -275,8 +279,14 @@ def absolute_data(data: str) -> str:
     place = data.removeprefix(prefix)
     if prefix == "" and place in DATA_SETS:
         return data
+    configuration = ""
+    if prefix in (HUGGING_FACE, HUGGING_FACE_STREAM):
+        place, colon, configuration = place.partition(":")
+        configuration = colon + configuration
     here = Path(place.rpartition("/")[0] or ".") if place.endswith(".tar") else Path(place)
-    return prefix + os.path.abspath(place) if place and here.exists() else data  # noqa: PTH100
+    if not place or not here.exists():
+        return data
+    return prefix + os.path.abspath(place) + configuration  # noqa: PTH100
 
 
 def _unknown(data: str) -> UserError:
