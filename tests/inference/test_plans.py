@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from senet import create_model
+from senet import create_model, kernels
 from senet.errors import UserError
-from senet.inference import OptimizedModel, kernels, optimize, plans, workspaces
+from senet.inference import OptimizedModel, optimize, plans, workspaces
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
 from senet.inference.workspaces import Workspace, Workspaces

@@ -26,7 +26,7 @@ from senet.training.evaluation import Evaluation, Stopped
 from senet.training.machine import environment
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
 from senet.training.session import Position, Session
-from senet.training.state import load_training_state, save_training_state
+from senet.training.state import load_training_state, recorded_preprocessing, save_training_state
 
 __all__ = ["Interrupted", "RunResult", "resume", "train"]
 
@@ -140,7 +140,7 @@ def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
 def _resume(config: RunConfig, progress: Progress, *, moved: bool) -> RunResult:
     """Go on; `moved`: config.toml names the place where the data were before."""
     run = config.out
-    session = Session(config)
+    session = Session(config, recorded_preprocessing(run))
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
         state = load_training_state(run)
     if state is not None:

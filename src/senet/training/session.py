@@ -13,7 +13,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from senet.data import train_loader, val_loader
+from senet.data import Preprocessing, train_loader, val_loader
 from senet.errors import SenetError, UserError
 from senet.models import build_model
 from senet.models.description import describe
@@ -67,12 +67,13 @@ class Session:
 
     Args:
         config: the run.
+        preprocessing: how a run that is gone on with prepared its images so far; None at the start.
 
     Raises:
         UserError: unknown network, data or device, or sizes that do not go together.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, preprocessing: Preprocessing | None = None) -> None:
         recipe = self.recipe = config.recipe
         self.config = config
         self.processes_before: int | None = None
@@ -86,7 +87,9 @@ class Session:
         own = None if start is None else start.model.config["in_channels"]
         # Grey images serve a network for colours as they are; of colours something would be lost.
         self.data = open_run_data(config, channels=3 if own == 3 else None)
-        if start is not None:
+        if preprocessing is not None:
+            self.data = dataclasses.replace(self.data, preprocessing=preprocessing)
+        elif start is not None:
             self.data = as_the_checkpoint_says(start, self.data, config)
             if recipe.normalisation == "mean" and _asked_for(recipe):
                 self.data = without_deviation(self.data)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from senet.checkpoint.write import defect, write_checkpoint
+from senet.data import Preprocessing
 from senet.errors import SenetError
+from senet.models.description import WEIGHTS, read_described
 from senet.support.files import remove_folder
 from senet.training.config import RUN_CONFIG
 
@@ -56,6 +58,15 @@ def save_training_state(
             f"cannot write {folder / slot}: {error.strerror or error}; the checkpoint before it "
             f"is intact: free some space, then senet train --resume {run}"
         ) from error
+
+
+def recorded_preprocessing(run: Path) -> Preprocessing | None:
+    """How the run prepared its images so far, or None where it has no readable checkpoint yet."""
+    for slot in ("last", "previous"):
+        path = run / "checkpoints" / slot
+        if path.exists() and defect(path) is None:
+            return Preprocessing.from_dict(read_described(path / WEIGHTS)[0]["preprocessing"])
+    return None
 
 
 def load_training_state(run: Path) -> dict[str, Any] | None:
