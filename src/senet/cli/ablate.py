@@ -3,13 +3,11 @@
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from cyclopts import Parameter
 from rich.table import Table
 
 from senet.cli.comparison import NO_COMPARISON, ComparisonFlags, telling_how_to_go_on
-from senet.cli.options import RUN_GROUP, OptionalWhole
 from senet.cli.tables import print_table
 from senet.errors import UserError
 from senet.support.progress import watch
@@ -24,7 +22,6 @@ def ablate(
     /,
     *,
     flags: ComparisonFlags = NO_COMPARISON,
-    processes: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
 ) -> None:
     """Train the variants of one of the paper's ablations, and show them beside the paper's.
 
@@ -35,14 +32,13 @@ def ablate(
     Args:
         ablation: reduction (table 10), squeeze (11), excitation (12: the gate), stages (13),
             integration (14 and 15), or nosqueeze (16).
-        processes: runs at the same time, which share the cores (default: 1).
     """
     flags.training.prepare_process()
     from senet.experiments.ablate import AblateConfig, run_ablation
 
     if ablation is None and flags.resume is None:
         raise UserError("name an ablation, such as: senet ablate reduction --out FOLDER")
-    settings = flags.settings(AblateConfig, ablation=ablation, processes=processes)
+    settings = flags.settings(AblateConfig, ablation=ablation)
     tell, continued = partial(print, flush=True), flags.resume is not None
     with telling_how_to_go_on(settings):
         found = run_ablation(settings, watch=watch, tell=tell, continued=continued)

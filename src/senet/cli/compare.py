@@ -1,5 +1,6 @@
 """`senet compare`: a plain network against the same with SE."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -25,8 +26,11 @@ def compare(*, flags: ComparisonFlags = NO_COMPARISON) -> None:
     from senet.reports.comparison import cost, verdict
 
     settings = flags.settings(CompareConfig)
+    tell = partial(print, flush=True)
     with telling_how_to_go_on(settings):
-        comparison = run_comparison(settings, watch=watch, resume=flags.resume is not None)
+        comparison = run_comparison(
+            settings, watch=watch, tell=tell, resume=flags.resume is not None
+        )
     print_table(comparison_table(comparison))
     print(cost(comparison))
     print(verdict(comparison))

@@ -34,6 +34,8 @@ class ComparisonFlags:
     training: TrainingFlags = NO_TRAINING
     seeds: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None
     """Runs of each network, with seeds 0, 1, … (default: 3)."""
+    processes: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None
+    """Runs at the same time, which share the cores (default: 1, with all of them)."""
     out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None
     """Folder of all runs; it must not exist."""
     resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None
@@ -56,6 +58,7 @@ class ComparisonFlags:
             data=training.data,
             recipe=training.recipe,
             seeds=self.seeds,
+            processes=self.processes,
             out=self.out,
             model_options=given(training.network),
             se_options=given(training.se),

@@ -1,12 +1,8 @@
 """The paper's ablations (tables 10 to 16) as a list of runs over one recipe and data set."""
 
 import json
-import multiprocessing
-import os
 import re
-import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,8 +13,6 @@ from senet.errors import UserError
 from senet.experiments.compare import (
     CompareConfig,
     Watch,
-    begin_or_go_on,
-    finished,
     make_folder,
     train_all,
 )
@@ -70,25 +64,21 @@ class AblateConfig(CompareConfig):
 
     Attributes:
         ablation: which one.
-        processes: runs at the same time, each in a process of its own with its share of the cores.
 
     Raises:
-        UserError: unknown ablation, `processes` < 1, a network that lacks one of the variants, an
+        UserError: unknown ablation, a network that lacks one of the variants, an
             SE option that the ablation varies itself, or as for `CompareConfig`.
     """
 
-    OWN: ClassVar[tuple[str, ...]] = (*CompareConfig.OWN, "ablation", "processes")
+    OWN: ClassVar[tuple[str, ...]] = (*CompareConfig.OWN, "ablation")
     COMMAND: ClassVar[str] = "ablate"
 
     ablation: Ablation
-    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.ablation not in ABLATIONS:
             known = ", ".join(get_args(Ablation))
             raise UserError(f"ablation must be one of {known}, got {self.ablation!r}")
-        if self.processes < 1:
-            raise UserError(f"processes must be at least 1, got {self.processes}")
         varied = {key for options in self.variants.values() for key in options or ()}
         if wrong := varied & self.se_options.keys():
             name = wrong.pop()
@@ -178,49 +168,15 @@ def run_ablation(
     open_run_data(config.order[0])  # bad data are found before anything is written
     if not continued:
         make_folder(config)
-    if config.processes == 1:
-        train_all(config, config.order, watch, lambda run: f"{run.out.parent.name} seed {run.seed}")
-    else:
-        _train_in_processes(config, tell)
+    train_all(
+        config, config.order, watch, lambda run: f"{run.out.parent.name} seed {run.seed}", tell
+    )
     found = [
         _variant(label_of(config.ablation, name), cards()[name], runs)
         for name, runs in config.runs().items()
     ]
     atomic_write(config.out / RESULTS, to_json(config, found))
     return found
-
-
-def _share_cores(processes: int) -> None:
-    """Give a worker its threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, (cores or 1) // processes))
-
-
-def _train(run: RunConfig) -> list[str]:
-    """Begin a run or go on with it; the warnings that it gave."""
-    with warnings.catch_warnings(record=True) as caught:
-        begin_or_go_on(run)
-    return list(dict.fromkeys(str(each.message) for each in caught))
-
-
-def _train_in_processes(config: AblateConfig, tell: Callable[[str], None]) -> None:
-    left = [run for run in config.order if not finished(run)]
-    spawn = multiprocessing.get_context("spawn")  # threads of PyTorch do not survive a fork
-    with ProcessPoolExecutor(
-        config.processes, spawn, initializer=_share_cores, initargs=(config.processes,)
-    ) as pool:
-        jobs = {pool.submit(_train, run): run for run in left}
-        try:
-            for number, job in enumerate(as_completed(jobs), start=1):
-                for text in job.result():
-                    warnings.warn(text, stacklevel=2)
-                run = jobs[job]
-                top1 = read_rows(run.out / "metrics.csv")[-1]["top1"]
-                label = f"{run.out.parent.name} seed {run.seed}"
-                tell(f"{label}: top-1 {top1:.2f}%  ({number} of {len(left)})")
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _variant(label: str, card: Card, runs: list[RunConfig]) -> Variant:

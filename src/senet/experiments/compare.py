@@ -1,9 +1,13 @@
 """Train a plain network and its SE twin alternately, and gather what they show."""
 
+import multiprocessing
+import os
 import shutil
 import statistics
 import tomllib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import tomli_w
+import torch
 from numpy.typing import NDArray
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint
@@ -54,13 +59,14 @@ class CompareConfig:
         recipe: name of the recipe.
         recipe_options: fields of `Recipe` that differ from it; quick has `QUICK_EPOCHS` epochs.
         seeds: runs of each network, with the seeds 0, 1, ….
+        processes: runs at the same time, each in a process of its own with its share of the cores.
         machine: fields of `RunConfig` that do not change the result: num_workers, device, ….
 
     Raises:
-        UserError: unknown model or recipe, `seeds` < 1, or an option out of range.
+        UserError: unknown model or recipe, `seeds` or `processes` < 1, or an option out of range.
     """
 
-    OWN: ClassVar[tuple[str, ...]] = ("model", "data", "recipe", "seeds")
+    OWN: ClassVar[tuple[str, ...]] = ("model", "data", "recipe", "seeds", "processes")
     COMMAND: ClassVar[str] = "compare"
 
     out: Path
@@ -72,11 +78,14 @@ class CompareConfig:
     recipe: str = "quick"
     recipe_options: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 3
+    processes: int = 1
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        if self.processes < 1:
+            raise UserError(f"processes must be at least 1, got {self.processes}")
         named = entry(self.model)
         plain = named.twin if named.se else self.model
         object.__setattr__(self, "model", plain)
@@ -203,12 +212,15 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False) -> Comparison:
+def run_comparison(
+    config: CompareConfig, *, watch: Watch, tell: Callable[[str], None], resume: bool = False
+) -> Comparison:
     """Train all runs that are not finished, seed by seed and alternately, and write the report.
 
     Args:
         config: the comparison.
-        watch: opens a progress display for the run of that label.
+        watch: opens a progress display for the run of that label; with one process.
+        tell: called with a line for each run that ended; with several processes.
         resume: go on in the existing folder; finished runs are kept.
 
     Returns:
@@ -224,7 +236,7 @@ def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False)
     if not resume:
         make_folder(config)
     order = [run for pair in zip(runs["plain"], runs["se"], strict=True) for run in pair]
-    train_all(config, order, watch, lambda run: f"{run.model} seed {run.seed}")
+    train_all(config, order, watch, lambda run: f"{run.model} seed {run.seed}", tell)
     comparison = gather(config, data)
     write_report(comparison, config.out)
     return comparison
@@ -243,14 +255,26 @@ def train_all(
     order: Sequence[RunConfig],
     watch: Watch,
     label: Callable[[RunConfig], str],
+    tell: Callable[[str], None],
 ) -> None:
-    """Train the runs that are not finished, one after the other.
+    """Train the runs that are not finished, one after the other or some at the same time.
+
+    Args:
+        config: says how many at a time.
+        order: all runs.
+        watch: opens a progress display for the run of that label; with one process.
+        label: of a run.
+        tell: called with a line for each run that ended; with several processes.
 
     Raises:
         UserError: a run was refused; if it was before anything was trained, the folder is gone.
         SenetError: a run failed.
     """
     try:
+        if config.processes > 1:
+            left = [run for run in order if not finished(run)]
+            _train_in_processes(config, left, label, tell)
+            return
         for index, run in enumerate(order):
             if finished(run):
                 continue
@@ -260,6 +284,42 @@ def train_all(
         if not any(run.out.exists() for run in order):
             shutil.rmtree(config.out)
         raise
+
+
+def _share_cores(processes: int) -> None:
+    """Give a worker its threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cores or 1) // processes))
+
+
+def _train(run: RunConfig) -> list[str]:
+    """Begin a run or go on with it; the warnings that it gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        begin_or_go_on(run)
+    return list(dict.fromkeys(str(each.message) for each in caught))
+
+
+def _train_in_processes(
+    config: CompareConfig,
+    left: Sequence[RunConfig],
+    label: Callable[[RunConfig], str],
+    tell: Callable[[str], None],
+) -> None:
+    spawn = multiprocessing.get_context("spawn")  # threads of PyTorch do not survive a fork
+    with ProcessPoolExecutor(
+        config.processes, spawn, initializer=_share_cores, initargs=(config.processes,)
+    ) as pool:
+        jobs = {pool.submit(_train, run): run for run in left}
+        try:
+            for number, job in enumerate(as_completed(jobs), start=1):
+                for text in job.result():
+                    warnings.warn(text, stacklevel=2)
+                run = jobs[job]
+                top1 = read_rows(run.out / "metrics.csv")[-1]["top1"]
+                tell(f"{label(run)}: top-1 {top1:.2f}%  ({number} of {len(left)})")
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def make_folder(config: CompareConfig) -> None:
