@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from senet.errors import SenetError
 from senet.inference import OptimizedModel, optimize, rounding
@@ -276,3 +277,32 @@ def test_bad_input() -> None:
     model.fc.weight.fill_(float("nan"))
     with pytest.raises(SenetError, match="non-finite"):
         optimize(model, x)
+
+
+class Doubled(nn.Linear):
+    """A linear layer that computes something else than one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Squared(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.square()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [nn.Linear, Doubled])
+def test_parametrized_layers_and_classes_of_their_own(layer: type[nn.Linear]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer(8, 4))
+    for each in (model[0], model[3]):
+        parametrize.register_parametrization(each, "weight", Squared())
+    x = torch.randn(2, 3, 9, 9)
+    fast = optimize(model.eval(), x)
+    assert difference(fast(x), model(x)) <= TOLERANCE
+    for each in (model, fast):
+        (name,) = (n for n, p in each.named_parameters() if n.endswith("original") and p.ndim == 2)
+        each.get_parameter(name).mul_(2)
+    assert difference(fast(x), model(x)) <= TOLERANCE

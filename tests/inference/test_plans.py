@@ -215,13 +215,19 @@ def set_data(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
     weight.data = change(weight.data)
 
 
+def all_but_extremes_halved(data: Tensor) -> Tensor:
+    """In memory of its own; the second time that may be where the first one's lay."""
+    sizes = data.abs()
+    return torch.where((sizes == sizes.max()) | (sizes == sizes.min()), data, data / 2)
+
+
 # Of a layer's weight with the given name.
 EDITS: dict[str, Callable[[nn.Module, str], object]] = {
     "mul_": lambda layer, name: layer.get_parameter(name).mul_(2),
     "one number": lambda layer, name: layer.get_parameter(name)[0].view(-1)[3].add_(1),
     "data =": lambda layer, name: set_data(layer, name, lambda data: data * 2),
     "data = twice": lambda layer, name: [
-        set_data(layer, name, lambda data: data * 2) for _ in range(2)
+        set_data(layer, name, all_but_extremes_halved) for _ in range(2)
     ],
     "data.mul_": lambda layer, name: layer.get_parameter(name).data.mul_(2),
     "data.zero_": lambda layer, name: layer.get_parameter(name).data.zero_(),
@@ -257,7 +263,7 @@ def test_edited_weights_are_noticed(fast: OptimizedModel, kind: str, edit: str) 
 
 @torch.no_grad()
 def test_an_edit_of_the_strides_alone_is_noticed() -> None:
-    fast = optimize(nn.Conv2d(8, 8, 1).eval(), torch.randn(1, 8, 4, 4))
+    fast = optimize(nn.Sequential(nn.Conv2d(8, 8, 1)).eval(), torch.randn(1, 8, 4, 4))
     x = torch.randn(2, 8, 5, 5)
     before = fast(x)
     (weight,) = (p for p in fast.parameters() if p.ndim == 4)

@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from senet import SqueezeExcitation, create_model, optimize
 from senet.commands.summary import summarize_block
 from senet.errors import UserError
-from senet.gates.blocks import as_partial
+from senet.gates.blocks import PartialExcitation, PartialShape, as_partial
 from senet.nn.tails import residual_tail
 
 pytestmark = pytest.mark.filterwarnings("ignore:senet runs .* in separate passes")
@@ -142,6 +142,18 @@ def test_every_family_can_be_traced(name: str) -> None:
         model = network(name)
     graph = fx.symbolic_trace(model).graph
     assert any(str(node.target).endswith(".gate") for node in graph.nodes)
+
+
+@torch.no_grad()
+def test_blocks_with_gates_for_some_channels_are_traced_and_optimized() -> None:
+    shape = PartialShape(channels=8, hidden=2, kept=3, activation="ReLU", gate="tanh", bias=True)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), PartialExcitation(shape), nn.Conv2d(8, 4, 1)).eval()
+    model[1].kept.copy_(torch.tensor([1, 4, 6]))
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x))
+    fast = optimize(model, x)
+    assert not fast.report.left
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

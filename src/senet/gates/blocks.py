@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from senet.insertion.replace import replace_block
 from senet.nn.block import GATES, GlobalSqueeze, SqueezeExcitation, weight_dtype
@@ -61,6 +61,14 @@ class PartialShape:
     bias: bool
 
 
+@fx.wrap  # one node of a symbolic trace, which does not know the dimensions
+def scale_some(x: Tensor, kept: Tensor, gates: Tensor) -> Tensor:
+    """x (N,C,*) with its channels `kept` (k) scaled by `gates` (N,k)."""
+    scale = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
+    scale = scale.index_copy(1, kept, gates.to(x.dtype))
+    return x * scale.view(*scale.shape, *(1,) * (x.ndim - 2))
+
+
 class PartialExcitation(nn.Module):
     """An SE block with gates for some channels only; the others pass unchanged.
 
@@ -82,10 +90,7 @@ class PartialExcitation(nn.Module):
     def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
         z = self.squeeze(x).flatten(1)
         z = z.to(weight_dtype(self.fc1, z.dtype))
-        gates = self.gate(self.fc2(self.activation(self.fc1(z)))).to(x.dtype)
-        scale = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
-        scale = scale.index_copy(1, self.kept, gates)
-        return x * scale.view(*scale.shape, *(1,) * (x.ndim - 2))
+        return scale_some(x, self.kept, self.gate(self.fc2(self.activation(self.fc1(z)))))
 
     def extra_repr(self) -> str:
         return f"channels={self.shape.channels}, kept={self.shape.kept}"
