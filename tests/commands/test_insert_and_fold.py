@@ -9,7 +9,7 @@ from torch import nn
 
 import senet
 from senet.__main__ import main
-from senet.anatomy.recognition import excitations
+from senet.anatomy import excitations
 from senet.checkpoint.adapter import load_adapter
 from senet.checkpoint.files import open_checkpoint
 from senet.checkpoint.write import write_checkpoint
@@ -86,7 +86,7 @@ def test_gates_alone_learn_and_fit_onto_the_original(images, base, tmp_path, cap
     with torch.no_grad():
         assert torch.equal(original(X), logits(run))
     assert (run / "adapter.safetensors").stat().st_size < 1.2 * 4 * sum(
-        p.numel() for b in excitations(original).values() for p in b.parameters()
+        block.parameters for block in excitations(original).values()
     ) + 4096
 
 
@@ -132,7 +132,7 @@ def test_fold_writes_what_evaluate_reads(images, tmp_path, capsys):
     model = senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2)
     with torch.no_grad():
         for block in excitations(model).values():
-            block.fc2.weight[::2] = 0
+            block.module.fc2.weight[::2] = 0
         model.layer2[0].se.fc2.weight.zero_()
     write_checkpoint(tmp_path / "se", model, ("a", "b", "c"), PREPROCESSING)
     common = ("--data", str(images), "--tolerance", "1e-6", "--max-drop", "0")

@@ -1,1 +1,7 @@
-"""What any model consists of: a recording of its run, its SE blocks."""
+"""What any model consists of: its graph, its SE blocks by what they compute, its tails."""
+
+from senet.anatomy.excitations import Anatomy as Anatomy
+from senet.anatomy.excitations import Excitation as Excitation
+from senet.anatomy.excitations import Step as Step
+from senet.anatomy.excitations import anatomy as anatomy
+from senet.anatomy.excitations import excitations as excitations

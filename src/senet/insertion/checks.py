@@ -1,10 +1,9 @@
 """What `insert` refuses, before it changes anything."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from senet.errors import UserError
@@ -54,45 +53,3 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
                 f"{type(optimizer).__name__} trains no parameter of this model; pass the "
                 "optimizer that was made from model.parameters()"
             )
-
-
-def example_arguments(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    """What the model is called with: the example, or zeros of the model's own input size.
-
-    Raises:
-        UserError: there is no example, and the model says no size.
-    """
-    if isinstance(example, tuple):
-        return example
-    if example is not None:
-        return (example,)
-    size = getattr(model, "input_size", None)
-    if size is None:
-        for name in ("pretrained_cfg", "default_cfg"):  # timm
-            config = getattr(model, name, None)
-            if isinstance(config, Mapping) and "input_size" in config:
-                size = config["input_size"]
-    if size is None:
-        raise UserError(
-            f"example_input is needed for {type(model).__name__}, for instance "
-            "torch.zeros(1, 3, 224, 224)"
-        )
-    parameter = next(model.parameters(), torch.empty(0))
-    return (torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype),)
-
-
-def attempt(action: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-    """The result of an action that runs the model on `arguments`.
-
-    Raises:
-        UserError: the model does not take them.
-    """
-    try:
-        return action()
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"the model does not take example_input of shape {', '.join(map(str, shapes))}: "
-            f"{reason[0]}"
-        ) from error

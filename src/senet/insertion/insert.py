@@ -11,15 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from senet.anatomy.tracing import Trace, record, run
+from senet.anatomy.example import attempt, example_arguments
+from senet.anatomy.graph import Trace, record, run
 from senet.errors import SenetError, UserError
-from senet.insertion.checks import (
-    RECORD,
-    attempt,
-    check_model,
-    check_optimizers,
-    example_arguments,
-)
+from senet.insertion.checks import RECORD, check_model, check_optimizers
 from senet.insertion.places import (
     Refused,
     Site,
