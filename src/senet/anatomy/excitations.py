@@ -255,8 +255,8 @@ def _program(factor: Node) -> tuple[list[Node], list[Node]]:
     open_nodes = [factor]
     while open_nodes:
         node = open_nodes.pop()
-        if node in squeezes or node in program:
-            continue
+        if node in squeezes or node in program or not node.reduced:
+            continue  # not reduced: lengths of the input, for instance
         if any(source.positions for source in node.sources):
             squeezes.add(node)
         else:
@@ -354,7 +354,7 @@ def _moved_from(node: Node) -> Iterator[Node]:
 def container(occurrence: Occurrence) -> Call:
     """The innermost module call around squeeze and product."""
     shared = occurrence.product.calls
-    for node in (*occurrence.squeezes, *occurrence.program[:1]):
+    for node in occurrence.squeezes or occurrence.program[:1]:
         shared = tuple(a for a, b in zip(shared, node.calls, strict=False) if a is b)
     return shared[-1]
 

@@ -129,6 +129,9 @@ class Node:
     reduced: bool = False
     site: "Site | None" = None
 
+    def __repr__(self) -> str:
+        return f"{self.name or self.kind}_{self.index} {self.shape}"  # not the graph around it
+
     @property
     def moving(self) -> bool:
         """Whether it depends on the model's input."""
@@ -179,6 +182,9 @@ class Call:
     output: Node | None = None
     number: int = 0
     products: int = 0
+
+    def __repr__(self) -> str:
+        return f"{self.name or 'the model'} ({type(self.module).__name__})"
 
 
 @dataclass

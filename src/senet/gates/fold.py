@@ -361,7 +361,7 @@ def _fold_block(
     if not bool(constant.all()):
         return _fold_part(model, about, constant, seen.trace, block)
     factor, first = about.mean, block.occurrences[0]
-    product = None if block.module else product_of(model, seen.trace, first)
+    product = None if block.module is not None else product_of(model, seen.trace, first)
     if isinstance(product, str):
         return _kept(about, product), None
     edits, into = None, ""
