@@ -292,7 +292,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_examples_are_made_where_none_is_given() -> None:
     assert list(excitations(Body(HFRegNetSE(16)))) == ["blocks.0"]
-    assert list(excitations(timm.create_model("seresnet18")))[0] == "layer1.0.se"
+    assert next(iter(excitations(timm.create_model("seresnet18")))) == "layer1.0.se"
     with pytest.raises(UserError, match="example_input is needed for Linear"):
         excitations(nn.Linear(3, 3))
     with pytest.raises(UserError, match="does not take example_input of shape"):

@@ -427,7 +427,10 @@ def _measure(
     """Both networks over the same batches, alternately, so that their speeds compare."""
     models = (original, folded)
     sizes = [
-        (count_parameters(model), count_multiply_adds(model, tuple(example.shape[1:])))
+        (
+            count_parameters(model),
+            count_multiply_adds(model, tuple(example.shape[1:]), batch=len(example)),
+        )
         for model in models
     ]
     if loader is None:

@@ -61,7 +61,7 @@ def record_gates(
             continue
         images = images.to(device)
         if recorder is None or listening is None:
-            blocks = _blocks(model, images[:1])
+            blocks = _blocks(model, images)
             recorder = _Recorder(blocks, names, _outputs(model), top)
             listening = Listening(model, blocks, recorder.seen)
         recorder.begin(len(images), labels)
@@ -76,8 +76,13 @@ def record_gates(
     )
 
 
-def _blocks(model: nn.Module, example: Tensor) -> dict[str, Excitation]:
-    blocks = excitations(model, example)
+def _blocks(model: nn.Module, images: Tensor) -> dict[str, Excitation]:
+    try:
+        blocks = excitations(model, images[:1])
+    except UserError:  # an exported program may take batches of one size only
+        if len(images) == 1:
+            raise
+        blocks = excitations(model, images)
     if not blocks:
         raise UserError(
             f"{type(model).__name__} has no SE blocks whose gates could be recorded; "
