@@ -14,7 +14,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "senet needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-BUILT_FROM := pyproject.toml setup.py $(wildcard src/senet/ops/cpu*.cpp src/senet/ops/cpu*.h src/senet/inference/kernels*.cpp src/senet/inference/kernels*.h)
+BUILT_FROM := pyproject.toml $(wildcard cmake/*.txt cmake/*.cmake) $(shell find src/senet/kernels -name "*.h" -o -name "*.cpp")
 
 $(VENV)/.run: $(BUILT_FROM) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .

@@ -15,8 +15,9 @@ def main() -> None:
     tuned = tune_allocator().applied
     from senet.bench import timing
     from senet.bench.train import training_step
+    from senet.cli.bench import results_table
+    from senet.cli.tables import print_table
     from senet.networks.create import create_model
-    from senet.support.text import print_table
 
     def contestants() -> list[timing.Contestant]:
         return [
@@ -30,7 +31,7 @@ def main() -> None:
     measured = timing.measure(case, rounds=ROUNDS, warmup=WARMUP)
     where = timing.environment(f"python {sys.argv[0]}", "tuned" if tuned else "untuned")
     timing.append_results(Path(__file__).with_name("results.csv"), measured, where)
-    print_table(timing.results_table(measured))
+    print_table(results_table(measured))
 
 
 if __name__ == "__main__":

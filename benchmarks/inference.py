@@ -36,7 +36,8 @@ def main() -> None:
     tuned = tune_allocator().applied
     from senet.bench import inference as bench_inference
     from senet.bench import timing
-    from senet.support.text import print_table
+    from senet.cli.bench import results_table
+    from senet.cli.tables import print_table
 
     timing.check_rounds(given.rounds, given.warmup)
     names = given.models.split(",")
@@ -57,7 +58,7 @@ def main() -> None:
         where = timing.environment(command, "tuned" if tuned else "untuned")
         timing.append_results(given.results, measured, where)
         found += measured
-    print_table(timing.results_table(found))
+    print_table(results_table(found))
     print(*bench_inference.conclusions(found), sep="\n")
 
 

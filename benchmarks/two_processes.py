@@ -12,8 +12,8 @@ import argparse
 import json
 import os
 import resource
+import socket
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -23,9 +23,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
-from ranks_driver import launch, wait
+from torch.multiprocessing import start_processes
 
 from senet.support.allocator import tune_allocator
 from senet.training.config import RunConfig
@@ -45,7 +43,7 @@ CASES = {
 }
 
 
-def measure(given: argparse.Namespace, rank: int, threads: int, special: str) -> dict[str, float]:
+def measure(given: argparse.Namespace, threads: int, special: str) -> dict[str, float]:
     """Seconds a step in this process, and of exchanges."""
     torch.set_num_threads(threads)
     if special == "plain":  # as without torchrun
@@ -110,13 +108,25 @@ def exchange(count: int, times: int = 15) -> float:
 def run(given: argparse.Namespace, folder: Path, case: str) -> dict[str, float]:
     processes, threads, special = CASES[case]
 
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
     def go(rank: int) -> None:
-        found = measure(given, rank, threads, special)
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        # PyTorch makes its thread pool anew after a fork, and two threads must not be first.
+        torch.set_num_threads(1)
+        found = measure(given, threads, special)
         (folder / f"{rank}.json").write_text(json.dumps(found))
 
-    codes = wait(launch(go, processes))
-    if any(codes):
-        raise SystemExit(f"{case}: exit codes {codes}")
+    start_processes(go, nprocs=processes, start_method="fork")
     every = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     return {name: max(each[name] for each in every) for name in every[0]}
 

@@ -14,12 +14,16 @@ from senet.bench import inference as bench_inference
 from senet.bench import ops as bench_ops
 from senet.bench import timing
 from senet.bench import train as bench_train
+from senet.bench.networks import OURS, OURS_PLAIN, entrants
+from senet.bench.setting import Setting
 from senet.bench.timing import Case, Contestant
 from senet.data import Preprocessing
 from senet.errors import SenetError, UserError
 from senet.networks.create import create_model
 
 TINY = (2, 16, 4, 4)
+CPU = Setting()
+TORCHVISION = "torchvision resnet50 eager"
 
 
 def counted(log: list[str], name: str) -> Contestant:
@@ -33,15 +37,6 @@ def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     found = timing.measure(case, rounds=3, warmup=2)
     assert log == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert [(m.contestant, m.rounds, m.unit) for m in found] == [("a", 3, "ms"), ("b", 3, "ms")]
-
-
-def test_turns_that_settle_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
-    log: list[str] = []
-    case = Case("claim", "case", lambda: [counted(log, "a"), counted(log, "b")], settle=True)
-    (a, _) = timing.measure(case, rounds=2, warmup=1)
-    assert log == ["a", "b"] + ["a", "a", "b", "b"] * 2
-    assert a.rounds == 2
 
 
 def test_short_calls_are_repeated_within_a_round() -> None:
@@ -94,9 +89,9 @@ def test_results_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: bench_ops.tail_contestants(TINY, compiled=False),
-        lambda: bench_ops.se_contestants(TINY, compiled=False),
-        lambda: bench_ops.bn_relu_contestants(TINY),
+        lambda: bench_ops.tail_contestants(TINY, CPU, compiled=False),
+        lambda: bench_ops.se_contestants(TINY, CPU, compiled=False),
+        lambda: bench_ops.bn_relu_contestants(TINY, CPU),
     ],
 )
 def test_contestants_compute_the_same(
@@ -149,14 +144,13 @@ def test_conclusions_of_the_operators() -> None:
     assert "ns an element 1.00 (1×1×1×10)" in lines[-1]
 
 
-def test_training_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_train, "CLASSES", 10)
+def test_training_steps_train() -> None:
     (case,) = bench_train.cases([2], compiled=False, image_size=32)
     contestants = case.build()
-    assert [c.name for c in contestants] == [
-        name for name in bench_train.NETWORKS if name != bench_train.TIMM_COMPILED
-    ]
-    model = bench_train.NETWORKS[bench_train.OURS]()
+    networks = entrants("cpu", compiled=False)
+    assert [c.name for c in contestants] == list(networks)
+    assert len(networks) == len(entrants("cpu", compiled=True)) - 1
+    model = networks[OURS].make()
     before = [p.detach().clone() for p in model.parameters()]
     bench_train.training_step(model, 2, image_size=32)()
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
@@ -166,8 +160,8 @@ def test_training_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_conclusions_of_the_training_step() -> None:
-    step = {bench_train.OURS: (1.0,), bench_train.OURS_PLAIN: (0.98,)}
-    peers = {bench_train.TORCHVISION: (1.3,)}
+    step = {OURS: (1.0,), OURS_PLAIN: (0.98,)}
+    peers = {TORCHVISION: (1.3,)}
     times = timing.summarize("training step", "batch 8", "ms", step | peers)
     memory = timing.summarize("peak memory, step", "batch 8", "MiB", step | peers)
     lines = bench_train.conclusions([*times, *memory])
@@ -179,14 +173,14 @@ def test_conclusions_of_the_training_step() -> None:
 def test_memory_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SenetError, match="senet resnet50 failed: no message"):
-        bench_train.peak_memory(bench_train.OURS_PLAIN, 2, tuned=False)
+        bench_train.peak_memory(OURS_PLAIN, 2, tuned=False)
 
 
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = bench_ops.cases([TINY], [("scaling in N", TINY)], compiled=False)
-    monkeypatch.setattr(bench_ops, "cases", lambda compiled: cases)
+    cases = bench_ops.cases([CPU], [TINY], [("scaling in N", TINY)], compiled=False)
+    monkeypatch.setattr(bench_ops, "cases", lambda settings, compiled: cases)
     path = tmp_path / "results.csv"
     flags = ("--rounds", 2, "--warmup", 1, "--no-tune-allocator", "--results", path)
     found = run(capsys, "bench", "ops", *flags)

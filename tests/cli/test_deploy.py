@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_tools import CLASSES, make_data, run, train_flags
+from cli_tools import CLASSES, run
 from PIL import Image
 
-from senet.__main__ import main
 from senet.cli.export import ENDINGS
 from senet.runtimes.sessions import SUFFIXES, open_exported
 
@@ -17,18 +16,6 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
 # The exporters' own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = "--no-tune-allocator"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert main([str(flag) for flag in train_flags(data, out)]) == 0
-    return out
 
 
 def predictions(

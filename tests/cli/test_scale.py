@@ -7,14 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_tools import make_data, run, train_flags
+from cli_tools import run, train_flags
 
 from senet.training.config import RunConfig
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_shards_are_made_and_trained_on(

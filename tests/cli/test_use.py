@@ -6,28 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import CLASSES, make_data, make_images, run, train_flags
+from cli_tools import CLASSES, make_data, make_images, run
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 import senet
-from senet.__main__ import main
 from senet.commands.summary import summarize_block
 from senet.nn.block import SqueezeExcitation
 
 QUIET = "--no-tune-allocator"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert main([str(flag) for flag in train_flags(data, out)]) == 0
-    return out
 
 
 def last_row(run_folder: Path) -> dict[str, float]:

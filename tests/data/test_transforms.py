@@ -97,6 +97,39 @@ def test_finish_batch_equals_finish_bit_for_bit(preprocessing: Preprocessing) ->
     assert torch.equal(preprocessing.finish_batch(images.numpy()), preprocessing.finish(images))
 
 
+@pytest.mark.parametrize(
+    ("interpolation", "filter_"),
+    [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)],
+)
+@pytest.mark.parametrize("side", [5, 21])  # larger and smaller than the input
+def test_interpolation_is_the_one_that_is_named(
+    interpolation: Any, filter_: Image.Resampling, side: int
+) -> None:
+    """Wherever an image is resized: as Pillow does it, with antialiasing."""
+    preprocessing = dataclasses.replace(PLAIN, interpolation=interpolation)
+    image = picture(0, (side, side), "L")
+    expected = np.asarray(image.resize((8, 8), filter_))
+    whole = Augmentation(crop="random_resized", scale=(1, 1), ratio=(1, 1))
+    for transform in (
+        preprocessing.transform(),
+        Augmentation().transform(preprocessing),
+        whole.transform(preprocessing),
+    ):
+        assert np.array_equal(levels(transform(image))[0].numpy(), expected)
+    assert np.array_equal(preprocessing.pixels()(image)[0].numpy(), expected)
+
+
+def test_randaugment_interpolates_as_the_resize_does() -> None:
+    image = picture(0, (8, 8), "L")  # nothing is to resize
+    seen = []
+    for interpolation in ("bilinear", "bicubic"):
+        preprocessing = dataclasses.replace(PLAIN, interpolation=interpolation)
+        transform = Augmentation(randaugment=(1, 20)).transform(preprocessing)
+        torch.manual_seed(0)
+        seen.append([transform(image) for _ in range(12)])
+    assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 @pytest.mark.parametrize("resize", [None, 256])
 def test_preprocessing_survives_json(resize: int | None) -> None:
     before = Preprocessing(224, resize, (0.4,), (0.2,), channels=1, interpolation="bicubic")

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from cli_tools import make_data, run
+from cli_tools import run
 
 from senet.__main__ import main
 from senet.experiments.ablate import ABLATIONS, AblateConfig, folder_of, label_of
@@ -21,11 +21,6 @@ def flags(ablation: str, data: Path, out: Path) -> list[str]:
         "--batch-size", "8", "--lr", "0.05", "--out", str(out), "--device", "cpu",
         "--no-tune-allocator",
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

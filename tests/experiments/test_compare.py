@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_tools import CLASSES, make_data, run
+from cli_tools import CLASSES, run
 
 from senet.__main__ import main
 from senet.errors import UserError
@@ -20,11 +20,6 @@ def flags(data: Path, out: Path) -> list[str]:
         "compare", "--data", str(data), "--seeds", "2", "--epochs", "2", "--batch-size", "8",
         "--lr", "0.05", "--out", str(out), "--device", "cpu", "--no-tune-allocator",
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The C++ kernels of senet.optimize against PyTorch in float64, one layer at a time."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from senet.inference import kernels
+from senet import kernels
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
+from senet.kernels.structs import Kind
 from senet.nn.block import SqueezeExcitation
 
 pytestmark = pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)
@@ -122,7 +124,7 @@ def test_small_excitations_run_image_by_image(kernel: int, threads: int) -> None
     model = Tail(nn.Conv2d(24, 40, kernel, padding=kernel // 2), True, True, True)
     x = torch.randn(9, 24, 13, 11)
     program = Program(Rewriter(model.eval()).run(), x, threads, {})
-    assert sum(step.kind == kernels.Kind.IMAGES for step in program.parts[0].steps) == 1
+    assert sum(step.kind == Kind.IMAGES for step in program.parts[0].steps) == 1
     first = program.run(x)
     assert all(torch.equal(program.run(x), first) for _ in range(20))
     assert error(first, model, x) < TOLERANCE
@@ -256,11 +258,11 @@ def test_se_alone_behind_branches(size: tuple[int, int], wide: int, images: int)
     for threads in (1, 2):
         program = Program(graph, x, threads, {})
         (part,) = program.parts
-        kinds = [kernels.Kind(step.kind) for step in part.steps]
-        groups = kinds.count(kernels.Kind.INPUT)  # of images
+        kinds = [Kind(step.kind) for step in part.steps]
+        groups = kinds.count(Kind.INPUT)  # of images
         assert sum(bool(step.sums) for step in part.steps) == 3 * groups
-        assert kinds.count(kernels.Kind.SUMS) == groups  # the pooled branch
-        assert kinds.count(kernels.Kind.POINTWISE) == groups  # the scaling
+        assert kinds.count(Kind.SUMS) == groups  # the pooled branch
+        assert kinds.count(Kind.POINTWISE) == groups  # the scaling
         assert error(program.run(x), model, x) < TOLERANCE
 
 
@@ -274,7 +276,7 @@ def test_branches_in_groups_of_images() -> None:
     x = torch.randn(4, 20, 160, 160)
     program = Program(Rewriter(model).run(), x, 2, {})
     steps = program.parts[0].steps
-    assert sum(step.kind == kernels.Kind.INPUT for step in steps) > 1
+    assert sum(step.kind == Kind.INPUT for step in steps) > 1
     assert sum(bool(step.sums) for step in steps) > 3
     assert error(program.run(x), model, x) < TOLERANCE
 
@@ -307,7 +309,7 @@ def test_groups_of_images_give_the_same_as_the_whole_batch() -> None:
     x = torch.randn(6, 3, 96, 96)
     program = Program(Rewriter(model.eval()).run(), x, 2, {})
     steps = program.parts[0].steps
-    assert sum(step.kind == kernels.Kind.INPUT for step in steps) == 6  # one image at a time
+    assert sum(step.kind == Kind.INPUT for step in steps) == 6  # one image at a time
     assert error(program.run(x), model, x) < TOLERANCE
 
 
@@ -324,3 +326,30 @@ def test_other_instruction_sets(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+class IntoConcat(nn.Module):
+    """A tail between other parts of a concat: its rows there are wider than its shortcut's."""
+
+    def __init__(self, tail: Tail) -> None:
+        super().__init__()
+        self.tail = tail
+        self.side = copy.deepcopy(tail.other)
+        self.last = nn.Conv2d(4 * tail.conv.out_channels, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.side(x)
+        return self.last(torch.cat([side, self.tail(x), torch.relu(side), 2 * side], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("se", [False, True], ids=["plain", "gates"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_shortcut_keeps_its_rows_where_the_output_lies_in_a_concat(name: str, se: bool) -> None:
+    conv, x = convolution(name)
+    model = IntoConcat(Tail(conv, se, True, True)).eval()
+    program = Program(Rewriter(model).run(), x, 2, {})
+    (part,) = program.parts
+    with_shortcut = [step for step in part.steps if step.shortcut]
+    assert any(step.y_ld > step.shortcut_ld for step in with_shortcut)
+    assert error(program.run(x), model, x) < TOLERANCE

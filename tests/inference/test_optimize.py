@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from senet.errors import SenetError
 from senet.inference import OptimizedModel, optimize, rounding
 from senet.inference.modules import SqueezeGate
-from senet.inference.optimization import MAX_PROGRAMS, OptimizedPart
+from senet.inference.optimization import OptimizedPart
 from senet.models import list_models
 from senet.networks.create import create_model
 from senet.nn.block import SqueezeExcitation
@@ -143,7 +142,6 @@ def test_any_batch_and_size_and_memory_format() -> None:
     for shape in [(1, 3, 32, 32), (5, 3, 32, 32), (2, 3, 17, 41), (1, 3, 64, 64), (7, 3, 8, 8)]:
         x = torch.randn(shape)
         assert difference(optimized(x), model(x)) <= TOLERANCE
-    assert len(optimized.network._programs) == MAX_PROGRAMS
     wanted = optimized(x)
     assert torch.equal(optimized(x.contiguous(memory_format=torch.channels_last)), wanted)
     wide = torch.randn(7, 6, 8, 16)
@@ -230,28 +228,6 @@ def test_compiles_as_one_graph() -> None:
     model, x = trained("se_resnet8_cifar")
     compiled = torch.compile(optimize(model, x), backend="eager", fullgraph=True)
     assert difference(compiled(x), model(x)) <= TOLERANCE
-
-
-def test_two_threads_at_once_wait_for_each_other() -> None:
-    model, x = trained("se_resnet8_cifar")
-    optimized = optimize(model, x)
-    inputs = [torch.randn_like(x) for _ in range(8)]
-    with torch.no_grad():
-        wanted = [optimized(one) for one in inputs]
-    found: list[Tensor | None] = [None] * len(inputs)
-
-    @torch.no_grad()
-    def work(first: int) -> None:
-        for _ in range(10):
-            for i in range(first, len(inputs), 2):
-                found[i] = optimized(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 class Untraceable(nn.Module):

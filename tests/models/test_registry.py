@@ -115,8 +115,15 @@ def test_se_adds_equation_5_and_biases(name):
 def test_integrations_stand_where_figure_5_puts_them(name, integration):
     """Each variant is the plain network with SE applied by hand at its place."""
     model = small(name, integration=integration, gate="tanh").eval()
-    block = model.layer2[0]
-    x = torch.randn(2, model.layer2[0].conv1.in_channels, 8, 8)
+    first, second = model.layer2[:2]
+    assert isinstance(first.downsample, nn.Module)  # a projection
+    assert second.downsample is None  # the identity
+    for block in (first, second):
+        assert_figure_5(block, integration)
+
+
+def assert_figure_5(block, integration):
+    x = torch.randn(2, block.conv1.in_channels, 8, 8)
     se, relu, preactivated = block.se, torch.relu, hasattr(block, "branch")
 
     def branch(u):
@@ -137,7 +144,7 @@ def test_integrations_stand_where_figure_5_puts_them(name, integration):
         return block.bn2(block.conv2(relu(u)))
 
     start = relu(block.bn1(x)) if preactivated else x
-    shortcut = block.downsample(start)
+    shortcut = x if block.downsample is None else block.downsample(start)
     shortcut = se(shortcut) if integration == "identity" else shortcut
     out = branch(se(start) if integration == "pre" else start)
     out = se(out) if integration == "standard" else out

@@ -1,29 +1,14 @@
 // Runs every kernel on small maps whose buffers have exactly the size they need, so that the address
 // and undefined-behaviour sanitizers see any access outside; compares float32 and bfloat16 with
 // float64. Compiled and run by test_ops_kernels.py, for one instruction set (AVX2 where it is x86).
-#include "cpu_types.h"
-
 #include <cstdio>
 #include <vector>
 
-#ifdef SENET_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi2")
-#define SENET_VECTOR_BYTES 32
-#else
-#define SENET_VECTOR_BYTES 16
-#endif
-namespace {
-#include "cpu_vector.h"
-#include "cpu_passes.h"
-#include "cpu_gate.h"
-#include "cpu_tail.h"
-#include "cpu_backward.h"
-#include "cpu_join.h"
-}  // namespace
-#ifdef SENET_X86
-#pragma GCC pop_options
-#endif
+#include "backward.h"
+#include "forward.h"
+#include "join.h"
+
+using namespace senet;
 
 namespace {
 
@@ -77,7 +62,7 @@ std::vector<double> run(const Shape& s, int normalization, int shortcut, bool re
   if (gated) a.w1 = w1.data(), a.b1 = b1.data(), a.w2 = w2.data(), a.b2 = b2.data();
   a.y = y.data(), a.statistics = statistics.data(), a.squeezed = squeezed.data();
   a.hidden = hidden.data(), a.gates = gates.data();
-  int failed = forward<T>(&a);
+  int failed = tail_forward<T>(a);
   a.gradient = g.data(), a.dx = dx.data();
   const bool normalized = shortcut == kNormalizedShortcut;
   if (normalized || (shortcut && relus)) a.dshortcut = dr.data();
@@ -85,7 +70,7 @@ std::vector<double> run(const Shape& s, int normalization, int shortcut, bool re
   if (normalized) a.dshortcut_weight = dsw.data(), a.dshortcut_bias = dsb.data();
   if (gated) a.dw1 = dw1.data(), a.db1 = db1.data(), a.dw2 = dw2.data(), a.db2 = db2.data();
   if (!relus && shortcut == kPlainShortcut) a.shortcut_kind = kNoShortcut;
-  failed += backward<T>(&a);
+  failed += tail_backward<T>(a);
 
   std::vector<double> all{double(failed)};
   for (const auto* maps : {&y, &dx, &dr})
@@ -137,7 +122,7 @@ std::vector<double> run_join(const Shape& s, const std::vector<int>& normalizati
     if (normalizations[k] == kNone) continue;
     block.branch[k].dweight = dweight[k].data(), block.branch[k].dbias = dbias[k].data();
   }
-  std::vector<double> all{double(join_forward<T>(&a) + join_backward<T>(&a))};
+  std::vector<double> all{double(join_forward<T>(a) + join_backward<T>(a))};
   for (T value : y) all.push_back(double(widen(value)));
   for (const auto& values : dx)
     for (T value : values) all.push_back(double(widen(value)));
@@ -166,12 +151,10 @@ void compare(const char* type, const std::vector<double>& found,
 }  // namespace
 
 int main() {
-#ifdef SENET_X86
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+  if (SENET_VECTOR_BYTES > 16 && !processor_has_avx2()) {
     std::puts("this processor has no AVX2");
     return 77;
   }
-#endif
   const Shape shapes[] = {{2, 21, 35, 5}, {3, 16, 9, 4}, {1, 33, 70, 17}, {4, 64, 1, 16}, {3, 3, 131, 2}};
   for (const Shape& s : shapes)
     for (int normalization : {kNone, kRunningStatistics, kBatchStatistics})

@@ -1,6 +1,7 @@
-"""The C++ kernels as a library: instruction sets, threads, sanitizers, machines without them."""
+"""The operator's C++ kernels: instruction sets, threads, sanitizers, a machine without them."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -12,13 +13,12 @@ import torch
 from ops_cases import Case, inputs, run
 from torch import Tensor
 
-from senet import ops
+from senet import kernels, ops
 from senet.errors import UserError
-from senet.ops import cpu
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SOURCES = ROOT / "src/senet/ops"
+SOURCES = ROOT / "src/senet/kernels/operator"
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -39,8 +39,8 @@ import torch
 from ops_cases import Case, oracle, parts, run
 from join_cases import joins, oracle as join_oracle, run as join_run
 from tolerances import assert_close
-from senet.ops import cpu
-print(cpu.instruction_set())
+from senet import kernels
+print(kernels.instruction_set())
 for layout in ("channels_last", "contiguous"):
     for dtype in (torch.float32, torch.bfloat16):
         for case in parts(layout=layout, dtype=dtype, C=37, hidden=17):
@@ -50,32 +50,12 @@ for layout in ("channels_last", "contiguous"):
 """
 
 
-@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("isa", kernels.ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """A set that the processor lacks falls back to the next one down."""
-    best = cpu.ISAS.index(os.environ.get("SENET_ISA") or cpu.instruction_set())
+    best = kernels.ISAS.index(os.environ.get("SENET_ISA") or kernels.instruction_set())
     chosen = run_python(PARITY, SENET_ISA=isa).split()[0]
-    assert chosen == cpu.ISAS[max(best, cpu.ISAS.index(isa))]
-
-
-def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SENET_ISA", "sse9")
-    with pytest.raises(UserError, match=r"sse9.*avx512, avx2, baseline"):
-        cpu._load(SOURCES)
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps (Linux)")
-def test_one_openmp_runtime_in_the_process() -> None:
-    code = """
-import re, torch
-from ops_cases import Case, run
-run("cpu", Case())
-torch.ones(1000, 1000).mm(torch.ones(1000, 1000))
-maps = open("/proc/self/maps").read()
-assert "_cpu" in maps
-print(*sorted(set(re.findall(r"/\\S*lib(?:gomp|iomp5|omp)\\S*", maps))))
-"""
-    assert len(run_python(code).split()) == 1
+    assert chosen == kernels.ISAS[max(best, kernels.ISAS.index(isa))]
 
 
 def maps(case: Case) -> list[Tensor]:
@@ -140,7 +120,8 @@ def test_sanitizers(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
     driver = tmp_path / "driver"
-    flags = "-std=c++17 -O0 -fopenmp -ffp-contract=fast -Wno-psabi -Wall -Wextra -Werror"
+    avx2 = " -mavx2 -mfma -mbmi2" if platform.machine() in ("x86_64", "AMD64") else ""
+    flags = f"-std=c++17 -O0 -fopenmp -ffp-contract=fast -Wall -Wextra -Werror{avx2}"
     sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
     command = (
         f"{compiler} {flags} {sanitizers} -I{SOURCES} {HERE / 'kernel_driver.cpp'} -o {driver}"
@@ -154,35 +135,11 @@ def test_sanitizers(tmp_path: Path) -> None:
     assert re.fullmatch(r"800 checks, 0 failures\n", result.stdout)
 
 
-def test_installation_without_a_compiler_succeeds(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    built = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "CC": "/bin/false", "CXX": "/bin/false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr
-    assert not list(tmp_path.rglob("*.so"))
-    library, reason = cpu._load(tmp_path)
-    assert library is None
-    assert "install a C++17 compiler" in reason
-
-
-def test_damaged_library_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "_cpu.so").write_bytes(b"not a library")
-    library, reason = cpu._load(tmp_path)
-    assert library is None
-    assert "does not load" in reason
-
-
 def test_without_kernels_the_algebra_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(cpu, "_LIBRARY", None)
-    monkeypatch.setattr(cpu, "MISSING", "not built; install g++")
+    monkeypatch.setattr(kernels, "LIBRARY", None)
+    monkeypatch.setattr(kernels, "MISSING", "not built; install g++")
     monkeypatch.setattr(ops, "_warned", False)
     assert not ops.implementations()["cpu"].available
     assert "g++" in ops.implementations()["cpu"].reason

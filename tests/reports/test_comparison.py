@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from senet.cli.compare import comparison_table
 from senet.reports import figures
 from senet.reports.comparison import (
     Comparison,
     NetworkResult,
     PairedDifference,
-    comparison_table,
     cost,
     to_json,
     verdict,

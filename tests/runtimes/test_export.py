@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from senet.errors import SenetError, UserError
 from senet.networks.create import create_model
 from senet.runtimes import export as export_module
-from senet.runtimes.engines import ENGINES, load_ahead, make_engine
 from senet.runtimes.export import TOLERANCE, export
 from senet.runtimes.forms import in_form
 from senet.runtimes.sessions import open_exported
@@ -165,31 +164,3 @@ def test_opening_what_is_no_network(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="must end in"):
         open_exported(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_engines(model: nn.Module, name: str) -> None:
-    x = torch.randn(4, 3, 32, 32)
-    run = make_engine(name, model, x)
-    with torch.no_grad():
-        assert difference(run(x), model(x)) <= TOLERANCE
-        assert difference(run(x[:3]), model(x[:3])) <= TOLERANCE
-
-
-def test_unknown_engine(model: nn.Module) -> None:
-    with pytest.raises(UserError, match="engine must be one of eager, optimized"):
-        make_engine("fast", model, torch.randn(1, 3, 32, 32))
-
-
-def test_loading_ahead_keeps_the_order() -> None:
-    loaded: list[int] = []
-
-    def load(item: int) -> int:
-        loaded.append(item)
-        return 10 * item
-
-    batches = load_ahead(range(11), load, 3)
-    assert next(batches) == [0, 10, 20]
-    assert list(batches) == [[30, 40, 50], [60, 70, 80], [90, 100]]
-    assert sorted(loaded) == list(range(11))
-    assert list(load_ahead([], load, 3)) == []

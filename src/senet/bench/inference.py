@@ -2,20 +2,23 @@
 
 Every peer runs timm's network of the same architecture, with SE and plain; ours are
 `senet.optimize` and, in ONNX Runtime, `senet.export`. Each contestant has the same threads and the
-same allocator. Timings of engines need a machine that does nothing else.
+same allocator. Timings of engines need a machine that does nothing else. On a GPU there is PyTorch
+alone: `network_cases`.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from senet.bench.networks import Entrant, entrants
+from senet.bench.setting import Device, Setting, called
 from senet.bench.timing import Case, Contestant, Measurement
 from senet.errors import UserError
 from senet.inference import optimize
@@ -25,7 +28,8 @@ from senet.runtimes.export import export
 from senet.runtimes.onnx import write_onnx
 from senet.runtimes.sessions import onnx_session, open_exported, openvino_session, optional
 
-BATCH_SIZES = (1, 16)
+BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (1, 16), "cuda": (1, 256)}
+IMAGE_SIZE = 224
 # timm's names of the same networks; CIFAR networks have no counterpart there.
 PEERS = {
     "resnet50": "resnet50",
@@ -41,7 +45,6 @@ PEERS = {
     "senet154": "senet154",
 }
 OURS = "senet.optimize"
-_SETTLED = 4  # larger batches run so long that a few milliseconds do not count
 EXPORTED, EAGER, COMPILED = "senet.export", "eager", "torch.compile"
 ENGINES = (EXPORTED, EAGER, COMPILED, "ONNX Runtime", "OpenVINO")
 Run = Callable[[], object]
@@ -166,8 +169,7 @@ def cases(
     for engine in engines:
         if engine not in ENGINES:
             raise UserError(f"engines must be some of {', '.join(ENGINES)}, got {engine!r}")
-    if min(batch_sizes) < 1:
-        raise UserError(f"--batch-sizes must be at least 1, got {tuple(batch_sizes)}")
+    _check_sizes(batch_sizes)
     for name in models:
         if name in list_models() and not entry(name).se:
             raise UserError(f"{name} has no SE blocks: name {entry(name).twin} instead")
@@ -187,6 +189,63 @@ def cases(
         for name in models
         for batch in batch_sizes
     ]
+
+
+def _check_sizes(batch_sizes: Sequence[int]) -> None:
+    if min(batch_sizes) < 1:
+        raise UserError(f"--batch-sizes must be at least 1, got {tuple(batch_sizes)}")
+
+
+def _forward(network: Entrant, x: Tensor, at: Setting) -> Run:
+    """Inference of a network on float32 images, in the setting's precision."""
+    model = network.make().to(x.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    model = (optimize(model, x) if network.ours else model).to(at.dtype)
+    return _guarded(called(model, compiled=network.compiled), x.to(at.dtype))
+
+
+def _network_contestants(
+    networks: Mapping[str, Entrant], batch: int, at: Setting, image_size: int
+) -> list[Contestant]:
+    torch.manual_seed(0)
+    x = at.noise(batch, 3, image_size, image_size, dtype=torch.float32)
+    return [Contestant(name, _forward(each, x, at)) for name, each in networks.items()]
+
+
+def network_cases(
+    batch_sizes: Sequence[int] | None,
+    settings: Sequence[Setting],
+    *,
+    compiled: bool = True,
+    networks: Mapping[str, Entrant] | None = None,
+    image_size: int = IMAGE_SIZE,
+) -> list[Case]:
+    """A case for each setting and batch, of the networks that also train against each other.
+
+    Args:
+        batch_sizes: images of a batch (default: `BATCH_SIZES`).
+        settings: where and how precisely.
+        compiled: whether networks also run under torch.compile.
+        networks: contestants (default: `entrants` of the device).
+        image_size: side of the images in pixels.
+
+    Raises:
+        UserError: a batch below 1.
+    """
+    found = []
+    for at in settings:
+        sizes = batch_sizes or BATCH_SIZES[at.device]
+        _check_sizes(sizes)
+        chosen = networks or entrants(at.device, compiled=compiled)
+        found += [
+            Case(
+                at.claim("inference"),
+                f"batch {size}",
+                functools.partial(_network_contestants, chosen, size, at, image_size),
+                at,
+            )
+            for size in sizes
+        ]
+    return found
 
 
 def conclusions(measurements: Sequence[Measurement]) -> list[str]:

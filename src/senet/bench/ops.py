@@ -1,32 +1,33 @@
 """What `senet bench ops` compares: the operators against the modules of timm and torchvision.
 
-Everything is float32, channels_last, forward and backward, in training mode, with gradients of all
-inputs and parameters. A copy of the same map is the yardstick: it reads and writes the map once.
+Everything is channels_last, forward and backward, in training mode, with gradients of all inputs
+and parameters. A copy of the same map is the yardstick: it reads and writes the map once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from senet.bench.timing import Case, Contestant, Measurement, geometric_mean
-from senet.errors import UserError
+from senet.bench.setting import SETTINGS, Device, Setting, called
+from senet.bench.timing import Case, Contestant, Measurement, compared, geometric_mean
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu, residual_tail
+from senet.runtimes.sessions import optional
 
 Shape = tuple[int, int, int, int]
 
-# The last convolution's output in each stage of (SE-)ResNet-50, batch 16.
-SHAPES: tuple[Shape, ...] = (
-    (16, 256, 56, 56),
-    (16, 512, 28, 28),
-    (16, 1024, 14, 14),
-    (16, 2048, 7, 7),
-)
+# The last convolution's output in each stage of (SE-)ResNet-50. Of batch 64, all but the last map
+# are larger than the caches of a data-centre GPU in 16 bits.
+_MAPS = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+SHAPES: dict[Device, tuple[Shape, ...]] = {
+    "cpu": tuple((16, *shape) for shape in _MAPS),
+    "cuda": tuple((64, *shape) for shape in _MAPS),
+}
 # Each axis over a factor of 16; the smallest map is larger than the caches near the cores.
 SCALING: tuple[tuple[str, Shape], ...] = (
     *(("scaling in N", (N, 128, 56, 56)) for N in (4, 16, 64)),
@@ -41,22 +42,6 @@ PASSES = 11
 OURS, COPY = "senet", "copy of the map"
 
 
-def timm_module(name: str) -> Any:
-    """Something of timm's by its dotted name, such as "layers.SEModule".
-
-    Raises:
-        UserError: timm is not installed.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError("the peer timm is not installed; run `pip install timm`") from error
-    found: Any = timm
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
 class TailModule(nn.Module):
     """Ours: BN, SE, addition and ReLU through the layer that the networks use."""
 
@@ -66,7 +51,6 @@ class TailModule(nn.Module):
         self.se = SqueezeExcitation(channels, REDUCTION)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """relu(SE(BN(x)) + shortcut)."""
         return residual_tail(x, shortcut, self.bn, self.se)
 
 
@@ -76,11 +60,10 @@ class TimmTail(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(channels)
-        self.se = timm_module("layers.SEModule")(channels, rd_ratio=1 / REDUCTION)
+        self.se = optional("timm").layers.SEModule(channels, rd_ratio=1 / REDUCTION)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """relu(SE(BN(x)) + shortcut)."""
         y = self.se(self.bn(x))
         y += shortcut
         return self.act(y)
@@ -95,85 +78,72 @@ class _BNReLU(nn.Module):
         return bn_relu(x, self.bn)
 
 
-def _map(shape: Shape, *, requires_grad: bool = False) -> Tensor:
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    return x.requires_grad_(requires_grad)
-
-
-def _forward_backward(
-    module: Callable[..., Tensor], parameters: Sequence[nn.Parameter], shape: Shape, maps: int
-) -> Callable[[], object]:
-    """A call that runs a module on `maps` maps and takes all gradients."""
-    inputs = [_map(shape, requires_grad=True) for _ in range(maps)]
-    gradient = _map(shape)
+def _contestant(
+    name: str, module: nn.Module, shape: Shape, maps: int, at: Setting, *, compiled: bool = False
+) -> Contestant:
+    """Runs a module on `maps` maps and takes all gradients."""
+    module = module.train().to(at.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    call = at.autocast(called(module, compiled=compiled))
+    inputs = [at.noise(*shape).requires_grad_() for _ in range(maps)]
+    gradient = at.noise(*shape)
+    leaves = (*inputs, *module.parameters())
 
     def run() -> object:
-        return torch.autograd.grad(module(*inputs), (*inputs, *parameters), gradient)
+        y = call(*inputs)
+        return torch.autograd.grad(y, leaves, gradient.to(y.dtype))
 
-    return run
-
-
-def _contestant(
-    name: str, module: nn.Module, shape: Shape, maps: int, *, compiled: bool = False
-) -> Contestant:
-    module = module.train().to(memory_format=torch.channels_last)
-    call: Callable[..., Tensor] = module
-    if compiled:
-        torch.compiler.reset()  # else a second shape compiles for any shape, which is slower
-        call = torch.compile(module, dynamic=False)
-    run = _forward_backward(call, list(module.parameters()), shape, maps)
     return Contestant(name, run)
 
 
-def _copy(shape: Shape) -> Contestant:
-    source, target = _map(shape), _map(shape)
-    return Contestant(COPY, partial(target.copy_, source))
+def _copy(shape: Shape, at: Setting) -> Contestant:
+    source, target = at.noise(*shape), at.noise(*shape)
+    return Contestant(COPY, partial(target.copy_, source), yardstick=True)
 
 
-def tail_contestants(shape: Shape, compiled: bool) -> list[Contestant]:
+def tail_contestants(shape: Shape, at: Setting, *, compiled: bool) -> list[Contestant]:
     """BN → SE → add → ReLU: ours, timm's modules, the same compiled, and the copy."""
     channels = shape[1]
     found = [
-        _contestant(OURS, TailModule(channels), shape, 2),
-        _contestant("timm eager", TimmTail(channels), shape, 2),
+        _contestant(OURS, TailModule(channels), shape, 2, at),
+        _contestant("timm eager", TimmTail(channels), shape, 2, at),
     ]
     if compiled:
         peer = TimmTail(channels)
-        found.append(_contestant("timm compiled", peer, shape, 2, compiled=True))
-    return [*found, _copy(shape)]
+        found.append(_contestant("timm compiled", peer, shape, 2, at, compiled=True))
+    return [*found, _copy(shape, at)]
 
 
-def se_contestants(shape: Shape, compiled: bool) -> list[Contestant]:
+def se_contestants(shape: Shape, at: Setting, *, compiled: bool) -> list[Contestant]:
     """SE alone: ours, torchvision's and timm's, and the copy."""
     from torchvision.ops import SqueezeExcitation as TorchvisionSE
 
     channels = shape[1]
-    timm_se = timm_module("layers.SEModule")
+    timm_se = partial(optional("timm").layers.SEModule, channels, rd_ratio=1 / REDUCTION)
+    peer = TorchvisionSE(channels, channels // REDUCTION)
     found = [
-        _contestant(OURS, SqueezeExcitation(channels, REDUCTION), shape, 1),
-        _contestant("torchvision", TorchvisionSE(channels, channels // REDUCTION), shape, 1),
-        _contestant("timm", timm_se(channels, rd_ratio=1 / REDUCTION), shape, 1),
+        _contestant(OURS, SqueezeExcitation(channels, REDUCTION), shape, 1, at),
+        _contestant("torchvision", peer, shape, 1, at),
+        _contestant("timm", timm_se(), shape, 1, at),
     ]
     if compiled:
-        peer = timm_se(channels, rd_ratio=1 / REDUCTION)
-        found.append(_contestant("timm compiled", peer, shape, 1, compiled=True))
-    return [*found, _copy(shape)]
+        found.append(_contestant("timm compiled", timm_se(), shape, 1, at, compiled=True))
+    return [*found, _copy(shape, at)]
 
 
-def bn_relu_contestants(shape: Shape) -> list[Contestant]:
+def bn_relu_contestants(shape: Shape, at: Setting) -> list[Contestant]:
     """BN → ReLU: ours and PyTorch's modules."""
     channels = shape[1]
     plain = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
     return [
-        _contestant(OURS, _BNReLU(channels), shape, 1),
-        _contestant("PyTorch eager", plain, shape, 1),
-        _copy(shape),
+        _contestant(OURS, _BNReLU(channels), shape, 1, at),
+        _contestant("PyTorch eager", plain, shape, 1, at),
+        _copy(shape, at),
     ]
 
 
-def scaling_contestants(shape: Shape) -> list[Contestant]:
+def scaling_contestants(shape: Shape, at: Setting) -> list[Contestant]:
     """Our tail and the copy."""
-    return [_contestant(OURS, TailModule(shape[1]), shape, 2), _copy(shape)]
+    return [_contestant(OURS, TailModule(shape[1]), shape, 2, at), _copy(shape, at)]
 
 
 def shape_name(shape: Shape) -> str:
@@ -182,29 +152,43 @@ def shape_name(shape: Shape) -> str:
 
 
 def cases(
-    shapes: Sequence[Shape] = SHAPES,
+    settings: Sequence[Setting] = SETTINGS["cpu"],
+    shapes: Sequence[Shape] | None = None,
     scaling: Sequence[tuple[str, Shape]] = SCALING,
     *,
     compiled: bool = True,
 ) -> list[Case]:
-    """The cases of `senet bench ops`.
+    """The cases of `senet bench ops`: the tail, and in float32 its parts and how it scales too.
 
     Args:
-        shapes: (N,C,H,W) of the maps of the tail, of SE alone and of BN → ReLU.
+        settings: where and how precisely.
+        shapes: (N,C,H,W) of the maps of the tail, of SE alone and of BN → ReLU (default: `SHAPES`).
         scaling: which axis grows, and the shape.
         compiled: whether timm's modules also run under torch.compile.
     """
-    kinds: tuple[tuple[str, Callable[[Shape], list[Contestant]]], ...] = (
-        ("tail", partial(tail_contestants, compiled=compiled)),
+    tail = ("tail", partial(tail_contestants, compiled=compiled))
+    kinds: tuple[tuple[str, Callable[[Shape, Setting], list[Contestant]]], ...] = (
+        tail,
         ("SE alone", partial(se_contestants, compiled=compiled)),
         ("BN → ReLU", bn_relu_contestants),
     )
-    work = [
-        *((kind, shape, make) for kind, make in kinds for shape in shapes),
-        *((axis, shape, scaling_contestants) for axis, shape in scaling),
-        *((kind, SMALL, make) for kind, make in kinds),
-    ]
-    return [Case(kind, shape_name(shape), partial(make, shape)) for kind, shape, make in work]
+    found = []
+    for at in settings:
+        all_shapes = SHAPES[at.device] if shapes is None else shapes
+        whole = at.precision == "float32"
+        work = [
+            (kind, shape, make)
+            for kind, make in (kinds if whole else (tail,))
+            for shape in all_shapes
+        ]
+        if whole:
+            work += [(axis, shape, scaling_contestants) for axis, shape in scaling]
+            work += [(kind, SMALL, make) for kind, make in kinds]
+        found += [
+            Case(at.claim(kind), shape_name(shape), partial(make, shape, at), at)
+            for kind, shape, make in work
+        ]
+    return found
 
 
 def conclusions(measurements: Sequence[Measurement]) -> list[str]:
@@ -231,13 +215,27 @@ def conclusions(measurements: Sequence[Measurement]) -> list[str]:
             )
     for axis in dict.fromkeys(m.benchmark for m in measurements if "scaling" in m.benchmark):
         rows = [m for m in measurements if m.benchmark == axis and m.contestant == OURS]
-        costs = ", ".join(f"{_nanoseconds(m):.2f} ({m.case})" for m in rows)
+        costs = ", ".join(f"{1e6 * m.quantiles[1] / _elements(m):.2f} ({m.case})" for m in rows)
         lines.append(f"{axis}: ns an element {costs}")
     return lines
 
 
-def _nanoseconds(m: Measurement) -> float:
-    elements = 1
-    for size in m.case.split("×"):
-        elements *= int(size)
-    return 1e6 * m.quantiles[1] / elements
+def conclusions_of_tails(measurements: Sequence[Measurement]) -> list[str]:
+    """What the table of tails in other precisions than float32 amounts to, a line a row."""
+    lines = []
+    for m in measurements:
+        if m.contestant == COPY:
+            size = _elements(m) * (2 if "bf16" in m.benchmark else 4)
+            rate = 2 * size / (m.quantiles[1] * 1e6)
+            share = 100 * m.ratio * PASSES / 2
+            lines.append(
+                f"{m.benchmark} at {m.case}: senet runs at {share:.0f}% of the copy's bandwidth "
+                f"({rate:.0f} GB/s), counting {PASSES} passes"
+            )
+        else:
+            lines += compared([m])
+    return lines
+
+
+def _elements(m: Measurement) -> int:
+    return math.prod(map(int, m.case.split("×")))

@@ -1,7 +1,7 @@
 """Fair timing: contestants alternate in one process, and every row says where it was measured.
 
-What is compared is in `senet.bench.ops` and `senet.bench.train`; this file times, records
-and tabulates. The first contestant of a case is ours, and ratios are to it.
+What is compared is in the files beside this one, which times and records. The first contestant of
+a case is ours, and ratios are to it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import math
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from senet import ops
+from senet.bench.setting import ON_CPU, Setting, peak_memory
 from senet.errors import UserError
 from senet.support.files import atomic_write
 
@@ -45,10 +44,12 @@ class Contestant:
     Attributes:
         name: as it is shown.
         run: does the work once.
+        yardstick: whether it is no peer but a bound, whose memory says nothing.
     """
 
     name: str
     run: Callable[[], object]
+    yardstick: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,15 @@ class Case:
         benchmark: the claim it belongs to, such as "tail".
         name: the shape or batch, such as "16×256×56×56".
         build: makes the contestants, ours first; called when the case's turn comes.
+        at: where and how precisely they run.
         unit: what a value is called.
         divisor: how many units of work a call does; values are a call's milliseconds over it.
-        settle: whether each turn begins with a call that is not timed. Thread pools go on
-            spinning for milliseconds after a call; where contestants have pools of their own, each
-            would slow down the next one.
     """
 
     benchmark: str
     name: str
     build: Callable[[], Sequence[Contestant]]
-    settle: bool = False
+    at: Setting = ON_CPU
     unit: str = "ms"
     divisor: float = 1.0
 
@@ -133,7 +132,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summarize(
-    benchmark: str, case: str, unit: str, values: dict[str, Sequence[float]]
+    benchmark: str, case: str, unit: str, values: Mapping[str, Sequence[float]]
 ) -> list[Measurement]:
     """Measurements of contestants from their values in each round; the first one is ours."""
     ours = next(iter(values.values()))
@@ -152,23 +151,7 @@ def summarize(
     ]
 
 
-def elapsed(run: Callable[[], object], count: int, device: str) -> float:
-    """Seconds of `count` calls one after the other; on "cuda" between two events of the GPU's."""
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(count):
-            run()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-    began = time.perf_counter()
-    for _ in range(count):
-        run()
-    return time.perf_counter() - began
-
-
-def measure(case: Case, *, rounds: int, warmup: int, device: str = "cpu") -> list[Measurement]:
+def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
     """Time the contestants of a case in turns: A B C, A B C, …
 
     Whatever else the machine does then hits all of them alike, and the ratios of a round hold on
@@ -178,26 +161,47 @@ def measure(case: Case, *, rounds: int, warmup: int, device: str = "cpu") -> lis
         case: what to time.
         rounds: how often each contestant's turn comes.
         warmup: rounds before that are not counted.
-        device: "cpu", or "cuda" for the GPU's own clock.
 
     Returns:
-        A measurement a contestant, in milliseconds a call (over the case's divisor).
+        A measurement a contestant, in milliseconds a call (over the case's divisor); on a GPU
+        another of its peak memory in MiB.
     """
-    contestants = case.build()
+    with case.at.products():
+        contestants = case.build()
+        values = _turns(case, contestants, rounds, warmup)
+        found = summarize(case.benchmark, case.name, case.unit, values)
+        if case.at.device == "cuda":
+            memory = {c.name: (peak_memory(c.run),) for c in contestants if not c.yardstick}
+            found += summarize(f"{case.benchmark}, peak memory", case.name, "MiB", memory)
+            torch.cuda.empty_cache()
+    return found
+
+
+def _turns(
+    case: Case, contestants: Sequence[Contestant], rounds: int, warmup: int
+) -> dict[str, list[float]]:
     repeats = {}
     for contestant in contestants:
         for _ in range(warmup):
-            seconds = elapsed(contestant.run, 1, device)
+            seconds = case.at.seconds(contestant.run, 1)
         repeats[contestant.name] = max(1, math.ceil(_ROUND_SECONDS / seconds))
     values: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
         for contestant in contestants:
             count = repeats[contestant.name]
-            if case.settle:
-                contestant.run()
-            seconds = elapsed(contestant.run, count, device)
+            seconds = case.at.seconds(contestant.run, count)
             values[contestant.name].append(1e3 * seconds / count / case.divisor)
-    return summarize(case.benchmark, case.name, case.unit, dict(values))
+    return values
+
+
+def compared(measurements: Sequence[Measurement]) -> list[str]:
+    """How much more the peers take than ours, in a line a row."""
+    return [
+        f"{m.benchmark} at {m.case}: {m.contestant} takes {m.ratio:.2f} times as much "
+        f"{'memory' if m.unit == 'MiB' else 'time'} as ours"
+        for m in measurements
+        if m.ratio != 1
+    ]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -276,44 +280,16 @@ def append_results(path: Path, measurements: Sequence[Measurement], where: dict[
     atomic_write(path, text + out.getvalue())
 
 
-def results_table(measurements: Sequence[Measurement]) -> Table:
-    """Rows of cases and contestants with quantiles and ratios to ours."""
-    table = Table()
-    for name in ("benchmark", "case", "contestant"):
-        table.add_column(name)
-    for name in ("20%", "median", "80%", "unit", "× ours"):
-        table.add_column(name, justify="right")
-    last: tuple[str, str] = ("", "")
-    for m in measurements:
-        if last not in (("", ""), (m.benchmark, m.case)):
-            table.add_section()
-        first = (m.benchmark, m.case) != last
-        last = (m.benchmark, m.case)
-        table.add_row(
-            *(last if first else ("", "")),
-            m.contestant,
-            *(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in m.quantiles),
-            m.unit,
-            f"{m.ratio:.2f}",
-        )
-    return table
-
-
 def run_cases(
-    cases: Sequence[Case],
-    *,
-    rounds: int,
-    warmup: int,
-    advance: Callable[[str], None],
-    device: str = "cpu",
+    cases: Sequence[Case], *, rounds: int, warmup: int, advance: Callable[[str], None]
 ) -> Iterator[list[Measurement]]:
     """Measure the cases one after the other.
 
     Args:
         cases: what to measure.
-        rounds, warmup, device: as for `measure`.
+        rounds, warmup: as for `measure`.
         advance: told the name of each case before it begins.
     """
     for case in cases:
         advance(f"{case.benchmark} {case.name}")
-        yield measure(case, rounds=rounds, warmup=warmup, device=device)
+        yield measure(case, rounds=rounds, warmup=warmup)

@@ -1,8 +1,8 @@
 """What `senet bench train` compares: a whole training step of (SE-)ResNet-50, and its memory.
 
-The step is forward, cross-entropy, backward and SGD with momentum on float32 channels_last images.
-Memory is the peak of a process of its own that does nothing but this step, with the same imports
-for all.
+The step is forward, cross-entropy, backward and SGD with momentum on channels_last images. Memory
+on the CPU is the peak of a process of its own that does nothing but this step, with the same
+imports for all; on a GPU that of PyTorch's count.
 """
 
 from __future__ import annotations
@@ -11,109 +11,106 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from senet.bench.ops import timm_module
+from senet.bench.networks import ENTRANTS, OURS, OURS_PLAIN, Entrant, entrants
+from senet.bench.setting import ON_CPU, SETTINGS, Device, Setting, called
 from senet.bench.timing import Case, Contestant, Measurement, summarize
-from senet.errors import SenetError
+from senet.errors import SenetError, UserError
 
-BATCH_SIZES = (8, 16)
+BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (8, 16), "cuda": (256,)}
 IMAGE_SIZE = 224
 CLASSES = 1000
-OURS, OURS_PLAIN = "senet se_resnet50", "senet resnet50"
-TIMM, TIMM_COMPILED = "timm seresnet50 eager", "timm seresnet50 compiled"
-TORCHVISION = "torchvision resnet50 eager"
-
-
-def _senet(name: str) -> nn.Module:
-    from senet.networks.create import create_model
-
-    return create_model(name, num_classes=CLASSES)
-
-
-def _torchvision() -> nn.Module:
-    from torchvision.models import resnet50
-
-    return resnet50(num_classes=CLASSES)
-
-
-def _timm() -> Any:
-    return timm_module("create_model")("seresnet50", num_classes=CLASSES)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    OURS: partial(_senet, "se_resnet50"),
-    OURS_PLAIN: partial(_senet, "resnet50"),
-    TIMM: _timm,
-    TIMM_COMPILED: _timm,
-    TORCHVISION: _torchvision,
-}
+# A compiled network's peak is the compiler's.
+MEASURED = tuple(entrants("cpu", compiled=False))
 
 
 def training_step(
-    model: nn.Module, batch_size: int, *, compiled: bool = False, image_size: int = IMAGE_SIZE
+    model: nn.Module,
+    batch_size: int,
+    at: Setting = ON_CPU,
+    *,
+    compiled: bool = False,
+    image_size: int = IMAGE_SIZE,
 ) -> Callable[[], object]:
     """A call that trains `model` for one step on a fixed batch of noise."""
-    model = model.train().to(memory_format=torch.channels_last)
-    images = torch.randn(batch_size, 3, image_size, image_size)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch_size)
+    model = model.to(at.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    images = at.noise(batch_size, 3, image_size, image_size, dtype=torch.float32)
+    labels = torch.arange(batch_size, device=at.device) % CLASSES
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    network: Callable[..., torch.Tensor] = model
-    if compiled:
-        torch.compiler.reset()  # else a second batch size compiles for any, which is slower
-        network = torch.compile(model, dynamic=False)
+    network = called(model, compiled=compiled)
+    loss = at.autocast(lambda: F.cross_entropy(network(images), labels))
 
     def step() -> object:
-        F.cross_entropy(network(images), labels).backward()
+        loss().backward()
         optimizer.step()
         return optimizer.zero_grad()
 
     return step
 
 
-def _contestants(names: Sequence[str], batch_size: int, image_size: int) -> list[Contestant]:
+def _contestants(
+    networks: Mapping[str, Entrant], batch_size: int, at: Setting, image_size: int
+) -> list[Contestant]:
     found = []
-    for name in names:
+    for name, network in networks.items():
         torch.manual_seed(0)
-        compiled = name == TIMM_COMPILED
-        step = training_step(NETWORKS[name](), batch_size, compiled=compiled, image_size=image_size)
+        step = training_step(
+            network.make(), batch_size, at, compiled=network.compiled, image_size=image_size
+        )
         found.append(Contestant(name, step))
     return found
 
 
 def cases(
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] | None = None,
+    settings: Sequence[Setting] = SETTINGS["cpu"],
     *,
     compiled: bool = True,
+    networks: Mapping[str, Entrant] | None = None,
     image_size: int = IMAGE_SIZE,
 ) -> list[Case]:
     """The timed cases of `senet bench train`.
 
     Args:
-        batch_sizes: images a step.
-        compiled: whether timm's network also runs under torch.compile.
+        batch_sizes: images a step (default: `BATCH_SIZES`).
+        settings: where and how precisely.
+        compiled: whether networks also run under torch.compile.
+        networks: contestants (default: `entrants` of the device).
         image_size: side of the images in pixels.
+
+    Raises:
+        UserError: a batch of fewer than 2 images, which batch norm cannot be trained on.
     """
-    names = [name for name in NETWORKS if compiled or name != TIMM_COMPILED]
-    return [
-        Case("training step", f"batch {size}", partial(_contestants, names, size, image_size))
-        for size in batch_sizes
-    ]
+    found = []
+    for at in settings:
+        sizes = batch_sizes or BATCH_SIZES[at.device]
+        if min(sizes) < 2:
+            raise UserError(f"--batch-sizes must be at least 2, got {tuple(sizes)}")
+        chosen = networks or entrants(at.device, compiled=compiled)
+        found += [
+            Case(
+                at.claim("training step"),
+                f"batch {size}",
+                partial(_contestants, chosen, size, at, image_size),
+                at,
+            )
+            for size in sizes
+        ]
+    return found
 
 
 def peak_memory(name: str, batch_size: int, *, tuned: bool, steps: int = 3) -> tuple[float, float]:
     """Peak memory of a training step in a fresh process, in MiB.
 
     Args:
-        name: one of `NETWORKS`.
+        name: one of `MEASURED`.
         batch_size: images a step.
         tuned: whether the process tunes its allocator first.
         steps: how many steps it does.
@@ -144,9 +141,7 @@ def measure_memory(
     """Peak memory of the step of every eager network, whole and without the imports."""
     whole: dict[str, Sequence[float]] = {}
     step: dict[str, Sequence[float]] = {}
-    for name in NETWORKS:
-        if name == TIMM_COMPILED:  # its peak is the compiler's
-            continue
+    for name in MEASURED:
         advance(f"peak memory {name}, batch {batch_size}")
         total, after_imports = peak_memory(name, batch_size, tuned=tuned)
         whole[name], step[name] = (total,), (after_imports,)
@@ -180,12 +175,13 @@ def _report_memory(settings: str) -> None:
         from senet.support.allocator import tune_allocator
 
         tune_allocator()
-    for build in (_torchvision, _timm, NETWORKS[OURS_PLAIN]):  # the same imports for all
+    networks = ENTRANTS["cpu"]
+    for each in MEASURED:  # the same imports for all
         with torch.device("meta"):
-            build()
+            networks[each].make()
     F.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # starts oneDNN and the threads
     before = psutil.Process().memory_info().rss / 2**20
-    step = training_step(NETWORKS[name](), batch_size)
+    step = training_step(networks[name].make(), batch_size)
     for _ in range(steps):
         step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

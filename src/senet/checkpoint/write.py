@@ -15,7 +15,7 @@ from senet.checkpoint.files import MANIFEST
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models.hub import WEIGHTS, described
-from senet.support.files import atomic_write
+from senet.support.files import atomic_write, sync_folder
 
 
 def check_new(out: Path) -> None:
@@ -62,6 +62,7 @@ def write_checkpoint(
         atomic_write(temporary / WEIGHTS, content)
         atomic_write(temporary / MANIFEST, json.dumps(manifest, indent=2))
         temporary.rename(out)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -1,34 +1,21 @@
 """`senet ablate`: the paper's ablations over one recipe and data set."""
 
+import statistics
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from rich.table import Table
 
-from senet.cli.options import (
-    MODEL_GROUP,
-    NO_DATA,
-    NO_MACHINE,
-    NO_NETWORK,
-    NO_RECIPE,
-    NO_SE,
-    RECIPE_GROUP,
-    RUN_GROUP,
-    Config,
-    DataFlags,
-    MachineFlags,
-    NetworkFlags,
-    OptionalWhole,
-    RecipeFlags,
-    SEFlags,
-    Switch,
-    given,
-    of_comparison,
-    prepare_process,
-)
+from senet.cli.comparison import NO_COMPARISON, ComparisonFlags, telling_how_to_go_on
+from senet.cli.options import RUN_GROUP, OptionalWhole
+from senet.cli.tables import print_table
+from senet.errors import UserError
 from senet.support.progress import watch
-from senet.support.text import print_table
+
+if TYPE_CHECKING:
+    from senet.experiments.ablate import AblateConfig, Variant
 
 
 def ablate(
@@ -36,20 +23,8 @@ def ablate(
     | None = None,
     /,
     *,
-    model: Annotated[str | None, Parameter(group=MODEL_GROUP)] = None,
-    se: SEFlags = NO_SE,
-    network: NetworkFlags = NO_NETWORK,
-    data: str | None = None,
-    data_flags: DataFlags = NO_DATA,
-    recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None,
-    recipe_flags: RecipeFlags = NO_RECIPE,
-    seeds: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
+    flags: ComparisonFlags = NO_COMPARISON,
     processes: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
-    out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
-    resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
-    machine: MachineFlags = NO_MACHINE,
-    no_tune_allocator: Annotated[Switch, Parameter(group=RUN_GROUP)] = False,
-    config: Annotated[Config, Parameter(group=RUN_GROUP)] = None,
 ) -> None:
     """Train the variants of one of the paper's ablations, and show them beside the paper's.
 
@@ -60,46 +35,49 @@ def ablate(
     Args:
         ablation: reduction (table 10), squeeze (11), excitation (12: the gate), stages (13),
             integration (14 and 15), or nosqueeze (16).
-        model: the plain network, or its SE twin (default: resnet8_cifar).
-        data: as for 'senet compare' (default: embedded).
-        recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).
-        seeds: runs of each variant, with seeds 0, 1, … (default: 3).
         processes: runs at the same time, which share the cores (default: 1).
-        out: folder of the ablation; it must not exist.
-        resume: ablation to go on with; finished runs are kept, its own configuration counts.
-        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
-    prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.errors import UserError
-    from senet.experiments.ablate import AblateConfig, ablation_table, run_ablation
-    from senet.training.loop import Interrupted
+    flags.training.prepare_process()
+    from senet.experiments.ablate import AblateConfig, run_ablation
 
-    options = of_comparison(
-        ablation=ablation,
-        model=model,
-        data=data,
-        recipe=recipe,
-        seeds=seeds,
-        processes=processes,
-        out=out,
-        se=se,
-        network=network,
-        data_flags=data_flags,
-        recipe_flags=recipe_flags,
-        machine=machine,
-    )
-    if resume is not None:
-        settings = AblateConfig.of_folder(resume, refused=options | {"machine": given(machine)})
-    elif ablation is None:
+    if ablation is None and flags.resume is None:
         raise UserError("name an ablation, such as: senet ablate reduction --out FOLDER")
-    else:
-        settings = AblateConfig.of_flags(options)
-    try:
-        found = run_ablation(
-            settings, watch=watch, tell=partial(print, flush=True), continued=resume is not None
-        )
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        hint = f"stopped; to go on: senet ablate --resume {settings.out}"
-        raise KeyboardInterrupt(hint if settings.started else "") from stopped
-    print_table(ablation_table(settings, found))
+    settings = flags.settings(AblateConfig, ablation=ablation, processes=processes)
+    tell, continued = partial(print, flush=True), flags.resume is not None
+    with telling_how_to_go_on(settings):
+        found = run_ablation(settings, watch=watch, tell=tell, continued=continued)
+    print_table(_table(settings, found))
     print(f"Runs and results.json: {settings.out}")
+
+
+def _table(config: "AblateConfig", variants: "Sequence[Variant]") -> Table:
+    """The variants, with the paper's SE-ResNet-50 on ImageNet beside them."""
+    table = Table(title=f"{config.ablation}: {config.model}, {config.data}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in (
+        *("top-1 error %", "parameters", "multiply-adds"),
+        *("paper: top-1 error %", "top-5", "parameters (M)"),
+    ):
+        table.add_column(column, justify="right")
+    for variant in variants:
+        spread = f" ± {statistics.stdev(variant.top1):.2f}" if len(variant.top1) > 1 else ""
+        paper = variant.card.results[0]
+        table.add_row(
+            variant.label,
+            f"{statistics.fmean(variant.top1):.2f}{spread}",
+            f"{variant.parameters:,}",
+            f"{variant.multiply_adds:,}",
+            f"{paper.top1:.2f}",
+            "" if paper.top5 is None else f"{paper.top5:.2f}",
+            variant.card.paper_parameters or "",
+        )
+    epochs = config.training_recipe().epochs
+    base = ", ".join(f"{key} {value}" for key, value in config.se_options.items())
+    table.caption = (
+        f"mean ± sample standard deviation of {config.seeds} seeds after "
+        f"{epochs} epoch{'s' if epochs > 1 else ''} of the recipe {config.recipe}"
+        f"{'; SE options otherwise: ' + base if base else ''}.\n"
+        "Paper: SE-ResNet-50 on ImageNet, other training."
+    )
+    table.caption_justify = "left"
+    return table

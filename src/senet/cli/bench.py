@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from senet.cli.options import Names, Switch, Whole, WholeNumbers, prepare_process
+from senet.cli.tables import new_table, print_table
 from senet.errors import UserError
-from senet.support.text import print_table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from senet.bench.setting import Setting
     from senet.bench.timing import Case, Measurement
 
 
@@ -98,28 +100,32 @@ def bench(
         for flag, given in (("models", models), ("only", only), ("no-memory", no_memory or None)):
             if given is not None:
                 raise UserError(f"--{flag} is for the CPU; --device cuda measures fixed cases")
-        _bench_gpu(what, rounds, warmup, batch_sizes, not no_compile, results)
-        return
     from senet.bench import timing
+    from senet.bench.setting import SETTINGS, check_device
 
     timing.check_rounds(rounds, warmup)
     if batch_sizes is not None and what in ("ops", "data"):
         raise UserError(f"--batch-sizes is an option of 'train' and 'inference'; {what!r} has none")
+    check_device(device)
     allocator = "untuned" if no_tune_allocator else "tuned"
+    if device == "cuda":
+        allocator = "PyTorch's on the GPU"
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     found: list[Measurement] = []
 
     def record(measurements: "Sequence[Measurement]") -> None:
         if results is not None:
-            where = timing.environment(command, allocator)
+            where = timing.environment(command, allocator, device)
             timing.append_results(results, measurements, where)
         found.extend(measurements)
 
     with ExitStack() as held:
         if what == "data":
             plan = _data_plan(images, workers, held)
+        elif device == "cuda":
+            plan = _gpu_plan(what, batch_sizes, SETTINGS[device], compiled=not no_compile)
         else:
-            plan = _plan(what, models, batch_sizes, compiled=not no_compile)
+            plan = _plan(what, models, batch_sizes, SETTINGS[device], compiled=not no_compile)
         cases = timing.chosen(plan.cases, only)
         memory_sizes = () if no_memory else plan.memory_sizes
         steps = len(memory_sizes) * plan.memory_networks
@@ -131,9 +137,29 @@ def bench(
             record(bench_train.measure_memory(size, tuned=tuned, advance=advance))
         for measured in timing.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
             record(measured)
-    print_table(timing.results_table(found))
+    print_table(results_table(found))
     for line in plan.conclude(found):
         print(line)
+
+
+def results_table(measurements: "Sequence[Measurement]") -> Table:
+    """Rows of cases and contestants with quantiles and ratios to ours."""
+    right = ("20%", "median", "80%", "unit", "× ours")
+    table = new_table("benchmark", "case", "contestant", right=right)
+    last: tuple[str, str] = ("", "")
+    for m in measurements:
+        if last not in (("", ""), (m.benchmark, m.case)):
+            table.add_section()
+        first = (m.benchmark, m.case) != last
+        last = (m.benchmark, m.case)
+        table.add_row(
+            *(last if first else ("", "")),
+            m.contestant,
+            *(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in m.quantiles),
+            m.unit,
+            f"{m.ratio:.2f}",
+        )
+    return table
 
 
 @dataclass(frozen=True)
@@ -166,24 +192,22 @@ def _plan(
     what: str,
     models: Sequence[str] | None,
     batch_sizes: Sequence[int] | None,
+    settings: "Sequence[Setting]",
     *,
     compiled: bool,
 ) -> _Plan:
     if what == "ops":
         from senet.bench import ops as bench_ops
 
-        return _Plan(bench_ops.cases(compiled=compiled), bench_ops.conclusions)
+        return _Plan(bench_ops.cases(settings, compiled=compiled), bench_ops.conclusions)
     if what == "train":
         from senet.bench import train as bench_train
 
-        sizes = batch_sizes or bench_train.BATCH_SIZES
-        if min(sizes) < 2:
-            raise UserError(f"--batch-sizes must be at least 2, got {tuple(sizes)}")
         return _Plan(
-            bench_train.cases(sizes, compiled=compiled),
+            bench_train.cases(batch_sizes, settings, compiled=compiled),
             bench_train.conclusions,
-            sizes,
-            len(bench_train.NETWORKS) - 1,
+            batch_sizes or bench_train.BATCH_SIZES["cpu"],
+            len(bench_train.MEASURED),
         )
     from senet.bench import inference as bench_inference
 
@@ -196,11 +220,26 @@ def _plan(
     opened = {name: _open_model(name) for name in models}  # a wrong name is told before all work
     cases = bench_inference.cases(
         models,
-        batch_sizes or bench_inference.BATCH_SIZES,
+        batch_sizes or bench_inference.BATCH_SIZES["cpu"],
         engines=engines,
         open_model=lambda name: copy.deepcopy(opened[name]),
     )
     return _Plan(cases, bench_inference.conclusions)
+
+
+def _gpu_plan(
+    what: str, batch_sizes: Sequence[int] | None, settings: "Sequence[Setting]", *, compiled: bool
+) -> _Plan:
+    if what == "ops":
+        from senet.bench import ops as bench_ops
+
+        return _Plan(bench_ops.cases(settings, compiled=compiled), bench_ops.conclusions_of_tails)
+    from senet.bench.inference import network_cases
+    from senet.bench.timing import compared
+    from senet.bench.train import cases as training_cases
+
+    make = training_cases if what == "train" else network_cases
+    return _Plan(make(batch_sizes, settings, compiled=compiled), compared)
 
 
 def _open_model(name: str) -> "nn.Module":
@@ -215,32 +254,3 @@ def _open_model(name: str) -> "nn.Module":
     from senet.networks.anywhere import open_source
 
     return open_source(name)
-
-
-def _bench_gpu(
-    what: Literal["ops", "train", "inference"],
-    rounds: int,
-    warmup: int,
-    batch_sizes: tuple[int, ...] | None,
-    compiled: bool,
-    results: Path | None,
-) -> None:
-    """`senet bench --device cuda`."""
-    from senet.bench import gpu, timing
-
-    timing.check_rounds(rounds, warmup)
-    gpu.check_device("cuda")
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    cases = gpu.cases(what, "cuda", batch_sizes, compiled=compiled)
-    found: list[Measurement] = []
-    with _steps_bar(len(cases)) as advance:
-        for case in cases:
-            advance(f"{case.benchmark} {case.name}")
-            measured = gpu.measure(case, "cuda", rounds=rounds, warmup=warmup)
-            if results is not None:
-                where = timing.environment(command, "PyTorch's on the GPU", "cuda")
-                timing.append_results(results, measured, where)
-            found += measured
-    print_table(timing.results_table(found))
-    for line in gpu.conclusions(found):
-        print(line)

@@ -1,18 +1,17 @@
 """`senet evaluate`: the accuracy of a checkpoint."""
 
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from senet.cli.options import (
-    NO_DATA,
-    Config,
-    DataFlags,
-    Device,
-    Switch,
-    Whole,
-    given,
-    prepare_process,
-)
+from rich.table import Table
+
+from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
+from senet.cli.tables import new_table, print_table
 from senet.support.progress import watch
+
+if TYPE_CHECKING:
+    from senet.commands.evaluate import CheckpointEvaluation
 
 
 def evaluate(
@@ -20,15 +19,9 @@ def evaluate(
     /,
     *,
     model: str | None = None,
-    data: str | None = None,
-    data_flags: DataFlags = NO_DATA,
-    batch_size: Whole = 256,
-    workers: Whole = 0,
-    device: Device = "auto",
+    flags: EvaluationFlags = NO_EVALUATION,
     json: Switch = False,
     figures: Path | None = None,
-    no_tune_allocator: Switch = False,
-    config: Config = None,
 ) -> None:
     """Measure top-1 and top-5 accuracy and loss of a checkpoint on validation images.
 
@@ -39,27 +32,58 @@ def evaluate(
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
-        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder
-            (default: what the checkpoint was trained on).
-        batch_size: images at a time.
-        workers: processes that read images (0: this one).
-        device: where the network runs.
         json: print JSON instead of a table.
         figures: folder for the confusion matrix as PNG and SVG.
-        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
-    prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.commands.evaluate import evaluate_path, print_evaluation
+    flags.prepare_process()
+    from senet.commands.evaluate import draw_confusions, evaluate_path
 
     with watch() as progress:
         result = evaluate_path(
             checkpoint,
-            data,
-            given(data_flags),
             model_name=model,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
+            **flags.arguments(),
             progress=progress,
         )
-    print_evaluation(result, as_json=json, figures=figures)
+    if figures is not None:
+        draw_confusions(result, figures)
+    if json:
+        print(_as_json(result))
+    else:
+        print_table(_table(result))
+
+
+def _as_json(evaluation: "CheckpointEvaluation") -> str:
+    checkpoint, data, result = evaluation.checkpoint, evaluation.data, evaluation.result
+    content = {
+        "checkpoint": str(checkpoint.path),
+        "model": checkpoint.model.config["name"],
+        "data": data.name,
+        "n": result.n,
+        "top1": result.top1,
+        f"top{result.k}": result.top5,
+        "loss": result.loss,
+        "images_per_second": result.images_per_second,
+        "skipped": list(data.skipped),
+        "classes": list(data.classes),
+        "confusion": result.confusion.tolist(),
+    }
+    return dumps(content, indent=1)
+
+
+def _table(evaluation: "CheckpointEvaluation") -> Table:
+    data, result = evaluation.data, evaluation.result
+    right = ("images", "top-1 (%)", f"top-{result.k} (%)", "loss", "images/s")
+    table = new_table("model", "data", right=right)
+    table.add_row(
+        evaluation.checkpoint.model.config["name"],
+        data.name,
+        f"{result.n:,}",
+        f"{result.top1:.2f}",
+        f"{result.top5:.2f}",
+        f"{result.loss:.4f}",
+        f"{result.images_per_second:.0f}",
+    )
+    if data.skipped:
+        table.caption = f"{len(data.skipped)} images could not be read and were left out"
+    return table

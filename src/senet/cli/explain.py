@@ -1,13 +1,17 @@
 """`senet explain`: what the gates of a checkpoint learned."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.table import Table
 
-from senet.cli.options import NO_DATA, Config, DataFlags, Switch, Whole, given, prepare_process
+from senet.cli.options import NO_EVALUATION, EvaluationFlags, Whole
+from senet.cli.tables import new_table, print_table
 from senet.support.progress import watch
-from senet.support.text import print_table
+
+if TYPE_CHECKING:
+    from senet.gates.statistics import GateStatistics
 
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
@@ -16,16 +20,10 @@ def explain(
     checkpoint: Path,
     /,
     *,
-    data: str | None = None,
-    data_flags: DataFlags = NO_DATA,
+    flags: EvaluationFlags = NO_EVALUATION,
     out: Path | None = None,
     classes: Names = (),
     images: Whole = 400,
-    batch_size: Whole = 256,
-    workers: Whole = 0,
-    device: str = "auto",
-    no_tune_allocator: Switch = False,
-    config: Config = None,
 ) -> None:
     """Record every gate over validation images and report what the SE blocks learned.
 
@@ -34,17 +32,11 @@ def explain(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
-        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder
-            (default: what the checkpoint was trained on).
         out: folder to make (default: gates inside the run folder); it must not exist.
         classes: names of the classes to draw (default: evenly chosen).
         images: most images in the report.
-        batch_size: images at a time.
-        workers: processes that read images (0: this one).
-        device: auto, cpu, cuda or mps.
-        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
-    prepare_process(tune_allocator=not no_tune_allocator)
+    flags.prepare_process()
     from senet.commands.explain import explain as explain_checkpoint
 
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
@@ -52,14 +44,31 @@ def explain(
         result = explain_checkpoint(
             checkpoint,
             folder / "gates" if out is None else out,
-            data,
-            given(data_flags),
             classes=classes,
             images=images,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
+            **flags.arguments(),
             progress=progress,
         )
-    print_table(result.table())
+    print_table(_table(result.statistics))
     print(f"Figures, tables and report.html: {result.folder}")
+
+
+def _table(statistics: "GateStatistics") -> Table:
+    """A row a block."""
+    right = (
+        *("channels", "mean gate", "spread", "between classes (%)", "near 0/low (%)"),
+        "near 1/high (%)",
+    )
+    table = new_table("block", right=right)
+    for block in statistics.blocks.values():
+        ends = block.saturation
+        table.add_row(
+            block.name,
+            f"{block.channels:,}",
+            f"{float(block.mean.mean()):.3f}",
+            f"{float(block.variance.mean().sqrt()):.3f}",
+            f"{100 * block.between_share:.1f}",
+            "" if ends is None else f"{100 * ends[0]:.1f}",
+            "" if ends is None else f"{100 * ends[1]:.1f}",
+        )
+    return table

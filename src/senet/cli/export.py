@@ -13,10 +13,12 @@ from senet.cli.options import (
     named,
     prepare_process,
 )
+from senet.cli.tables import new_table, print_table
 from senet.errors import UserError
 
 if TYPE_CHECKING:
     from senet.checkpoint.files import Checkpoint
+    from senet.runtimes.export import ExportReport
     from senet.runtimes.sessions import Format
 
 # Those of `senet.runtimes.sessions.SUFFIXES`, which needs PyTorch.
@@ -122,7 +124,7 @@ def _write_runtime(
     options: Mapping[str, Any],
     data_flags: DataFlags,
 ) -> None:
-    from senet.commands.export import export_checkpoint, print_report
+    from senet.commands.export import export_checkpoint
 
     own = ("batch", "any_size", "form", "opset", "int8", "calibration_images")
     report = export_checkpoint(
@@ -133,4 +135,25 @@ def _write_runtime(
         data_options=given(data_flags),
         **{name: options[name] for name in own if name in options},
     )
-    print_report(report)
+    _print_report(report)
+
+
+def _print_report(report: "ExportReport") -> None:
+    """What was written, what was measured and how far it is from PyTorch."""
+    kind = "int8" if report.quantized else report.form
+    accuracy = (f"top-1 of {report.evaluated:,} (%)",) if report.accuracy else ()
+    table = new_table("graph", right=(f"ms for {report.images}", *accuracy))
+    for name, time in report.milliseconds.items():
+        row = [f"{name}, written" if name == kind else name, f"{time:.4g}"]
+        if report.accuracy:
+            precision = {"int8": "int8", report.form: "float32"}.get(name)
+            row.append(f"{report.accuracy[precision]:.2f}" if precision else "")
+        table.add_row(*row)
+    if report.milliseconds:
+        print_table(table)
+    print(
+        f"{report.path}: {report.form}; at most {report.difference:.1e} of the largest logit from "
+        f"PyTorch on {report.inputs} batches, real and random"
+    )
+    if report.quantized:
+        print(f"int8: {report.quantized} convolutions; the gates stay in float32")

@@ -1,10 +1,16 @@
 """`senet fold`: constant gates vanish into the layers around them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from senet.cli.options import NO_DATA, Config, DataFlags, Switch, Whole, given, prepare_process
+from rich.table import Table
+
+from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
+from senet.cli.tables import new_table, print_table
 from senet.support.progress import watch
-from senet.support.text import print_table
+
+if TYPE_CHECKING:
+    from senet.gates.fold import FoldReport
 
 
 def fold(
@@ -12,17 +18,11 @@ def fold(
     /,
     *,
     out: Path,
-    data: str | None = None,
-    data_flags: DataFlags = NO_DATA,
+    flags: EvaluationFlags = NO_EVALUATION,
     tolerance: float = 0.01,
     max_drop: float = 0.1,
     whole_blocks: Switch = False,
     statistics: Path | None = None,
-    batch_size: Whole = 256,
-    workers: Whole = 0,
-    device: str = "auto",
-    no_tune_allocator: Switch = False,
-    config: Config = None,
 ) -> None:
     """Fold the gates that hardly depend on the image, and measure accuracy, size and speed.
 
@@ -31,36 +31,59 @@ def fold(
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
         out: checkpoint folder to make; it must not exist.
-        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder
-            (default: what the checkpoint was trained on).
         tolerance: largest standard deviation over the images of a gate that is folded.
         max_drop: most top-1 accuracy that may be lost, in percentage points.
         whole_blocks: fold only blocks none of whose gates moves; a partly folded block is smaller
             but runs outside the fused operator.
         statistics: statistics.safetensors of `senet explain` (default: recorded anew).
-        batch_size: images at a time.
-        workers: processes that read images (0: this one).
-        device: auto, cpu, cuda or mps.
-        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
-    prepare_process(tune_allocator=not no_tune_allocator)
+    flags.prepare_process()
     from senet.commands.fold import fold_checkpoint
 
     with watch() as progress:
         result = fold_checkpoint(
             checkpoint,
             out,
-            data,
-            given(data_flags),
             tolerance=tolerance,
             max_drop=max_drop,
             partial=not whole_blocks,
             statistics=statistics,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
+            **flags.arguments(),
             progress=progress,
         )
-    for table in result.report.tables():
-        print_table(table)
+    print_table(_blocks(result.report))
+    print_table(_before_and_after(result.report))
     print(f"Judged on {result.images:,} images. Checkpoint: {result.folder}")
+
+
+def _blocks(report: "FoldReport") -> Table:
+    table = new_table("block", right=("channels", "folded", "bound on the loss (%)"))
+    table.add_column("result")
+    for block in report.blocks:
+        note = f"{block.kind}, into the layer {block.into}" if block.into else block.kind
+        if block.name in report.restored:
+            note = "kept: the accuracy fell too far"
+        elif block.why:
+            note = f"{note} ({block.why})"
+        table.add_row(
+            block.name,
+            f"{block.channels:,}",
+            f"{block.folded:,}",
+            f"{100 * block.loss_bound:.2f}",
+            note,
+        )
+    return table
+
+
+def _before_and_after(report: "FoldReport") -> Table:
+    table = new_table("", right=("parameters", "multiply-adds", "top-1 (%)", "loss", "images/s"))
+    for label, side in (("before", report.before), ("after", report.after)):
+        table.add_row(
+            label,
+            f"{side.parameters:,}",
+            f"{side.multiply_adds:,}",
+            "" if side.top1 is None else f"{side.top1:.2f}",
+            "" if side.loss is None else f"{side.loss:.4f}",
+            "" if side.images_per_second is None else f"{side.images_per_second:.0f}",
+        )
+    return table

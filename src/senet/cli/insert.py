@@ -1,12 +1,16 @@
 """`senet insert`: SE blocks for any CNN."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.table import Table
 
 from senet.cli.options import Config, OptionalWhole, WholeNumbers
-from senet.support.text import print_table
+from senet.cli.tables import new_table, print_table
+
+if TYPE_CHECKING:
+    from senet.insertion.report import InsertionReport
 
 Places = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
@@ -52,8 +56,24 @@ def insert(
         image_size=image_size,
         options={"where": place, "reduction": reduction, "stages": stages},
     )
-    print_table(result.report.table())
+    print_table(_table(result.report))
     for name, why in result.report.skipped:
         print(f"left out: {name}: {why}")
     print(result.report.summary())
     print(f"Checkpoint: {result.folder}")
+
+
+def _table(report: "InsertionReport") -> Table:
+    right = ("stage", "channels", "hidden", "parameters", "multiply-adds")
+    table = new_table("module", "kind", right=right)
+    for place in report.places:
+        table.add_row(
+            place.module,
+            place.kind,
+            "" if place.stage is None else str(place.stage),
+            f"{place.channels:,}",
+            f"{place.hidden:,}",
+            f"{place.parameters:,}",
+            f"{place.multiply_adds:,}",
+        )
+    return table

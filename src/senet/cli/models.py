@@ -1,8 +1,11 @@
 """`senet models`: the networks there are."""
 
+from rich.table import Table
+
 from senet.cli.options import Switch
+from senet.cli.tables import new_table, print_table
 from senet.errors import UserError
-from senet.support.text import print_table
+from senet.support.text import count
 
 
 def models(pattern: str = "*", /, *, table: Switch = False) -> None:
@@ -15,10 +18,35 @@ def models(pattern: str = "*", /, *, table: Switch = False) -> None:
     if table:
         if pattern != "*":
             raise UserError(f"--table shows the paper's networks: leave out {pattern!r}")
-        from senet.models.paper import paper_table
-
-        print_table(paper_table())
+        print_table(_paper_table())
         return
-    from senet.commands.summary import model_table
+    from senet.commands.summary import network_sizes
 
-    print_table(model_table(pattern))
+    found = new_table("model", right=("parameters", "multiply-adds", "input"))
+    for network in network_sizes(pattern):
+        found.add_row(
+            network.name,
+            f"{network.parameters:,}",
+            count(network.multiply_adds),
+            " × ".join(map(str, network.input_size)),
+        )
+    print_table(found)
+
+
+def _paper_table() -> Table:
+    from senet.models.paper import paper_differences, paper_rows
+
+    table = Table(title="ImageNet, tables 2 and 3 of arXiv 1709.01507", title_justify="left")
+    table.add_column("network", no_wrap=True)
+    for kind in ("plain", "SE"):
+        for column in ("top-1", "top-5", "GFLOPs", "ours", "params", "ours"):
+            header = f"{kind} {column}" if column == "top-1" else column
+            table.add_column(header, justify="right")
+    for row in paper_rows():
+        table.add_row(row.network, *row.plain, *row.se)
+    explained = (
+        "errors in % as published; GFLOPs are thousand millions of multiply-adds, parameters in "
+        "millions with running statistics, counted as the paper does"
+    )
+    table.caption = "\n".join((explained, *paper_differences()))
+    return table

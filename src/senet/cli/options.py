@@ -188,9 +188,68 @@ class StepFlags:
 NO_SE = SEFlags()
 NO_NETWORK = NetworkFlags()
 NO_DATA = DataFlags()
-NO_RECIPE = RecipeFlags()
-NO_MACHINE = MachineFlags()
 NO_STEP = StepFlags()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProcessFlags:
+    """What every command that runs a network takes."""
+
+    no_tune_allocator: Annotated[Switch, Parameter(group=RUN_GROUP)] = False
+    """Leave glibc's memory allocator as it is (slower on Linux CPUs)."""
+    config: Annotated[Config, Parameter(group=RUN_GROUP)] = None
+
+    def prepare_process(self) -> None:
+        prepare_process(tune_allocator=not self.no_tune_allocator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(ProcessFlags):
+    """What every training takes, of one network or of several."""
+
+    se: SEFlags = NO_SE
+    network: NetworkFlags = NO_NETWORK
+    data: str | None = None
+    """embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images with
+    train/ and val/, shards:PLACE (of `senet shard`, a folder or an address), hf:NAME (Hugging
+    Face's datasets; a name or a local folder) or hf-stream:NAME (the same, streaming) (default:
+    embedded)."""
+    data_flags: DataFlags = NO_DATA
+    recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None
+    """quick, cifar, imagenet-paper or imagenet-modern (default: quick)."""
+    recipe_flags: RecipeFlags = RecipeFlags()
+    machine: MachineFlags = MachineFlags()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFlags(ProcessFlags):
+    """How the validation images of a checkpoint are gone through."""
+
+    data: str | None = None
+    """embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder (default: what
+    the checkpoint was trained on)."""
+    data_flags: DataFlags = NO_DATA
+    batch_size: Whole = 256
+    """Images at a time."""
+    workers: Whole = 0
+    """Processes that read images (0: this one)."""
+    device: Device = "auto"
+    """Where the network runs."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the functions that go through the images."""
+        return {
+            "data_name": self.data,
+            "data_options": given(self.data_flags),
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+            "device": self.device,
+        }
+
+
+NO_TRAINING = TrainingFlags()
+NO_EVALUATION = EvaluationFlags()
 
 
 def given(flags: Any) -> dict[str, Any]:
@@ -201,26 +260,6 @@ def given(flags: Any) -> dict[str, Any]:
 def named(**flags: Any) -> dict[str, Any]:
     """The flags that were given, by name, for flags that stand alone."""
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def of_comparison(
-    *,
-    se: SEFlags,
-    network: NetworkFlags,
-    data_flags: DataFlags,
-    recipe_flags: RecipeFlags,
-    machine: MachineFlags,
-    **flags: Any,
-) -> dict[str, Any]:
-    """The flags that were given, as fields of `senet.experiments.compare.CompareConfig`."""
-    return named(
-        **flags,
-        model_options=given(network),
-        se_options=given(se),
-        data_options=given(data_flags),
-        recipe_options=given(recipe_flags),
-        machine=machine.run_fields(),
-    )
 
 
 def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -1,12 +1,19 @@
 """`senet predict`: the classes of images."""
 
+import sys
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from rich.table import Table
 
 from senet.cli.options import Config, Decode, Device, Switch, Whole, prepare_process
+from senet.cli.tables import print_table
 from senet.support.progress import watch
+
+if TYPE_CHECKING:
+    from senet.commands.predict import Predicted, Prediction
 
 
 def predict(
@@ -48,18 +55,58 @@ def predict(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.commands.predict import print_predictions
+    from senet.commands.predict import predict as predict_classes
 
     with watch() as progress:
-        return print_predictions(
+        found = predict_classes(
             checkpoint,
             images,
             model_name=model,
             top=top,
-            as_json=json,
             device=device,
             engine=engine,
             batch_size=batch_size,
             decoder=decode or "pillow",
             progress=progress,
         )
+    for error in found.broken:
+        print(f"senet predict: {error}", file=sys.stderr)
+    if json:
+        print(dumps([_as_dict(prediction) for prediction in found.predictions], indent=1))
+    elif found.predictions:
+        print_table(_table(found))
+    if found.broken:
+        images_read = len(found.predictions) + len(found.broken)
+        print(
+            f"senet predict: {len(found.broken)} of {images_read} images unreadable",
+            file=sys.stderr,
+        )
+    return 1 if found.broken else 0
+
+
+def _as_dict(prediction: "Prediction") -> dict[str, object]:
+    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+    return {
+        "image": str(prediction.image),
+        "predictions": [{"class": name, "probability": value} for name, value in pairs],
+    }
+
+
+def _table(found: "Predicted") -> Table:
+    """A line for each class of each image."""
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("%", justify="right")
+    for prediction in found.predictions:
+        name = str(prediction.image)
+        last = len(prediction.classes) - 1
+        for rank, (label, value) in enumerate(
+            zip(prediction.classes, prediction.probabilities, strict=True)
+        ):
+            table.add_row(
+                name if rank == 0 else "", label, f"{100 * value:.1f}", end_section=rank == last
+            )
+    rate = len(found.predictions) / found.seconds
+    table.caption = f"{found.engine}: {rate:.4g} images/s"
+    return table

@@ -1,8 +1,10 @@
 """`senet summary`: layers of a network or of one SE block."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.table import Table
 
 from senet.cli.options import (
     NO_NETWORK,
@@ -14,7 +16,12 @@ from senet.cli.options import (
     given,
     named,
 )
-from senet.support.text import print_table
+from senet.cli.tables import new_table, print_table
+from senet.support.text import count
+
+if TYPE_CHECKING:
+    from senet.commands.summary import BlockSummary
+    from senet.models.paper import StageCost
 
 
 def summary(
@@ -37,12 +44,59 @@ def summary(
         num_classes: classes of the network (default: 1000, 10 for CIFAR networks).
         channels: channels of the block; only with 'block'.
     """
-    from senet.commands.summary import print_network, summary_of_block
+    from senet.commands.summary import summarize_network, summary_of_block
 
     options = given(se) | given(network)
     if name == "block":
         options |= named(num_classes=num_classes)
-        print_table(summary_of_block(channels, input_shape, options))
+        print_table(_block_table(summary_of_block(channels, input_shape, options)))
     else:
         options |= named(channels=channels)
-        print_network(name, input_shape, num_classes, options)
+        found = summarize_network(name, input_shape, num_classes, options)
+        print(found.layers)
+        print_table(_stage_table(name, found.stages))
+        print(
+            f"{name} at {' × '.join(map(str, found.shape))}: {found.parameters:,} parameters, "
+            f"{count(found.multiply_adds)} multiply-adds"
+        )
+
+
+def _megabytes(size: int) -> str:
+    """Bytes in MB of 2**20 bytes with two decimals, as layer tables are wont to give them."""
+    return f"{size / 2**20:.2f} MB"
+
+
+def _block_table(summary: "BlockSummary") -> Table:
+    """The layers of an SE block and their sums."""
+    block = summary.block
+    title = f"SqueezeExcitation: {block.channels} channels, hidden width {block.hidden}"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("layer", "total")
+    table.add_column("kind", "", no_wrap=True)
+    table.add_column("output shape", "", no_wrap=True)
+    table.add_column("parameters", f"{summary.parameters:,}", justify="right")
+    table.add_column("size", _megabytes(summary.forward_bytes), justify="right")
+    table.add_row("input", "", str(list(summary.input_shape)), "", _megabytes(summary.input_bytes))
+    for row in summary.rows:
+        shape = str(list(row.shape))
+        table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", _megabytes(row.size))
+    table.caption = (
+        f"all parameters trainable, {_megabytes(summary.parameter_bytes)}; "
+        f"input {_megabytes(summary.input_bytes)}"
+    )
+    return table
+
+
+def _stage_table(name: str, stages: "Sequence[StageCost]") -> Table:
+    """Parameters and multiply-adds by stage; with SE, what SE adds to each."""
+    right = ["parameters", "multiply-adds"]
+    if stages[0].se is not None:
+        right += ["SE adds parameters", "SE adds multiply-adds"]
+    table = new_table("part", right=right, title=f"{name} by stage", title_justify="left")
+    rows = [(each.part, (each.parameters, each.multiply_adds, *(each.se or ()))) for each in stages]
+    for part, row in rows:
+        table.add_row(part, *(f"{value:,}" for value in row))
+    table.add_section()
+    sums = (sum(column) for column in zip(*(row for _, row in rows), strict=True))
+    table.add_row("all", *(f"{value:,}" for value in sums))
+    return table

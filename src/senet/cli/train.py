@@ -8,26 +8,16 @@ from cyclopts import Parameter
 
 from senet.cli.options import (
     MODEL_GROUP,
-    NO_DATA,
-    NO_MACHINE,
-    NO_NETWORK,
-    NO_RECIPE,
-    NO_SE,
     NO_STEP,
+    NO_TRAINING,
     RECIPE_GROUP,
     RUN_GROUP,
-    Config,
-    DataFlags,
-    MachineFlags,
-    NetworkFlags,
     OptionalWhole,
-    RecipeFlags,
-    SEFlags,
     StepFlags,
     Switch,
+    TrainingFlags,
     given,
     named,
-    prepare_process,
     read_toml,
 )
 from senet.errors import StopSignal, UserError
@@ -42,12 +32,7 @@ if TYPE_CHECKING:
 def train(
     *,
     model: Annotated[str | None, Parameter(group=MODEL_GROUP)] = None,
-    se: SEFlags = NO_SE,
-    network: NetworkFlags = NO_NETWORK,
-    data: str | None = None,
-    data_flags: DataFlags = NO_DATA,
-    recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None,
-    recipe_flags: RecipeFlags = NO_RECIPE,
+    flags: TrainingFlags = NO_TRAINING,
     scale_lr: Annotated[Switch, Parameter(group=RECIPE_GROUP)] = False,
     step: StepFlags = NO_STEP,
     init: Annotated[Path | None, Parameter(group=MODEL_GROUP)] = None,
@@ -57,9 +42,6 @@ def train(
     seed: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
     out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
     resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
-    machine: MachineFlags = NO_MACHINE,
-    no_tune_allocator: Annotated[Switch, Parameter(group=RUN_GROUP)] = False,
-    config: Annotated[Config, Parameter(group=RUN_GROUP)] = None,
 ) -> None:
     """Train a network into a new run folder, or go on with a run that was stopped.
 
@@ -69,13 +51,8 @@ def train(
 
     Args:
         model: network; `senet models` lists them.
-        data: embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images
-            with train/ and val/, shards:PLACE (of `senet shard`, a folder or an address), hf:NAME
-            (Hugging Face's datasets; a name or a local folder) or hf-stream:NAME (the same,
-            streaming) (default: embedded).
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
-        recipe: quick, cifar, imagenet-paper or imagenet-modern (default: quick).
         init: checkpoint to start from, such as one of `senet insert`; its network counts.
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
@@ -84,9 +61,8 @@ def train(
         out: run folder; it must not exist.
         resume: run folder to go on with; its own configuration counts, but for --parallel.
             "auto": go on with --out if it exists, else begin it.
-        no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
-    prepare_process(tune_allocator=not no_tune_allocator)
+    flags.prepare_process()
     from senet.training.loop import Interrupted
     from senet.training.loop import resume as resume_run
     from senet.training.loop import train as train_run
@@ -96,22 +72,23 @@ def train(
         if out is None:
             raise UserError("--resume auto needs --out, the run folder to begin or go on with")
         resume = out if (out / "config.toml").is_file() else None
-    elif resume is not None and config is not None:
+    elif resume is not None and flags.config is not None:
         raise UserError("--resume goes on with the run's own configuration: leave out --config")
-    options = given(se) | given(network)
+    options = given(flags.se) | given(flags.network)
     if init is not None and model is None:
         from senet.checkpoint.files import open_checkpoint
 
         model = open_checkpoint(init).model.config["name"]
-    run_options = named(model=model, data=data, seed=seed, out=out, init=init, train=trained)
-    run_options |= given(data_flags) | machine.run_fields() | given(step)
+    run_options = named(model=model, data=flags.data, seed=seed, out=out, init=init, train=trained)
+    run_options |= given(flags.data_flags) | flags.machine.run_fields() | given(step)
     try:
         with watch() as progress:
             if resume is not None:
-                refused = options | given(recipe_flags) | run_options | named(recipe=recipe)
+                refused = options | given(flags.recipe_flags) | run_options
+                refused |= named(recipe=flags.recipe)
                 result = resume_run(resume, options=refused, progress=progress)
             else:
-                chosen = _recipe(recipe, given(recipe_flags), config, scale_lr)
+                chosen = _recipe(flags.recipe, given(flags.recipe_flags), flags.config, scale_lr)
                 settings = _settings(run_options, options, chosen)
                 result = train_run(settings, progress=progress)
     except Interrupted as stopped:

@@ -1,14 +1,12 @@
-"""The accuracy of a trained network on a data set, as a table, JSON and a figure."""
+"""The accuracy of a trained network on a data set, and a figure of what it confuses."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
 from senet.data import ImageData, Preprocessing, load_data, val_loader
@@ -16,7 +14,6 @@ from senet.errors import UserError
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
 from senet.support.progress import Progress
-from senet.support.text import print_table
 from senet.training.evaluation import Evaluation, evaluate
 
 
@@ -176,55 +173,10 @@ def evaluate_path(
     return CheckpointEvaluation(checkpoint, data, result)
 
 
-def print_evaluation(
-    evaluation: CheckpointEvaluation, *, as_json: bool, figures: Path | None
-) -> None:
-    """Print a table, or JSON; draw `confusion_matrix.png` and `.svg` into the folder `figures`."""
-    checkpoint, result = evaluation.checkpoint, evaluation.result
-    if figures is not None:
-        with themed():
-            name = checkpoint.model.config["name"]
-            classes = evaluation.data.classes
-            figure = confusion_matrix({name: result.confusion.numpy()}, classes)
-            save_figure(figure, figures, "confusion_matrix")
-    if as_json:
-        print(_as_json(checkpoint, evaluation.data, result))
-    else:
-        print_table(_table(checkpoint, evaluation.data, result))
-
-
-def _as_json(checkpoint: Checkpoint, data: ImageData, result: Evaluation) -> str:
-    content = {
-        "checkpoint": str(checkpoint.path),
-        "model": checkpoint.model.config["name"],
-        "data": data.name,
-        "n": result.n,
-        "top1": result.top1,
-        f"top{result.k}": result.top5,
-        "loss": result.loss,
-        "images_per_second": result.images_per_second,
-        "skipped": list(data.skipped),
-        "classes": list(data.classes),
-        "confusion": result.confusion.tolist(),
-    }
-    return json.dumps(content, indent=1)
-
-
-def _table(checkpoint: Checkpoint, data: ImageData, result: Evaluation) -> Table:
-    table = Table()
-    table.add_column("model")
-    table.add_column("data")
-    for name in ("images", "top-1 (%)", f"top-{result.k} (%)", "loss", "images/s"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        checkpoint.model.config["name"],
-        data.name,
-        f"{result.n:,}",
-        f"{result.top1:.2f}",
-        f"{result.top5:.2f}",
-        f"{result.loss:.4f}",
-        f"{result.images_per_second:.0f}",
-    )
-    if data.skipped:
-        table.caption = f"{len(data.skipped)} images could not be read and were left out"
-    return table
+def draw_confusions(evaluation: CheckpointEvaluation, folder: Path) -> None:
+    """Draw `confusion_matrix.png` and `.svg` into a folder."""
+    name = evaluation.checkpoint.model.config["name"]
+    confusions = {name: evaluation.result.confusion.numpy()}
+    with themed():
+        figure = confusion_matrix(confusions, evaluation.data.classes)
+        save_figure(figure, folder, "confusion_matrix")

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from rich.table import Table
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.commands.evaluate import check_classes, open_data, resized
@@ -23,7 +21,7 @@ from senet.data import ImageData, map_style, val_loader
 from senet.errors import UserError
 from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
-from senet.reports.figures import DASHES, gates_per_stage, save_figure, themed
+from senet.reports.figures import gates_per_stage, gates_spread, save_figure, themed
 from senet.reports.gates import explain_page
 from senet.support.device import choose_device
 from senet.support.files import atomic_write
@@ -50,26 +48,6 @@ class Explanation:
     statistics: GateStatistics
     data: ImageData
     checkpoint: Checkpoint
-
-    def table(self) -> Table:
-        """A row a block for a terminal."""
-        table = Table()
-        table.add_column("block")
-        for name in ("channels", "mean gate", "spread", "between classes (%)", "near 0/low (%)"):
-            table.add_column(name, justify="right")
-        table.add_column("near 1/high (%)", justify="right")
-        for block in self.statistics.blocks.values():
-            ends = block.saturation
-            table.add_row(
-                block.name,
-                f"{block.channels:,}",
-                f"{float(block.mean.mean()):.3f}",
-                f"{float(block.variance.mean().sqrt()):.3f}",
-                f"{100 * block.between_share:.1f}",
-                "" if ends is None else f"{100 * ends[0]:.1f}",
-                "" if ends is None else f"{100 * ends[1]:.1f}",
-            )
-        return table
 
 
 def open_for_gates(
@@ -164,7 +142,7 @@ def _write(explanation: Explanation, picked: list[int], images: int) -> None:
             shown = picked or _evenly(statistics)
             save_figure(_by_class(statistics, picked), temporary / "figures", "gates_by_class")
             save_figure(
-                gates_spread(statistics, picked[:MAX_SPREAD] or [shown[0], shown[-1]]),
+                _spread(statistics, picked[:MAX_SPREAD] or [shown[0], shown[-1]]),
                 temporary / "figures",
                 "gates_spread",
             )
@@ -211,41 +189,14 @@ def _by_class(statistics: GateStatistics, shown: list[int]) -> Figure:
     return gates_per_stage(gates, [statistics.classes[k] for k in rows], neutral=neutral)
 
 
-def gates_spread(statistics: GateStatistics, shown: Sequence[int]) -> Figure:
-    """Figure 7 of the paper: mean gates of some classes, with the spread within each class.
-
-    Args:
-        statistics: from `record_gates`.
-        shown: numbers of the classes, up to six.
-
-    Returns:
-        A panel for the last block of each stage.
-    """
-    names = [blocks[-1] for blocks in statistics.stages().values()]
-    figure = Figure(figsize=(3.5 * min(len(names), 3) + 0.6, 2.9 * -(-len(names) // 3) + 0.7))
-    figure.set_layout_engine("constrained")
-    panels = figure.subplots(-(-len(names) // 3), min(len(names), 3), squeeze=False, sharey=True)
-    for axes, name in zip(panels.flat, names, strict=False):
-        block = statistics.blocks[name]
-        channels = np.arange(block.channels)
-        for slot, number in enumerate(shown):
-            mean = block.class_mean[number].numpy()
-            std = block.class_std[number].numpy()
-            label = statistics.classes[number]
-            (line,) = axes.plot(channels, mean, linestyle=DASHES[slot], linewidth=1.4, label=label)
-            axes.fill_between(channels, mean - std, mean + std, alpha=0.2, color=line.get_color())
-        axes.set_title(name.removesuffix(".se"), fontsize=10.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        axes.margins(x=0.02)
-    for axes in panels.flat[len(names) :]:
-        axes.set_axis_off()
-    for axes in panels[-1]:
-        axes.set_xlabel("channel")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("mean gate ± spread")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
-    return figure
+def _spread(statistics: GateStatistics, shown: list[int]) -> Figure:
+    """Figure 7 of the paper: the last block of each stage."""
+    blocks = [statistics.blocks[names[-1]] for names in statistics.stages().values()]
+    return gates_spread(
+        {block.name: block.class_mean[shown].numpy() for block in blocks},
+        {block.name: block.class_std[shown].numpy() for block in blocks},
+        [statistics.classes[k] for k in shown],
+    )
 
 
 def channel_csv(statistics: GateStatistics) -> str:

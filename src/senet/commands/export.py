@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from senet.checkpoint.files import Checkpoint
@@ -27,7 +26,6 @@ from senet.errors import UserError
 from senet.runtimes.export import OPSET, ExportReport, export
 from senet.runtimes.forms import Form
 from senet.runtimes.sessions import Format
-from senet.support.text import print_table
 
 CALIBRATION_IMAGES = 256
 _BATCH = 32
@@ -134,27 +132,3 @@ def _batches(source: ImageSource, preprocessing: Preprocessing) -> Batches:
     """Prepared images (N,C,H,W) and labels (N,)."""
     data = ImageData("images", source, source, (), preprocessing)
     return val_loader(data, batch_size=_BATCH, num_workers=0)
-
-
-def print_report(report: ExportReport) -> None:
-    """Print what was written, what was measured and how far it is from PyTorch."""
-    kind = "int8" if report.quantized else report.form
-    table = Table()
-    table.add_column("graph")
-    table.add_column(f"ms for {report.images}", justify="right")
-    if report.accuracy:
-        table.add_column(f"top-1 of {report.evaluated:,} (%)", justify="right")
-    for name, time in report.milliseconds.items():
-        row = [f"{name}, written" if name == kind else name, f"{time:.4g}"]
-        if report.accuracy:
-            precision = {"int8": "int8", report.form: "float32"}.get(name)
-            row.append(f"{report.accuracy[precision]:.2f}" if precision else "")
-        table.add_row(*row)
-    if report.milliseconds:
-        print_table(table)
-    print(
-        f"{report.path}: {report.form}; at most {report.difference:.1e} of the largest logit from "
-        f"PyTorch on {report.inputs} batches, real and random"
-    )
-    if report.quantized:
-        print(f"int8: {report.quantized} convolutions; the gates stay in float32")

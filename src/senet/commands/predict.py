@@ -1,27 +1,29 @@
 """The classes of images from files, by a checkpoint or an exported network."""
 
-import json
-import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from PIL import Image
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from senet.checkpoint.files import open_checkpoint, open_weights
 from senet.data import BadImageError, Decoder, Preprocessing, check_decoder, load_image
 from senet.errors import UserError
-from senet.runtimes.engines import Engine, load_ahead, make_engine
+from senet.inference import optimize
+from senet.runtimes.export import export
 from senet.runtimes.sessions import SUFFIXES, Run, open_exported
+from senet.support.ahead import load_ahead
 from senet.support.device import choose_device
 from senet.support.progress import Progress, Silent
-from senet.support.text import print_table
 
 BATCH_SIZE = 32
+Engine = Literal["eager", "optimized", "onnx", "openvino"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,43 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def make_engine(
+    name: Engine, model: nn.Module, example: Tensor, device: torch.device | None = None
+) -> Run:
+    """A function from images (N,C,H,W), float32 on the CPU, to logits (N,K) on the CPU.
+
+    Args:
+        name: "eager" (the model as it is), "optimized" (`senet.optimize`), "onnx" (ONNX Runtime)
+            or "openvino"; the last two export the model into a temporary folder first and check
+            the file.
+        model: the network.
+        example: images of the size that will come.
+        device: where "eager" and "optimized" run; the CPU by default, where the other two run.
+
+    Raises:
+        UserError: unknown name, a missing runtime, or a device that the engine does not have.
+    """
+    device = device or torch.device("cpu")
+    if name not in ENGINES:
+        raise UserError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    if name in ("onnx", "openvino"):
+        if device.type != "cpu":
+            raise UserError(f"engine {name!r} runs on the CPU; use --device cpu, not {device}")
+        suffix = ".onnx" if name == "onnx" else ".xml"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"network{suffix}"
+            export(model, path, example_input=example)
+            return open_exported(path).run
+    network = model.eval() if name == "eager" else optimize(model, example)
+    network = network.to(device)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return network(x.to(device, memory_format=torch.channels_last)).float().cpu()
+
+    return run
+
+
 def open_classifier(
     path: Path, *, model_name: str | None, engine: Engine | None, device: str, batch_size: int
 ) -> Classifier:
@@ -95,7 +134,7 @@ def open_classifier(
         path: as for `open_checkpoint`; with `model_name`, as for `open_weights`; or a file of
             `senet export` (.onnx, .xml, .pt2).
         model_name: name of the network, for weights that do not say it.
-        engine: one of `senet.runtimes.engines.ENGINES`; "eager" by default, an exported file has
+        engine: one of `ENGINES`; "eager" by default, an exported file has
             its own.
         device: "auto", "cpu", "cuda" or "mps"; "auto" is the CPU for engines that run nowhere else.
         batch_size: images that will come at a time.
@@ -196,33 +235,45 @@ def predict_images(
         progress.evaluated(len(part))
 
 
-def print_predictions(
+@dataclass(frozen=True)
+class Predicted:
+    """What `predict` found.
+
+    Attributes:
+        predictions: of the images that could be read, in order.
+        broken: why the others could not be.
+        engine: how the network ran.
+        seconds: time of reading, preparing and classifying all of them.
+    """
+
+    predictions: tuple[Prediction, ...]
+    broken: tuple[BadImageError, ...]
+    engine: str
+    seconds: float
+
+
+def predict(
     checkpoint_path: Path,
     paths: Sequence[Path],
     *,
     model_name: str | None = None,
     top: int,
-    as_json: bool,
     device: str,
     engine: Engine | None = None,
     batch_size: int = BATCH_SIZE,
     decoder: Decoder = "pillow",
     progress: Progress | None = None,
-) -> int:
-    """Print the predictions as a table or as JSON and name broken images on standard error.
+) -> Predicted:
+    """The classes of all images; those that cannot be read are set aside.
 
     Args:
         checkpoint_path: as for `open_classifier`.
         paths: image files, or folders that are searched for them.
         model_name, device, engine: as for `open_classifier`.
         top: classes to give of each image.
-        as_json: print JSON; the table has the images a second beneath it, JSON has not.
         batch_size: images at a time.
         decoder: as for `load_image`.
         progress: hears of each batch.
-
-    Returns:
-        0, or 1 if an image could not be read.
 
     Raises:
         UserError: `top` or `batch_size` < 1, a missing path, an empty folder, or as for
@@ -238,7 +289,7 @@ def print_predictions(
         checkpoint_path, model_name=model_name, engine=engine, device=device, batch_size=batch_size
     )
     predictions: list[Prediction] = []
-    broken = 0
+    broken: list[BadImageError] = []
     began = time.perf_counter()
     for result in predict_images(
         classifier, images, top=top, batch_size=batch_size, decoder=decoder, progress=progress
@@ -246,41 +297,6 @@ def print_predictions(
         if isinstance(result, Prediction):
             predictions.append(result)
         else:
-            broken += 1
-            print(f"senet predict: {result}", file=sys.stderr)
+            broken.append(result)
     seconds = time.perf_counter() - began
-    if as_json:
-        print(json.dumps([_as_dict(prediction) for prediction in predictions], indent=1))
-    elif predictions:
-        table = _table(predictions)
-        table.caption = f"{classifier.engine}: {len(predictions) / seconds:.4g} images/s"
-        print_table(table)
-    if broken:
-        print(f"senet predict: {broken} of {len(images)} images unreadable", file=sys.stderr)
-    return 1 if broken else 0
-
-
-def _as_dict(prediction: Prediction) -> dict[str, object]:
-    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
-    return {
-        "image": str(prediction.image),
-        "predictions": [{"class": name, "probability": value} for name, value in pairs],
-    }
-
-
-def _table(predictions: Sequence[Prediction]) -> Table:
-    """A line for each class of each image."""
-    table = Table()
-    table.add_column("image", overflow="fold")
-    table.add_column("class")
-    table.add_column("%", justify="right")
-    for prediction in predictions:
-        name = str(prediction.image)
-        last = len(prediction.classes) - 1
-        for rank, (label, value) in enumerate(
-            zip(prediction.classes, prediction.probabilities, strict=True)
-        ):
-            table.add_row(
-                name if rank == 0 else "", label, f"{100 * value:.1f}", end_section=rank == last
-            )
-    return table
+    return Predicted(tuple(predictions), tuple(broken), classifier.engine, seconds)

@@ -1,4 +1,4 @@
-"""Layer tables: of one SE block, and of a whole network."""
+"""Layers, parameters and multiply-adds: of one SE block, of a network, of all networks."""
 
 import re
 from collections.abc import Mapping
@@ -7,18 +7,14 @@ from typing import Any
 
 import torch
 import torchinfo
-from rich.table import Table
 from torch import Tensor, nn
 
 from senet.errors import UserError
 from senet.models import list_models
 from senet.models.cost import count_multiply_adds, count_parameters, meta_model
-from senet.models.paper import stage_table
+from senet.models.paper import StageCost, stage_costs
 from senet.nn.block import SqueezeExcitation
 from senet.nn.hooks import expected_hooks
-from senet.support.text import count, print_table
-
-MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -113,41 +109,10 @@ def _kind(name: str, module: nn.Module) -> str:
     return type(module).__name__
 
 
-def megabytes(size: int) -> str:
-    """Bytes in MB of 2**20 bytes with two decimals, as layer tables are wont to give them."""
-    return f"{size / MEGABYTE:.2f} MB"
-
-
-def block_table(summary: BlockSummary) -> Table:
-    """The layers of an SE block and their sums as a table for a terminal."""
-    block = summary.block
-    title = f"SqueezeExcitation: {block.channels} channels, hidden width {block.hidden}"
-    table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("layer", "total")
-    table.add_column("kind", "", no_wrap=True)
-    table.add_column("output shape", "", no_wrap=True)
-    table.add_column("parameters", f"{summary.parameters:,}", justify="right")
-    table.add_column("size", megabytes(summary.forward_bytes), justify="right")
-    table.add_row("input", "", str(list(summary.input_shape)), "", megabytes(summary.input_bytes))
-    for row in summary.rows:
-        table.add_row(
-            row.name,
-            row.kind,
-            str(list(row.shape)),
-            f"{row.parameters:,}",
-            megabytes(row.size),
-        )
-    table.caption = (
-        f"all parameters trainable, {megabytes(summary.parameter_bytes)}; "
-        f"input {megabytes(summary.input_bytes)}"
-    )
-    return table
-
-
 def summary_of_block(
     channels: int | None, input_shape: tuple[int, ...] | None, options: Mapping[str, Any]
-) -> Table:
-    """The table of one SE block.
+) -> BlockSummary:
+    """The layers of an SE block of those options.
 
     Args:
         channels: C; by default the first number of `input_shape`.
@@ -173,20 +138,41 @@ def summary_of_block(
         raise UserError(f"--input must be C,H,W (or C,L or C,D,H,W), got {_commas(input_shape)}")
     with torch.device("meta"):
         block = SqueezeExcitation(input_shape[0], dims=len(input_shape) - 1, **options)
-    return block_table(summarize_block(block, input_shape[1:]))
+    return summarize_block(block, input_shape[1:])
 
 
 def _commas(shape: tuple[int, ...]) -> str:
     return ",".join(map(str, shape))
 
 
-def print_network(
+@dataclass(frozen=True)
+class NetworkSummary:
+    """A network's layers and what they cost.
+
+    Attributes:
+        name: of the network.
+        shape: (C,H,W) of the image.
+        layers: torchinfo's table of the layers.
+        stages: what each part costs, and what SE adds to it.
+        parameters: all of them.
+        multiply_adds: of one image.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layers: str
+    stages: tuple[StageCost, ...]
+    parameters: int
+    multiply_adds: int
+
+
+def summarize_network(
     name: str,
     input_shape: tuple[int, ...] | None,
     num_classes: int | None,
     options: Mapping[str, Any],
-) -> None:
-    """Print the layer table of a network, from torchinfo, its stages, and its sums in one line.
+) -> NetworkSummary:
+    """The layers of a network, from torchinfo, its stages, and its sums.
 
     Args:
         name: one of `senet.list_models()`.
@@ -220,22 +206,38 @@ def print_network(
             row_settings=("var_names",),
             verbose=0,
         )
-    stages = stage_table(name, shape, num_classes=num_classes, **options)
-    parameters = count_parameters(model)
-    total = (
-        f"{name} at {' × '.join(map(str, shape))}: {parameters:,} parameters, "
-        f"{count(count_multiply_adds(model, shape))} multiply-adds"
-    )
     # Only the layers: torchinfo's own sums count elementwise work as multiply-adds.
     lines = str(layers).splitlines()
     rulers = [index for index, line in enumerate(lines) if line.startswith("=")]
-    print("\n".join(lines[: rulers[2] + 1]))
-    print_table(stages)
-    print(total)
+    return NetworkSummary(
+        name,
+        tuple(shape),
+        "\n".join(lines[: rulers[2] + 1]),
+        stage_costs(name, shape, num_classes=num_classes, **options),
+        count_parameters(model),
+        count_multiply_adds(model, shape),
+    )
 
 
-def model_table(pattern: str) -> Table:
-    """Names, parameters and multiply-adds of the networks whose names match a shell pattern.
+@dataclass(frozen=True)
+class NetworkSize:
+    """A network at its default input size.
+
+    Attributes:
+        name: in the registry.
+        parameters: number of parameters.
+        multiply_adds: of one image.
+        input_size: (C,H,W).
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    input_size: tuple[int, ...]
+
+
+def network_sizes(pattern: str) -> list[NetworkSize]:
+    """The networks whose names match a shell pattern, in natural order.
 
     Raises:
         UserError: no name matches.
@@ -243,20 +245,14 @@ def model_table(pattern: str) -> Table:
     names = list_models(pattern)
     if not names:
         raise UserError(f"no model matches {pattern!r}; `senet models` lists all")
-    table = Table()
-    table.add_column("model")
-    table.add_column("parameters", justify="right")
-    table.add_column("multiply-adds", justify="right")
-    table.add_column("input", justify="right")
+    found = []
     for name in sorted(names, key=_natural_order):
         model = meta_model(name)
-        table.add_row(
-            name,
-            f"{count_parameters(model):,}",
-            count(count_multiply_adds(model)),
-            " × ".join(map(str, model.input_size)),
+        size = NetworkSize(
+            name, count_parameters(model), count_multiply_adds(model), tuple(model.input_size)
         )
-    return table
+        found.append(size)
+    return found
 
 
 def _natural_order(name: str) -> tuple[list[int | str], bool]:

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import re
-import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from rich.table import Table
 
 from senet.checkpoint.files import open_checkpoint
 from senet.errors import UserError
@@ -259,36 +257,3 @@ def to_json(config: AblateConfig, variants: list[Variant]) -> str:
         },
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def ablation_table(config: AblateConfig, variants: list[Variant]) -> Table:
-    """The variants, with the paper's SE-ResNet-50 on ImageNet beside them."""
-    table = Table(title=f"{config.ablation}: {config.model}, {config.data}", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in (
-        *("top-1 error %", "parameters", "multiply-adds"),
-        *("paper: top-1 error %", "top-5", "parameters (M)"),
-    ):
-        table.add_column(column, justify="right")
-    for variant in variants:
-        spread = f" ± {statistics.stdev(variant.top1):.2f}" if len(variant.top1) > 1 else ""
-        paper = variant.card.results[0]
-        table.add_row(
-            variant.label,
-            f"{statistics.fmean(variant.top1):.2f}{spread}",
-            f"{variant.parameters:,}",
-            f"{variant.multiply_adds:,}",
-            f"{paper.top1:.2f}",
-            "" if paper.top5 is None else f"{paper.top5:.2f}",
-            variant.card.paper_parameters or "",
-        )
-    epochs = config.training_recipe().epochs
-    base = ", ".join(f"{key} {value}" for key, value in config.se_options.items())
-    table.caption = (
-        f"mean ± sample standard deviation of {config.seeds} seeds after "
-        f"{epochs} epoch{'s' if epochs > 1 else ''} of the recipe {config.recipe}"
-        f"{'; SE options otherwise: ' + base if base else ''}.\n"
-        "Paper: SE-ResNet-50 on ImageNet, other training."
-    )
-    table.caption_justify = "left"
-    return table

@@ -31,7 +31,6 @@ class ConstantScale(nn.Module):
         self.register_buffer("scale", torch.ones(channels))
 
     def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
-        """Same shape and dtype."""
         return x * self.scale.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
 
 
@@ -76,7 +75,6 @@ class PartialExcitation(nn.Module):
         self.register_buffer("kept", torch.arange(shape.kept))
 
     def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
-        """Same shape and dtype."""
         z = self.squeeze(x).flatten(1).to(self.fc1.weight.dtype)
         gates = self.gate(self.fc2(self.activation(self.fc1(z)))).to(x.dtype)
         scale = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
@@ -84,7 +82,6 @@ class PartialExcitation(nn.Module):
         return x * scale.view(*scale.shape, *(1,) * (x.ndim - 2))
 
     def extra_repr(self) -> str:
-        """How many channels still have a gate."""
         return f"channels={self.shape.channels}, kept={self.shape.kept}"
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -108,41 +107,6 @@ class FoldReport:
         if self.before.top1 is None or self.after.top1 is None:
             return None
         return self.before.top1 - self.after.top1
-
-    def tables(self) -> tuple[Table, Table]:
-        """The blocks, and the network before and after."""
-        blocks = Table()
-        blocks.add_column("block")
-        for name in ("channels", "folded", "bound on the loss (%)"):
-            blocks.add_column(name, justify="right")
-        blocks.add_column("result")
-        for block in self.blocks:
-            note = f"{block.kind}, into the layer {block.into}" if block.into else block.kind
-            if block.name in self.restored:
-                note = "kept: the accuracy fell too far"
-            elif block.why:
-                note = f"{note} ({block.why})"
-            blocks.add_row(
-                block.name,
-                f"{block.channels:,}",
-                f"{block.folded:,}",
-                f"{100 * block.loss_bound:.2f}",
-                note,
-            )
-        network = Table()
-        network.add_column("")
-        for name in ("parameters", "multiply-adds", "top-1 (%)", "loss", "images/s"):
-            network.add_column(name, justify="right")
-        for label, side in (("before", self.before), ("after", self.after)):
-            network.add_row(
-                label,
-                f"{side.parameters:,}",
-                f"{side.multiply_adds:,}",
-                "" if side.top1 is None else f"{side.top1:.2f}",
-                "" if side.loss is None else f"{side.loss:.4f}",
-                "" if side.images_per_second is None else f"{side.images_per_second:.0f}",
-            )
-        return blocks, network
 
 
 def fold_gates(

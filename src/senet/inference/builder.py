@@ -1,4 +1,4 @@
-"""Steps for kernels.cpp from modules and maps."""
+"""Steps for the C++ kernels from modules and maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 from senet.inference import kernels, packing
 from senet.inference.buffers import Buffer, Map, new_map
-from senet.inference.kernels import Kind
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.schedule import (
     Geometry,
@@ -22,6 +21,7 @@ from senet.inference.schedule import (
     winograd_tasks,
     winograd_tile,
 )
+from senet.kernels.structs import Activation, Gate, Kind
 from senet.ops.reference import GATES
 
 # Rows of a task that passes over a map once.
@@ -39,9 +39,9 @@ class NativeStep:
     """A step before its buffers have addresses.
 
     Attributes:
-        fields: numbers of `kernels.Step`.
-        maps: map or buffer for a pointer of `kernels.Step`.
-        constants: tensor for a pointer of `kernels.Step`.
+        fields: numbers of `Step`.
+        maps: map or buffer for a pointer of `Step`.
+        constants: tensor for a pointer of `Step`.
     """
 
     fields: dict[str, int]
@@ -120,9 +120,9 @@ class Builder:
         numbers: dict[str, int] = {"kind": int(kind)}
         for name, where in present.items():
             self.touch(where)
-            if isinstance(where, Map) and f"{name}_ld" in kernels.SIZES:
+            if isinstance(where, Map) and f"{name}_ld" in kernels.STRIDES:
                 numbers[f"{name}_ld"] = where.ld
-        x, y = present["x"], present["y"]
+        x, y = present["x"], present.get("y")
         if isinstance(x, Map):
             numbers |= zip("NHWC", x.shape, strict=True)
         if isinstance(y, Map):
@@ -234,15 +234,15 @@ class Builder:
         fields = geometry.fields() | {
             "activation": activation,
             "tile": tile,
-            "rows": tasks.rows,
+            "tiles": tasks.rows,
             "panels": tasks.panels,
         }
         summed = self._summed(y, tiles // N) if sums else None
         maps = {**maps, "sums": None if summed is None else summed.parts}
         if patches_first:
             patches = Buffer((tile + 2) ** 2 * tiles * row_stride(x.shape[3]))
-            self.emit(Kind.WINOGRAD_INPUT, {"x": x, "y": y, "shared": patches}, fields)
-            self.emit(Kind.WINOGRAD_PRODUCT, {**maps, "shared": patches}, fields, constants)
+            self.emit(Kind.WINOGRAD_INPUT, {"x": x, "y": y, "patches": patches}, fields)
+            self.emit(Kind.WINOGRAD_PRODUCT, {**maps, "patches": patches}, fields, constants)
         else:
             self.emit(Kind.WINOGRAD, maps, fields, constants)
         return summed
@@ -266,8 +266,8 @@ class Builder:
         }
         alone = maps["gates"] is None and maps["shortcut"] is None
         fields = geometry.fields() | {
-            "gates_ld": y.shape[3],  # of the weights: this step has no gates
-            "activation": activation if alone else kernels.LINEAR,
+            "weights_ld": y.shape[3],
+            "activation": activation if alone else Activation.LINEAR,
         }
         target = y if alone else new_map(y.shape)
         self.emit(kind, {"x": x, "y": target}, fields, constants)
@@ -283,7 +283,7 @@ class Builder:
         """y = W x + b for vectors."""
         bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
         packed = self._matrix(name, module.weight, bias)
-        self._product({"x": x, "y": y}, *packed, kernels.LINEAR, Geometry())
+        self._product({"x": x, "y": y}, *packed, Activation.LINEAR, Geometry())
 
     def _matrix(self, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (outputs, inputs) and bias (outputs,) in the kernels' order."""
@@ -301,7 +301,7 @@ class Builder:
         last = len(self.steps) - 1
         first = self.steps[start]
         assert isinstance(first, NativeStep)
-        first.fields["rows"] = last - start
+        first.fields["steps"] = last - start
         for step in self.steps[start:]:  # images are at different steps at the same time
             assert isinstance(step, NativeStep)
             for where in step.maps.values():
@@ -316,7 +316,7 @@ class Builder:
         rows = min(rows, H * W)
         blocks = math.ceil(H * W / rows)
         parts = new_map((N * blocks, 1, 1, C))
-        self.emit(Kind.SUMS, {"x": x, "y": parts}, {"rows": rows})
+        self.emit(Kind.SUMS, {"x": x, "sums": parts}, {"rows": rows})
         self._means_of(Sums(x, parts, blocks), geometry, y)
 
     def _means_of(self, sums: Sums, geometry: Geometry, y: Map) -> None:
@@ -328,8 +328,8 @@ class Builder:
         self.scratch = max(self.scratch, C * (2 * taps + 1))  # sums in float64, and a line
         self.emit(
             Kind.MEANS,
-            {"x": x, "weights": parts, "y": y},
-            geometry.fields() | {"gates_ld": parts.ld, "panels": sums.blocks, "OH": OH, "OW": OW},
+            {"x": x, "sums": parts, "y": y},
+            geometry.fields() | {"sum_blocks": sums.blocks, "OH": OH, "OW": OW},
         )
 
     def gates(
@@ -379,16 +379,16 @@ class Builder:
             else:
                 self.means(branch, geometry, target)
             channel += channels
-        gate = kernels.FIRST_GATE + GATES.index(module.gate_name)
+        gate = Activation.FIRST_GATE + Gate[module.gate_name.upper()]
         for part, weight, bias, source, target, activation in (
-            ("fc1", module.weight1, module.bias1, squeezed, hidden, kernels.RELU),
+            ("fc1", module.weight1, module.bias1, squeezed, hidden, Activation.RELU),
             ("fc2", module.weight2, module.bias2, hidden, y, gate),
         ):
             packed, packed_bias = self._matrix(f"{name}.{part}", weight, bias)
             self.emit(
                 Kind.EXCITATION,
                 {"x": source, "y": target},
-                {"activation": activation, "rows": images},
+                {"activation": activation, "images": images},
                 {"weights": packed, "bias": packed_bias},
             )
 
@@ -429,4 +429,4 @@ class Builder:
     def pool(self, x: Map, y: Map, geometry: Geometry, *, largest: bool, padding: bool) -> None:
         """Maximum or mean of windows; `padding`: whether padding counts in a mean."""
         kind = Kind.MAX_POOL if largest else Kind.AVERAGE_POOL
-        self.emit(kind, {"x": x, "y": y}, geometry.fields() | {"panels": int(padding)})
+        self.emit(kind, {"x": x, "y": y}, geometry.fields() | {"counts_padding": int(padding)})

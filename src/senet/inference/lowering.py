@@ -16,18 +16,25 @@ from torch import Tensor, fx, nn
 
 from senet.inference.buffers import Buffer, Map, is_map, new_map
 from senet.inference.builder import Builder, Constants, Sums, TorchStep, native_gate
-from senet.inference.kernels import Kind
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
-from senet.inference.rewrite import ADDS, RELUS
+from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
+from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
 
 
 def pair(value: Any) -> tuple[int, int]:
     """A number or two as two."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _in_float32(module: nn.Module) -> bool:
+    """Whether the kernels can read a module's weights."""
+    weights = (*module._parameters.values(), *module._buffers.values())
+    held = [w for w in weights if w is not None]
+    return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in held)
 
 
 def concatenated(cat: fx.Node) -> list[fx.Node]:
@@ -45,9 +52,11 @@ class _NeedsWholeBatchError(Exception):
         self.node = node
 
 
-def lower(module: fx.GraphModule, x: Tensor, threads: int, constants: Constants) -> Lowering:
-    """The steps of a graph for inputs like x; arguments as in `Lowering`."""
-    results = traced_results(module, x)
+def lower(
+    module: fx.GraphModule, x: Tensor, threads: int, constants: Constants, empty: nn.Module
+) -> Lowering:
+    """The steps of a graph, whose outline is `empty`, for inputs like x; see `Lowering`."""
+    results = traced_results(module, empty, x)
     whole: set[fx.Node] = set()
     while True:
         try:
@@ -71,6 +80,7 @@ class Lowering:
         builder: the steps.
         values: map of each node that lies in the arena.
         output: what the graph returns, in terms of nodes.
+        escaping: containers that PyTorch makes and that are returned, or are part of what is.
         input_images: images that an INPUT step reads.
     """
 
@@ -91,6 +101,7 @@ class Lowering:
         self.sums: dict[fx.Node, Sums] = {}
         self.segment: frozenset[fx.Node] = frozenset()
         self.output: Any = None
+        self.escaping: set[fx.Node] = set()
         self.crossing: fx.Node | None = None
         self.images = self.batch = x.shape[0]
         nodes = list(module.graph.nodes)
@@ -147,7 +158,10 @@ class Lowering:
         if node.op == "output":
             self.output = node.args[0]
             for source in node.all_input_nodes:
-                self._read(source)
+                if source in self.values:
+                    self._read(source)
+                else:
+                    self._escapes(source)
             return
         if node.op == "get_attr":
             self.builder.steps.append(TorchStep(node, None))
@@ -165,13 +179,22 @@ class Lowering:
             if source in self.values:
                 self.values[source].buffer.waiting.discard(node)
 
+    def _escapes(self, node: fx.Node) -> None:
+        """Note that a node's result is returned: what PyTorch makes of maps must be its own."""
+        if isinstance(self.results[node], Tensor) or node in self.escaping:
+            return
+        self.escaping.add(node)
+        for source in node.all_input_nodes:
+            self._escapes(source)
+
     def _native(self, node: fx.Node) -> bool:
         """Write the steps of a node; False if the kernels cannot run it."""
         sources = node.all_input_nodes
         if not sources or any(source not in self.values for source in sources):
             return False
         if node.op == "call_module":
-            return self._native_module(node, self.module.get_submodule(str(node.target)))
+            module = self.module.get_submodule(str(node.target))
+            return _in_float32(module) and self._native_module(node, module)
         if node.op == "call_method":
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
@@ -197,7 +220,7 @@ class Lowering:
                     self.builder.pointwise(name, module, x, y, gates, shortcut)
             case SqueezeGate() if native_gate(module):
                 self.builder.gates(name, module, x, self._new(node), self._branches(node))
-            case nn.Linear() if len(self.results[node].shape) == 2:
+            case nn.Linear() if plain(module) and len(self.results[node].shape) == 2:
                 self.builder.linear(name, module, x, self._new(node))
             case nn.ReLU():
                 return self._relu(node)

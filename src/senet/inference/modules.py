@@ -157,7 +157,7 @@ def axis_taps(x: Tensor, kernel: int, padding: int, dilation: int) -> tuple[list
     """For each tap of a kernel along the last axis the sum of the inputs it sees; output count.
 
     With zero padding a tap does not see some of the border: that is taken off the sum over all
-    (algebra.md section 3).
+    (docs/algebra.md).
     """
     outputs = x.shape[-1] + 2 * padding - dilation * (kernel - 1)
     total = x.sum(-1)
@@ -192,7 +192,7 @@ def tap_means(
 class SqueezeGate(nn.Module):
     """The gates of an SE block, computed before the convolution that they scale.
 
-    The mean commutes with a convolution v = W u + b: z = W·mean(u) + b (algebra.md section 3),
+    The mean commutes with a convolution v = W u + b: z = W·mean(u) + b (docs/algebra.md),
     and W multiplies into the first fully connected layer, so the squeeze reads the convolution's
     input and not its larger output. Without a convolution the squeeze reads the map itself.
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from senet.errors import SenetError
-from senet.inference import kernels
-from senet.inference.builder import Constants
-from senet.inference.program import Program
+from senet import kernels
+from senet.errors import SenetError, UserError
+from senet.inference.plans import Plans
 from senet.inference.rewrite import Rewriter
 from senet.inference.rounding import allowed, difference
 
-# Programs kept, one per input shape and number of threads; the one not used for longest goes.
-MAX_PROGRAMS = 4
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
 # a trained network differs by some 1e-6 in float32. Beyond it rounding must explain the difference
 # (`senet.inference.rounding`).
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _LOW_PRECISION = 0.1
+# Held while a network's `Plans` are made, which threads that call it at the same time share.
+_MAKING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,9 @@ class OptimizedPart(nn.Module):
     """A rewritten graph that runs on the C++ kernels where it can and in PyTorch elsewhere.
 
     The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; anything else, and
-    any graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch.
+    any graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any
+    number of threads may call it at the same time. Weights that were edited since they were packed
+    are packed anew (see `senet.inference.weights.Watch`).
 
     Args:
         graph: the rewritten graph.
@@ -64,36 +65,44 @@ class OptimizedPart(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph_module = graph
-        self.register_load_state_dict_post_hook(_weights_changed)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
-        self._constants: Constants = {}
+        self._plans: Plans | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without programs and packed weights: they are made anew where they are needed."""
-        state = self.__dict__.copy()
-        del state["_programs"], state["_constants"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
+        return {**self.__dict__, "_plans": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPart:
         return OptimizedPart(copy.deepcopy(self.graph_module, memo)).train(self.training)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_layer(self, name, value, "graph_module")
+        super().__setattr__(name, value)
+
     def _apply(self, *args: Any, **kwargs: Any) -> OptimizedPart:
-        self._forget()  # weights move or change their type
+        self.repack()  # weights move or change their type: what was packed of them may go
         super()._apply(*args, **kwargs)
         return self
+
+    def repack(self) -> None:
+        """Let the next call pack the weights anew."""
+        self._plans = None
 
     def forward(self, *inputs: Any) -> Any:
         """What the original model returns for the same inputs."""
         if len(inputs) == 1 and self._takes(inputs[0]):
-            return self._program(inputs[0]).run(inputs[0])
+            plans = self._current_plans()
+            if not (torch.is_grad_enabled() and plans.watch.wants_gradients()):
+                return plans.run(inputs[0])
         return self.graph_module(*inputs)
+
+    def _current_plans(self) -> Plans:
+        plans = self._plans
+        if plans is None or plans.watch.changed():
+            with _MAKING:
+                if self._plans is plans or self._plans is None:  # else another thread was faster
+                    self._plans = Plans(self.graph_module)
+                plans = self._plans
+        return plans
 
     def _takes(self, x: Any) -> bool:
         """Whether the kernels can run for this input."""
@@ -106,19 +115,18 @@ class OptimizedPart(nn.Module):
         weight = next(self.graph_module.parameters(), x)
         return weight.dtype == torch.float32 and weight.device.type == "cpu"
 
-    def _program(self, x: Tensor) -> Program:
-        threads = torch.get_num_threads()
-        key = (tuple(x.shape), threads)
-        if key not in self._programs:
-            while len(self._programs) >= MAX_PROGRAMS:
-                self._programs.popitem(last=False)
-            self._programs[key] = Program(self.graph_module, x, threads, self._constants)
-        self._programs.move_to_end(key)
-        return self._programs[key]
 
+def _refuse_layer(module: nn.Module, name: str, value: object, own: str) -> None:
+    """Refuse a layer or parameter set where the optimized network would not use it.
 
-def _weights_changed(part: OptimizedPart, _keys: object) -> None:
-    part._forget()
+    Raises:
+        UserError: it is one.
+    """
+    if isinstance(value, nn.Module | nn.Parameter) and name != own:
+        raise UserError(
+            f"an optimized network has no {name} to replace (its layers are rewritten): set it in "
+            "the original network and optimize that again"
+        )
 
 
 class OptimizedModel(nn.Module):
@@ -135,6 +143,20 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.network = network
         self.report = report
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_layer(self, name, value, "network")
+        super().__setattr__(name, value)
+
+    def repack(self) -> None:
+        """Let the next call pack the weights anew, after edits that cannot be noticed.
+
+        Those are writes that PyTorch does not count (through `parameter.data` or a NumPy view) and
+        that leave both the largest and the smallest number of a weight as they were.
+        """
+        for module in self.modules():
+            if isinstance(module, OptimizedPart):
+                module.repack()
 
     def forward(self, x: Tensor) -> Any:
         """What the original model returns for images x (N,C,H,W)."""
@@ -156,7 +178,8 @@ def _optimized(
                 setattr(model, child_name, _optimized(child, path, fused, left))
         return model
     graph = rewriter.run()
-    fused += [(f"{name}.{what}" if name else what, how) for what, how in rewriter.fused]
+    for said, of in ((fused, rewriter.fused), (left, rewriter.left)):
+        said += [(f"{name}.{what}" if name else what, how) for what, how in of]
     return OptimizedPart(graph)
 
 
@@ -176,18 +199,22 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
 
     Batch norms are folded into convolutions; an SE block's squeeze is taken before the last
     convolution of its branch, whose output is then scaled, added to the shortcut and passed
-    through ReLU while it is written (algebra.md section 3). On the CPU in float32 the whole
+    through ReLU while it is written (docs/algebra.md). On the CPU in float32 the whole
     network runs in C++ kernels with buffers that are planned once per input shape and used again;
     elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export. On a GPU
     what follows a convolution (bias, gates, shortcut, ReLU) is one Triton kernel, and under
     torch.compile one of the compiler's.
 
-    The result takes any batch and image size, can be pickled, copied and saved, and has no
-    gradients to its weights. It does not train: dropout is gone and batch norms are constants.
+    The result takes any batch and image size, can be called by any number of threads at the same
+    time, can be pickled, copied and saved, and has no gradients to its weights unless they ask for
+    some (`requires_grad_`), which takes it off the kernels. It does not train: dropout is gone and
+    batch norms are constants. Its own weights may be edited or loaded; the next call packs them
+    anew (`OptimizedModel.repack` says which edits it cannot notice).
 
     Args:
         model: any module that takes images (N,C,H,W); best known are those of `create_model`.
             It stays as it is. What cannot be rewritten is left alone, and the report says so.
+            It may return tensors in tuples, named tuples, lists, dicts and dataclasses.
         example_input: an input of it, to compare both models on.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Weights in the order in which kernels.cpp reads them.
+"""Weights in the order in which the C++ kernels read them.
 
 A panel is (depth, PANEL): for each input the weights of PANEL outputs; missing outputs are zero.
 """
@@ -60,7 +60,7 @@ def convolution(weight: Tensor, groups: int, merge: int) -> Tensor:
 
 
 def winograd_matrix(tile: int) -> Tensor:
-    """G (tile + 2, 3) of F(tile × tile, 3×3) for the points of kernels_winograd.h, in float64."""
+    """G (tile + 2, 3) of F(tile × tile, 3×3) for the points of winograd.h, in float64."""
     if tile == 2:
         rows = [[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
         return torch.tensor(rows, dtype=torch.float64)

@@ -2,117 +2,197 @@
 
 from __future__ import annotations
 
-import threading
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 
 from senet.inference import kernels
 from senet.inference.buffers import place
 from senet.inference.builder import Constants, NativeStep, TorchStep
 from senet.inference.lowering import lower
+from senet.inference.outputs import rebuilt
+from senet.inference.shapes import outline
+from senet.inference.workspaces import Workspace
+from senet.kernels.structs import Kind, Step
+
+# Floats from the arena to the scratch memory behind it, and a bound of a Python object's bytes.
+_LINE = 16
+_OBJECT_BYTES = 1024
 
 
-@dataclass
-class _Stretch:
-    """Kernel steps that run in one call."""
+@dataclass(frozen=True)
+class Stretch:
+    """Kernel steps that run in one call.
 
-    steps: Any
+    Attributes:
+        steps: the steps; those of a program hold positions where those of a run hold addresses.
+        positions: which words of the steps are such positions.
+        inputs: the steps that read the network's input, one for each group of images.
+    """
+
+    steps: ctypes.Array[Step]
+    positions: NDArray[np.intp]
+    inputs: tuple[Step, ...]
+
+    def at(self, address: int) -> Stretch:
+        """A copy of it for an arena at that address."""
+        words = np.frombuffer(memoryview(self.steps).cast("B"), np.int64).copy()
+        words[self.positions] += address
+        return _stretch((Step * len(self.steps)).from_buffer(words.data), self.positions)
+
+
+def _stretch(steps: ctypes.Array[Step], positions: NDArray[np.intp]) -> Stretch:
+    inputs = tuple(step for step in steps if step.kind == Kind.INPUT)
+    return Stretch(steps, positions, inputs)
 
 
 class Program:
-    """The network for one shape: its steps, and the buffers that every run uses again.
+    """The network for one shape: its steps, and where in a workspace they find their maps.
 
-    One run at a time: a lock makes further threads wait.
+    It does not change when it runs: any number of runs may go on at the same time, each in a
+    workspace of its own.
 
     Args:
-        module: the rewritten graph.
+        module: the rewritten graph; it is only read.
         x: an input of the shape.
         threads: threads of the kernels.
         constants: packed weights shared with the network's other programs.
+        empty: the `outline` of the graph; None makes one.
+
+    Attributes:
+        parts: stretches of kernel steps, and between them nodes that PyTorch runs.
+        size: floats of the workspace that a run needs.
     """
 
     def __init__(
-        self, module: fx.GraphModule, x: Tensor, threads: int, constants: Constants
+        self,
+        module: fx.GraphModule,
+        x: Tensor,
+        threads: int,
+        constants: Constants,
+        empty: nn.Module | None = None,
     ) -> None:
-        lowering = lower(module, x, threads, constants)
-        self.module = module
-        self.threads = threads
-        self.values, self.output, self.results = lowering.values, lowering.output, lowering.results
+        lowering = lower(module, x, threads, constants, outline(module) if empty is None else empty)
+        self.module, self.threads = module, threads
+        self.output, self.escaping = lowering.output, lowering.escaping
+        self.images = lowering.input_images
+        self.maps = {n: (m, lowering.results[n].ndim) for n, m in lowering.values.items()}
         builder = lowering.builder
-        self.arena = kernels.allocate(place(list(builder.buffers.values())))
-        self.scratch = kernels.allocate(threads * (builder.scratch + kernels.SLACK))
+        self.arena = place(list(builder.buffers.values())) + kernels.SLACK
+        self.arena += -self.arena % _LINE
+        self.scratch = threads * (builder.scratch + kernels.SLACK)
+        self.size = self.arena + self.scratch
         self.kept: list[Tensor] = []
-        self.inputs: list[kernels.Step] = []  # one for each group of images
-        self.parts: list[_Stretch | TorchStep] = []
-        pending: list[kernels.Step] = []
+        self.parts: list[Stretch | TorchStep] = []
+        pending: list[NativeStep] = []
         for step in builder.steps:
             if isinstance(step, NativeStep):
-                pending.append(self._finished(step))
+                pending.append(step)
                 continue
             self._close(pending)
             pending = []
             self.parts.append(step)
         self._close(pending)
-        self.images = lowering.input_images
-        self.lock = threading.Lock()
 
-    def _close(self, pending: list[kernels.Step]) -> None:
-        if pending:
-            steps = (kernels.Step * len(pending))(*pending)
-            self.parts.append(_Stretch(steps))
-            self.inputs += [step for step in steps if step.kind == kernels.Kind.INPUT]
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes beside the packed weights and the workspaces."""
+        stretches = [part for part in self.parts if isinstance(part, Stretch)]
+        words = sum(ctypes.sizeof(part.steps) + part.positions.nbytes for part in stretches)
+        return words + _OBJECT_BYTES * (len(self.parts) + len(self.maps))
 
-    def _finished(self, step: NativeStep) -> kernels.Step:
-        done = kernels.Step(**step.fields)
-        for name, where in step.maps.items():
-            setattr(done, name, self.arena.data_ptr() + 4 * where.offset)
-        for name, tensor in step.constants.items():
-            self.kept.append(tensor)
-            setattr(done, name, tensor.data_ptr())
-        return done
+    def _close(self, pending: list[NativeStep]) -> None:
+        if not pending:
+            return
+        steps = (Step * len(pending))()
+        size, positions = ctypes.sizeof(Step), []
+        for number, (step, done) in enumerate(zip(pending, steps, strict=True)):
+            for name, value in step.fields.items():
+                setattr(done, name, value)
+            for name, where in step.maps.items():
+                setattr(done, name, 4 * where.offset)
+                positions.append((number * size + getattr(Step, name).offset) // 8)
+            for name, tensor in step.constants.items():
+                self.kept.append(tensor)
+                setattr(done, name, tensor.data_ptr())
+        self.parts.append(_stretch(steps, np.array(positions, np.intp)))
 
-    def run(self, x: Tensor) -> Any:
-        """The network's output for x, which has the program's shape."""
-        with self.lock:
-            for group, step in enumerate(self.inputs):
-                step.x = x.data_ptr() + 4 * group * self.images * x.stride(0)
-                step.strides[:] = x.stride()
-            env: dict[fx.Node, Any] = {}
-            for part in self.parts:
-                if isinstance(part, _Stretch):
-                    kernels.run(part.steps, self.threads, self.scratch)
-                else:
-                    self._run_in_torch(part, env)
-            return fx.node.map_arg(self.output, lambda node: self._result(node, env))
+    def run(self, x: Tensor, workspace: Workspace | None = None) -> Any:
+        """The network's output for x, which has the program's shape.
 
-    def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        if node in env:
-            return env[node]
-        return self.values[node].tensor(self.arena, self.results[node].ndim)
+        Args:
+            x: the input.
+            workspace: memory for this run alone; None allocates some.
+        """
+        workspace = Workspace(self.size) if workspace is None else workspace
+        memory = workspace.memory
+        if workspace.prepared_for is not self:
+            address = memory.data_ptr()
+            workspace.parts = [p.at(address) if isinstance(p, Stretch) else p for p in self.parts]
+            workspace.prepared_for = self
+        scratch = memory[self.arena : self.size]
+        run = _Run(self, memory, {})
+        group = 0
+        for part in workspace.parts:
+            if isinstance(part, Stretch):
+                for step in part.inputs:
+                    step.x = x.data_ptr() + 4 * group * self.images * x.stride(0)
+                    step.strides[:] = x.stride()
+                    group += 1
+                kernels.run(part.steps, self.threads, scratch)
+            else:
+                run.in_torch(part)
+        return rebuilt(self.output, run.result)
 
-    def _result(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        value = self._value(node, env)
-        return value.contiguous().clone() if isinstance(value, Tensor) else value
 
-    def _run_in_torch(self, step: TorchStep, env: dict[fx.Node, Any]) -> None:
-        node = step.node
-        args = fx.node.map_arg(node.args, lambda n: self._value(n, env))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: self._value(n, env))
+@dataclass(frozen=True)
+class _Run:
+    """One run of a program: its memory, and what PyTorch has computed in it."""
+
+    program: Program
+    memory: Tensor
+    env: dict[fx.Node, Any]
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gave, as long as it lies in memory."""
+        if node in self.env:
+            return self.env[node]
+        where, dims = self.program.maps[node]
+        return where.tensor(self.memory, dims)
+
+    def result(self, node: fx.Node) -> Any:
+        """What a node gave, to keep."""
+        value = self.value(node)
+        return (
+            value.clone(memory_format=torch.contiguous_format)
+            if isinstance(value, Tensor)
+            else value
+        )
+
+    def in_torch(self, step: TorchStep) -> None:
+        """Let PyTorch run a node."""
+        node, module = step.node, self.program.module
+        # A container that is returned must not hold views of the memory.
+        get = self.result if node in self.program.escaping else self.value
+        args, kwargs = rebuilt(node.args, get), rebuilt(node.kwargs, get)
         match node.op:
             case "get_attr":
-                result: Any = self.module
+                result: Any = module
                 for name in str(node.target).split("."):
                     result = getattr(result, name)
             case "call_module":
-                result = self.module.get_submodule(str(node.target))(*args, **kwargs)
+                result = module.get_submodule(str(node.target))(*args, **kwargs)
             case "call_method":
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             case _:
                 assert callable(node.target)
                 result = node.target(*args, **kwargs)
         if step.target is None:
-            env[node] = result
+            self.env[node] = result
         else:
-            step.target.tensor(self.arena, result.ndim).copy_(result)
+            step.target.tensor(self.memory, result.ndim).copy_(result)

@@ -6,16 +6,18 @@ nodes by calls of the modules in `senet.inference.modules` and says so in the re
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.models.residual import PaddedShortcut
-from senet.nn.block import SqueezeExcitation
+from senet.nn.block import GlobalSqueeze, SqueezeExcitation
 
 RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
 ADDS = (operator.add, operator.iadd, torch.add)
@@ -24,7 +26,25 @@ DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Iden
 
 
 class Tracer(fx.Tracer):
-    """Follows a model down to PyTorch's own modules and SE blocks."""
+    """Follows a model down to PyTorch's own modules and SE blocks.
+
+    What a model returns keeps its kind: fx itself takes an OrderedDict, or a dataclass that is one,
+    for a plain dict, and returns its own immutable lists inside of named tuples.
+    """
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands in the graph for an argument."""
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self.create_node("call_function", type(a), tuple(map(self.create_arg, a)), {})
+        kind: type = type(a)
+        plain_dicts = (dict, fx.immutable_collections.immutable_dict)
+        if not isinstance(a, dict) or kind in plain_dicts:
+            return super().create_arg(a)
+        if dataclasses.is_dataclass(kind):
+            given = {f.name: getattr(a, f.name) for f in dataclasses.fields(kind) if f.init}
+            kwargs = {name: self.create_arg(value) for name, value in given.items()}
+            return self.create_node("call_function", kind, (), kwargs)
+        return self.create_node("call_function", kind, (super().create_arg(dict(a)),), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph calls m and does not look into it."""
@@ -40,6 +60,7 @@ class Rewriter:
 
     Attributes:
         fused: for each rewrite the module that it starts from, and what was done.
+        left: SE blocks that stay as they are, and why.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,6 +70,7 @@ class Rewriter:
             node.type = None  # annotations of shapes cannot be pickled
         self.module = fx.GraphModule(model, self.graph)
         self.fused: list[tuple[str, str]] = []
+        self.left: list[tuple[str, str]] = []
         self.origin: dict[fx.Node, str] = {}
 
     def run(self) -> fx.GraphModule:
@@ -124,7 +146,7 @@ class Rewriter:
 
     def _fold_batch_norms(self, node: fx.Node) -> None:
         module = self.called(node)
-        if isinstance(module, nn.Conv2d) and plain_conv(module):
+        if isinstance(module, nn.Conv2d) and plain(module) and plain_conv(module):
             follower = next(iter(node.users), None)
             bn = foldable(self.called(follower)) if self.single_use(node) else None
             new = self.insert(FusedConv(module, bn), node, node.args, str(node.target))
@@ -155,7 +177,9 @@ class Rewriter:
         se = self.called(node)
         if not isinstance(se, SqueezeExcitation) or len(node.args) != 1 or node.kwargs:
             return
-        if se.squeeze.method != "avg" or se.dims != 2:
+        why_not = obstacle(se)
+        if why_not is not None:
+            self.left.append((str(node.target), why_not))
             return
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -199,6 +223,33 @@ class Rewriter:
             return
 
 
+def obstacle(se: SqueezeExcitation) -> str | None:
+    """Why the gates of an SE block cannot be computed from its weights, or None if they can."""
+    if se.dims != 2:
+        return f"it takes {se.dims} spatial dimensions"
+    squeeze: nn.Module = se.squeeze
+    if not isinstance(squeeze, GlobalSqueeze):
+        return f"its squeeze is a {type(squeeze).__name__}"
+    if squeeze.method != "avg":
+        return f"squeeze={squeeze.method!r}"
+    for name in ("fc1", "fc2"):
+        layer = getattr(se, name)
+        if not plain(layer):
+            return f"its {name} is a {type(layer).__name__}"
+    return None
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a layer computes what its name says: PyTorch's own class, not one derived from it.
+
+    Parametrized layers are of a class of their own, but differ in where the weights come from only.
+    """
+    kind: type = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]
+    return kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+
+
 def plain_conv(conv: nn.Conv2d) -> bool:
     """Whether a convolution pads with zeros, and by numbers."""
     return not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
@@ -206,7 +257,7 @@ def plain_conv(conv: nn.Conv2d) -> bool:
 
 def foldable(module: nn.Module | None) -> nn.BatchNorm2d | None:
     """The module if it is a batch norm with running statistics."""
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+    if isinstance(module, nn.BatchNorm2d) and plain(module) and module.running_mean is not None:
         return module
     return None
 

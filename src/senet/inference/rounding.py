@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from senet.inference.outputs import tensors
+
 # How much further off than the network's own rounding a result may be.
 _FACTOR = 10
 
@@ -17,17 +19,15 @@ def difference(found: Any, wanted: Any) -> float:
     """Largest difference of two outputs, relative to the largest number in the second.
 
     Args:
-        found: tensors in any nesting of containers.
+        found: tensors in any nesting of containers, see `senet.inference.outputs.tensors`.
         wanted: the same nesting.
 
     Returns:
         inf if anything is not finite.
     """
-    first, second = torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(wanted)
-    assert len(first) == len(second)
     worst = 0.0
-    for x, y in zip(first, second, strict=True):
-        if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
+    for x, y in zip(tensors(found), tensors(wanted), strict=True):
+        if y.is_floating_point() and y.numel():
             scale = max(float(y.abs().max()), torch.finfo(y.dtype).tiny)
             found = float((x - y).abs().max()) / scale
             worst = max(worst, found) if math.isfinite(found) else math.inf
@@ -51,6 +51,5 @@ def allowed(model: nn.Module, x: Tensor, wanted: Any, tolerance: float) -> float
         `tolerance`, or ten times the network's own distance from float64 where that is more.
     """
     exact = copy.deepcopy(model).cpu().double()(x.cpu().double())
-    on_cpu = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.cpu().double(), wanted)
-    own = difference(on_cpu, exact)
+    own = difference([t.cpu().double() for t in tensors(wanted)], exact)
     return max(tolerance, _FACTOR * own) if math.isfinite(own) else tolerance

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from senet.inference import kernels
+from senet.kernels.structs import Limit
 
 # Bytes of inputs that a task reads again for each panel of weights: half of a small L2 cache.
 _BLOCK_BYTES = 256 << 10
@@ -20,7 +21,6 @@ _PATCH_BYTES = 384 << 10
 _SHARED_BYTES = 1 << 20
 # Tasks for each thread, so that one that is held up leaves its rest to the other ones.
 _TASKS = 4
-MAX_WINOGRAD_CHANNELS = 8192
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Geometry:
         return (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
 
     def fields(self) -> dict[str, int]:
-        """As fields of `kernels.Step`."""
+        """As fields of a `Step`."""
         pairs = {
             "kernel": self.kernel,
             "stride": self.stride,
@@ -68,7 +68,7 @@ class Geometry:
 
 
 def row_stride(width: int) -> int:
-    """Floats between rows of scratch maps, `row_stride` of kernels.cpp."""
+    """Floats between rows of scratch maps, `row_stride` of geometry.h."""
     return (width + 15) // 32 * 32 + 16
 
 
@@ -79,7 +79,7 @@ def whole_tiles(rows: float) -> int:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Rows and panels of a task, and the scratch floats that it needs."""
+    """Rows (Winograd: tiles) and panels of a task, and the scratch floats that it needs."""
 
     rows: int
     panels: int
@@ -115,7 +115,7 @@ def winograd_tile(geometry: Geometry, C: int, OC: int, H: int, W: int) -> int:
     """Outputs along the side of a Winograd tile; 0 where the direct way is better."""
     if geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
         return 0
-    if geometry.groups != 1 or not 16 <= C <= MAX_WINOGRAD_CHANNELS or OC < 16:
+    if geometry.groups != 1 or not 16 <= C <= Limit.CHANNELS or OC < 16:
         return 0
     height, width = geometry.output(H, W)
     cost = {}
@@ -128,7 +128,7 @@ def winograd_tile(geometry: Geometry, C: int, OC: int, H: int, W: int) -> int:
 
 def narrow_groups(geometry: Geometry, C: int, OC: int) -> bool:
     """Whether a 3×3 convolution's groups are narrower than a vector."""
-    if geometry.kernel != (3, 3) or geometry.dilation != (1, 1) or OC != C:
+    if geometry.kernel != (3, 3) or geometry.dilation != (1, 1) or OC != C or C > Limit.CHANNELS:
         return False
     lanes = kernels.PANEL // 2
     width = C // geometry.groups

@@ -1,43 +1,115 @@
-"""What each node of a graph gives, without computing anything."""
+"""What each node of a graph gives, without computing anything and without touching its weights."""
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.schedule import Geometry
+
+
+def outline(module: fx.GraphModule) -> nn.Module:
+    """A copy of what a graph calls, whose parameters and buffers have shapes but no data.
+
+    The graph module itself is only read, so that other threads can go on running it.
+    """
+    held = [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {id(tensor): _without_data(tensor) for tensor in held}
+    empty = nn.Module()
+    for kind in ("_parameters", "_buffers", "_modules"):
+        setattr(empty, kind, copy.deepcopy(getattr(module, kind), memo))
+    return empty
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return copy.deepcopy(tensor)  # a class that need not know tensors without data
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+
 
 class _Keeping(fx.Interpreter):
-    """Keeps what each node gives."""
+    """Runs a graph on tensors without data and keeps what each node gives."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, empty: nn.Module, module: fx.GraphModule) -> None:
+        super().__init__(empty, graph=module.graph)
+        self.real = module
         self.results: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except (NotImplementedError, RuntimeError):
+            # Quantized layers and the like have no form without data.
+            result = self._run_on_zeros(n)
         self.results[n] = result
         return result
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a module gives; of those that a rewrite has made it is known beforehand."""
+        module = self.fetch_attr(target)
+        shape = None if kwargs else known_shape(module, *args)
+        if shape is not None:
+            return args[0].new_empty(shape)
+        return super().call_module(target, args, kwargs)
 
-class _Shapes(nn.Module):
-    """Returns what each node of a graph gives."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def forward(self, x: Tensor) -> dict[fx.Node, Any]:
-        interpreter = _Keeping(self.graph)
-        interpreter.run(x)
-        return interpreter.results
+    def _run_on_zeros(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _zeros, (args, kwargs))
+        if n.op == "call_module":
+            result = self.real.get_submodule(str(n.target))(*args, **kwargs)
+        else:
+            result = getattr(self, n.op)(n.target, args, kwargs)
+        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), result)
 
 
-def traced_results(module: fx.GraphModule, x: Tensor) -> dict[fx.Node, Any]:
-    """What each node gives for an input like x, as tensors without data."""
-    shapes = _Shapes(module)
-    held = dict(shapes.named_parameters()) | dict(shapes.named_buffers())
-    empty = {name: tensor.to("meta") for name, tensor in held.items()}
+def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...] | None:
+    """The shape that a module of a rewritten graph gives; None where running it must tell.
+
+    Args:
+        module: the module.
+        x: its first argument.
+        *rest: the others: gates, which change no shape, and a shortcut.
+    """
+    shape: tuple[int, ...] | None = None
+    match module:
+        case FusedConv() if x.ndim == 4 and x.shape[1] == module.weight.shape[1] * module.groups:
+            kernel = (module.weight.shape[2], module.weight.shape[3])
+            geometry = Geometry(kernel, module.stride, module.padding, module.dilation)
+            height, width = geometry.output(x.shape[2], x.shape[3])
+            shape = (x.shape[0], len(module.weight), height, width)
+        case Pointwise():
+            channels = None if module.scale is None else len(module.scale)
+            if channels is None or (x.ndim == 4 and x.shape[1] == channels):
+                shape = tuple(x.shape)
+        case SqueezeGate():
+            taps = 1 if module.geometry is None else math.prod(module.geometry[0])
+            if x.ndim == 4 and module.weight1.shape[1] == taps * x.shape[1]:
+                shape = (x.shape[0], len(module.weight2))
+    shortcut = rest[1] if len(rest) > 1 else None
+    if shape is None or min(shape) < 1 or (shortcut is not None and shortcut.shape != shape):
+        return None
+    return shape
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, device="cpu")
+
+
+def traced_results(module: fx.GraphModule, empty: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
+    """What each node gives for an input like x, as tensors without data.
+
+    Args:
+        module: the graph.
+        empty: its `outline`.
+        x: an input.
+    """
+    keeping = _Keeping(empty, module)
     with torch.no_grad():
-        return torch.func.functional_call(shapes, empty, (x.to("meta"),))
+        keeping.run(x.to("meta"))
+    return keeping.results

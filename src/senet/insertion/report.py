@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.table import Table
 from torch import Tensor, nn
 
 from senet.errors import UserError
@@ -99,25 +98,6 @@ class InsertionReport:
                 f"{'it' if different[0] in own else 'the model'} ({len(different)} keys differ)"
             )
         model.load_state_dict(state, strict=False)
-
-    def table(self) -> Table:
-        """The places as a table for a terminal."""
-        table = Table()
-        for name in ("module", "kind"):
-            table.add_column(name)
-        for name in ("stage", "channels", "hidden", "parameters", "multiply-adds"):
-            table.add_column(name, justify="right")
-        for place in self.places:
-            table.add_row(
-                place.module,
-                place.kind,
-                "" if place.stage is None else str(place.stage),
-                f"{place.channels:,}",
-                f"{place.hidden:,}",
-                f"{place.parameters:,}",
-                f"{place.multiply_adds:,}",
-            )
-        return table
 
     def summary(self) -> str:
         """One sentence."""

@@ -112,7 +112,6 @@ class BNInception(Network):
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

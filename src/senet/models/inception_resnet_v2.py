@@ -90,7 +90,6 @@ class ResidualMixed(nn.Module):
         self.se: SqueezeExcitation | None = None if se is None else se.block(channels)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Same shape."""
         outputs = [getattr(self, f"branch{index}")(x) for index in range(self.count)]
         out = self.conv2d(torch.cat(outputs, 1))
         out = torch.add(x, out if self.se is None else self.se(out), alpha=self.scale)
@@ -201,7 +200,6 @@ class InceptionResNetV2(Network):
         return max_pool_half(x)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.classif(self.dropout(torch.flatten(self.avgpool(x), 1)))
 
 

@@ -200,7 +200,6 @@ class InceptionV3(Network):
         return max_pool_half(x)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
 
     def forward_with_aux(

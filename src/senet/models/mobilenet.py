@@ -100,7 +100,6 @@ class MobileNet(Network):
         return bn_relu(self.conv1(x), self.bn1)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

@@ -6,12 +6,11 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from senet.models import Network, entry
-from senet.models.cards import cards
+from senet.models.cards import Card, cards
 from senet.models.cost import count_parameters, meta_model
 from senet.models.inception_resnet_v2 import ResidualMixed
 from senet.models.registry import SE_OPTIONS
@@ -105,43 +104,48 @@ def _adds(module: nn.Module) -> bool:
     return isinstance(module, ResidualBlock | ResidualMixed)
 
 
-def agrees(value: float, printed: str) -> bool:
-    """Whether `value` rounds to the number that the paper prints."""
-    digits = len(printed.partition(".")[2])
-    return f"{value:.{digits}f}" == printed
+@dataclass(frozen=True)
+class PaperRow:
+    """A network of the paper and its SE twin, as printed and recounted.
+
+    Attributes:
+        network: the plain card's name.
+        plain: errors in %, GFLOPs and parameters (millions) as printed, with ours behind each.
+        se: the same of the twin.
+    """
+
+    network: str
+    plain: tuple[str, ...]
+    se: tuple[str, ...]
 
 
-def paper_table() -> Table:
+def paper_rows() -> list[PaperRow]:
     """Tables 2 and 3 of the paper from the cards, with our recomputed counts beside them."""
-    table = Table(title="ImageNet, tables 2 and 3 of arXiv 1709.01507", title_justify="left")
-    table.add_column("network", no_wrap=True)
-    for kind in ("plain", "SE"):
-        for column in ("top-1", "top-5", "GFLOPs", "ours", "params", "ours"):
-            header = f"{kind} {column}" if column == "top-1" else column
-            table.add_column(header, justify="right")
+    found = []
     for card in cards().values():
-        if card.source not in ("table 2", "table 3") or entry(card.network).se:
-            continue
-        row = [card.name]
-        for each in (card, cards()[entry(card.network).twin]):
-            counts = recount(each.name)
-            error = next(result for result in each.results if result.source == each.source)
-            row += [
-                f"{error.top1:.2f}",
-                f"{error.top5:.2f}",
-                each.paper_gflops or "",
-                f"{counts.published_multiply_adds / 1e9:.3f}",
-                each.paper_parameters or "",
-                f"{counts.published_parameters / 1e6:.1f}",
-            ]
-        table.add_row(*row)
-    differing = {card.why for card in cards().values() if card.why and card.source == "table 2"}
-    table.caption = (
-        "errors in % as published; GFLOPs are thousand millions of multiply-adds, parameters in "
-        "millions with running statistics, counted as the paper does"
-        + "".join(f"\n{why}" for why in sorted(differing) if not why.startswith("As "))
+        if card.source in ("table 2", "table 3") and not entry(card.network).se:
+            twin = cards()[entry(card.network).twin]
+            found.append(PaperRow(card.name, _printed_and_ours(card), _printed_and_ours(twin)))
+    return found
+
+
+def _printed_and_ours(card: Card) -> tuple[str, ...]:
+    counts = recount(card.name)
+    error = next(result for result in card.results if result.source == card.source)
+    return (
+        f"{error.top1:.2f}",
+        f"{error.top5:.2f}",
+        card.paper_gflops or "",
+        f"{counts.published_multiply_adds / 1e9:.3f}",
+        card.paper_parameters or "",
+        f"{counts.published_parameters / 1e6:.1f}",
     )
-    return table
+
+
+def paper_differences() -> list[str]:
+    """Why a recomputed count of table 2 differs from the printed one."""
+    differing = {card.why for card in cards().values() if card.why and card.source == "table 2"}
+    return [why for why in sorted(differing) if not why.startswith("As ")]
 
 
 def stage_counts(
@@ -180,7 +184,26 @@ def stage_counts(
     return {part: (parameters[part], multiply_adds[part]) for part in multiply_adds}
 
 
-def stage_table(name: str, input_size: tuple[int, ...] | None = None, **options: Any) -> Table:
+@dataclass(frozen=True)
+class StageCost:
+    """What a part of a network costs.
+
+    Attributes:
+        part: stem, a stage, or classifier.
+        parameters: of the part.
+        multiply_adds: of the part, of one image.
+        se: parameters and multiply-adds that SE adds; None for a network without SE.
+    """
+
+    part: str
+    parameters: int
+    multiply_adds: int
+    se: tuple[int, int] | None
+
+
+def stage_costs(
+    name: str, input_size: tuple[int, ...] | None = None, **options: Any
+) -> tuple[StageCost, ...]:
     """Parameters and multiply-adds of a network by stage; with SE, what SE adds to each.
 
     Args:
@@ -192,23 +215,15 @@ def stage_table(name: str, input_size: tuple[int, ...] | None = None, **options:
         UserError: unknown name or option.
     """
     counts = stage_counts(meta_model(name, **options), input_size)
-    plain = counts
-    if entry(name).se:
-        own = {key: value for key, value in options.items() if key not in SE_OPTIONS}
-        if own.get("variant") == "cadene":
-            own["variant"] = "caffe"  # cadene is caffe with another ReLU before SE
-        plain = stage_counts(meta_model(entry(name).twin, **own), input_size)
-    table = Table(title=f"{name} by stage", title_justify="left")
-    table.add_column("part")
-    columns = ["parameters", "multiply-adds"]
-    columns += ["SE adds parameters", "SE adds multiply-adds"] if entry(name).se else []
-    for column in columns:
-        table.add_column(column, justify="right")
-    total = [0, 0, 0, 0]
-    for part, (parameters, products) in counts.items():
-        row = [parameters, products, parameters - plain[part][0], products - plain[part][1]]
-        total = [a + b for a, b in zip(total, row, strict=True)]
-        table.add_row(part, *(f"{value:,}" for value in row[: len(columns)]))
-    table.add_section()
-    table.add_row("all", *(f"{value:,}" for value in total[: len(columns)]))
-    return table
+    if not entry(name).se:
+        return tuple(StageCost(part, *costs, None) for part, costs in counts.items())
+    own = {key: value for key, value in options.items() if key not in SE_OPTIONS}
+    if own.get("variant") == "cadene":
+        own["variant"] = "caffe"  # cadene is caffe with another ReLU before SE
+    plain = stage_counts(meta_model(entry(name).twin, **own), input_size)
+    return tuple(
+        StageCost(
+            part, parameters, products, (parameters - plain[part][0], products - plain[part][1])
+        )
+        for part, (parameters, products) in counts.items()
+    )

@@ -178,14 +178,12 @@ class ResNet(Network):
         )
 
     def forward_stage(self, stage: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
-        """The output of `stage` for the output x of the stage before."""
         x = super().forward_stage(stage, x)
         if self.norm is not None and stage == max(self.stages):
             return bn_relu(x, self.norm)
         return x
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
 
 

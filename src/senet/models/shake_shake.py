@@ -93,7 +93,6 @@ class ShakeBranch(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
-        """The branch of the activated input x."""
         x = self.conv2(bn_relu(self.conv1(x), self.bn1))
         if self.conv3 is not None and self.bn2 is not None:
             x = self.conv3(bn_relu(x, self.bn2))
@@ -190,12 +189,10 @@ class ShakeShake(Network):
         return self.bn1(self.conv1(x))
 
     def forward_stage(self, stage: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
-        """The output of `stage` for the output x of the stage before."""
         x = super().forward_stage(stage, x)
         return torch.relu(x) if stage == max(self.stages) else x
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

@@ -118,7 +118,6 @@ class VGG(Network):
         return self.features[indices[-1]](x)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
         return self.classifier(torch.flatten(self.avgpool(x), 1))
 
 

@@ -88,7 +88,6 @@ class GlobalSqueeze(nn.Module):
         return torch.where(mask.sum(positions, keepdim=True) > 0, highest, 0)
 
     def extra_repr(self) -> str:
-        """The method, as `print(model)` shows it."""
         return self.method
 
 
@@ -217,7 +216,6 @@ class SqueezeExcitation(nn.Module):
                 raise ValueError(f"mask must have shape {wanted_mask}, got {tuple(mask.shape)}")
 
     def extra_repr(self) -> str:
-        """Channels and hidden width, as `print(model)` shows them."""
         return f"channels={self.channels}, hidden={self.hidden}"
 
 

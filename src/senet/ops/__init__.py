@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from senet import kernels
 from senet.errors import UserError
 from senet.ops import algebra, checks, cpu, join, join_operators, operators, reference, triton
 from senet.ops.operators import recomputed
@@ -65,12 +66,12 @@ class Implementation:
 
 def implementations() -> dict[str, Implementation]:
     """Which implementations are available here, and why the others are not."""
-    isa = cpu.instruction_set()
-    reason = cpu.MISSING or f"C++ kernels for {isa}"
+    isa = kernels.instruction_set()
+    reason = kernels.MISSING or f"C++ kernels for {isa}"
     return {
         "reference": Implementation("reference", True, "plain PyTorch, any device"),
         "algebra": Implementation("algebra", True, "closed-form PyTorch, any device"),
-        "cpu": Implementation("cpu", not cpu.MISSING, reason),
+        "cpu": Implementation("cpu", not kernels.MISSING, reason),
         "triton": Implementation(
             "triton", not triton.missing(), triton.missing() or triton.description()
         ),
@@ -80,8 +81,8 @@ def implementations() -> dict[str, Implementation]:
 def _checked(name: str, source: str) -> str:
     if name not in _NAMES:
         raise UserError(f"{source} is {name!r}; choose one of {', '.join(_NAMES)}")
-    if name == "cpu" and cpu.MISSING:
-        raise UserError(f"{source} is 'cpu', which is not available: {cpu.MISSING}")
+    if name == "cpu" and kernels.MISSING:
+        raise UserError(f"{source} is 'cpu', which is not available: {kernels.MISSING}")
     if name == "triton" and (why_not := triton.missing()):
         raise UserError(f"{source} is 'triton', which is not available: {why_not}")
     triton.requested = name == "triton"
@@ -125,7 +126,7 @@ def _warn_missing_kernels() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"senet runs without its C++ kernels, several times slower: {cpu.MISSING}. "
+            f"senet runs without its C++ kernels, several times slower: {kernels.MISSING}. "
             'senet.ops.use("algebra") or SENET_OPS=algebra silences this',
             stacklevel=4,
         )
@@ -140,13 +141,13 @@ def _resolve(x: Tensor) -> str:
     if _implementation == "auto":
         on_gpu = x.device.type == "cuda"
         why_not = triton.unsupported(x) if on_gpu else cpu.unsupported(x)
-        if why_not == cpu.MISSING != "" and x.device.type == "cpu" and not compiling:
+        if why_not == kernels.MISSING != "" and x.device.type == "cpu" and not compiling:
             _warn_missing_kernels()
         if not compiling and torch._C._functorch.peek_interpreter_stack():
             why_not = why_not or "torch.func transforms cannot look into the kernels"
         return "algebra" if why_not else "triton" if on_gpu else "cpu"
-    kernels = {"cpu": cpu, "triton": triton}.get(_implementation)
-    if kernels is not None and (why_not := kernels.unsupported(x)):
+    fast = {"cpu": cpu, "triton": triton}.get(_implementation)
+    if fast is not None and (why_not := fast.unsupported(x)):
         raise UserError(f'{why_not}; use senet.ops.use("auto") or "algebra"')
     return _implementation
 

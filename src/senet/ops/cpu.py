@@ -1,18 +1,22 @@
-"""The C++ kernels of cpu.cpp behind the signatures of `senet.ops.algebra`, and their loader."""
+"""The C++ kernels of the tail behind the signatures of `senet.ops.algebra`."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import struct
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from senet.errors import UserError
+from senet import kernels
+from senet.kernels.structs import (
+    Gate,
+    JoinArguments,
+    JoinBranch,
+    Normalization,
+    Shortcut,
+    TailArguments,
+    packer,
+)
 from senet.ops.algebra import (
     TailOutput,
     dense,
@@ -22,76 +26,24 @@ from senet.ops.algebra import (
 )
 from senet.ops.reference import GATES, accumulator
 
-ISAS = ("avx512", "avx2", "baseline")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 ACCUMULATORS = {dtype: accumulator(dtype) for dtype in STORAGE}
-_NORMALIZATIONS = {"none": 0, "running": 1, "batch": 2, "given": 3}
-GATE_NUMBERS = {name: index for index, name in enumerate(GATES)}
+_NORMALIZATIONS = {kind.name.lower(): int(kind) for kind in Normalization}
+_NONE, _PLAIN, _NORMALIZED = map(int, Shortcut)
+GATE_NUMBERS = {name: int(Gate[name.upper()]) for name in GATES}
 
-
-# TailArguments of cpu_types.h: sizes and options, two NormArguments, addresses. Packed in one call,
-# because on small maps the time of the arguments is that of the kernel.
-_BLOCK = struct.Struct("=10q 4q2d 4q2d 11q 11q")
-# JoinArguments and JoinBranch
-JOIN_BLOCK = struct.Struct("=8q 4q 5q 5q")
-JOIN_BRANCH = struct.Struct("=2q 4q2d 4q")
+# Each packed in one call, because on small maps the time of the arguments is that of the kernel.
+_BLOCK = packer(TailArguments)
+JOIN_BLOCK = packer(JoinArguments)
+JOIN_BRANCH = packer(JoinBranch)
 _NO_NORM = (0, 0, 0, 0, 0.0, 0.0)
 _NO_BACKWARD = (0,) * 11
 
 
-def _loaded_openmp() -> str | None:
-    """Path of the OpenMP runtime that PyTorch has loaded into this process."""
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        pattern = re.compile(r"\S*/lib(?:gomp|iomp5|omp)[^/]*\.so\S*$")
-        for line in maps.read_text().splitlines():
-            if found := pattern.search(line):
-                return found.group()
-    beside = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
-    return str(beside[0]) if beside else None
-
-
-def _load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The kernels' library in `folder` and an empty text, or None and why there is none."""
-    remedy = (
-        "install a C++17 compiler with OpenMP (Debian, Ubuntu: apt install g++) and reinstall with "
-        "`pip install --force-reinstall --no-deps senet` (in a checkout: `pip install -e .`)"
-    )
-    found = sorted(folder.glob("_cpu*.so"))
-    if not found:
-        return None, f"the C++ kernels were not built; {remedy}"
-    openmp = _loaded_openmp()
-    if openmp is None:
-        return None, "PyTorch has loaded no OpenMP runtime; install a PyTorch built with OpenMP"
-    try:
-        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        return None, f"{found[0].name} does not load ({error}); {remedy}"
-    library.senet_arguments_size.restype = ctypes.c_int64
-    library.senet_isa.restype = ctypes.c_char_p
-    if library.senet_arguments_size() != _BLOCK.size + JOIN_BLOCK.size + JOIN_BRANCH.size:
-        return None, f"{found[0].name} is of another version of senet; {remedy}"
-    for name in ("tail_forward", "tail_backward", "join_forward", "join_backward"):
-        getattr(library, f"senet_{name}").argtypes = (ctypes.c_int, ctypes.c_char_p)
-    wanted = os.environ.get("SENET_ISA", "")
-    if wanted and wanted not in ISAS:
-        raise UserError(f"SENET_ISA is {wanted!r}; set it to one of {', '.join(ISAS)}, or unset it")
-    return library, ""
-
-
-_LIBRARY, MISSING = _load(Path(__file__).parent)
-
-
-def instruction_set() -> str:
-    """What the kernels use on this processor: avx512, avx2 or baseline ("" if not built)."""
-    return "" if _LIBRARY is None else str(_LIBRARY.senet_isa().decode())
-
-
 def unsupported(x: Tensor) -> str:
     """Why the kernels cannot take x; empty if they can."""
-    if _LIBRARY is None:
-        return MISSING
+    if kernels.LIBRARY is None:
+        return kernels.MISSING
     if x.device.type != "cpu":
         return f"the C++ kernels run on the CPU, the input is on {x.device}"
     if x.dtype not in STORAGE:
@@ -147,7 +99,7 @@ def _sizes(
 
 def call(name: str, x: Tensor, arguments: bytes) -> None:
     """Run a kernel of the library for maps of the dtype of x."""
-    if getattr(_LIBRARY, f"senet_{name}")(STORAGE[x.dtype], arguments):
+    if getattr(kernels.LIBRARY, f"senet_{name}")(STORAGE[x.dtype], arguments):
         raise MemoryError("no memory for the partial sums of senet's kernels")
 
 
@@ -190,7 +142,7 @@ def _forward(
             s_eps,
             shortcut_momentum or 0.0,
         )
-    kind = 0 if shortcut is None else 2 if normalize_shortcut else 1
+    kind = _NONE if shortcut is None else _NORMALIZED if normalize_shortcut else _PLAIN
     arguments = _BLOCK.pack(
         *_sizes(x, 0 if w1 is None else w1.shape[0], gate, relu, normalization, kind),
         numbers(weight, dtype, kept),
@@ -324,7 +276,7 @@ def tail_backward(
     if normalize_shortcut:
         weights = (numbers(shortcut_weight, dtype, kept), numbers(shortcut_bias, dtype, kept))
         shortcut_norm = (*weights, 0, 0, 0.0, 0.0)
-    kind = 2 if normalize_shortcut else 1 if relu and y is not None else 0
+    kind = _NORMALIZED if normalize_shortcut else _PLAIN if relu and y is not None else _NONE
     arguments = _BLOCK.pack(
         *_sizes(x, width, gate, relu, normalization, kind),
         numbers(weight, dtype, kept),

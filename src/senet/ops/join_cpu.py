@@ -1,4 +1,4 @@
-"""The C++ kernels of cpu_join.h behind the signatures of `senet.ops.join`."""
+"""The C++ kernels of the join behind the signatures of `senet.ops.join`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: statistics, the table for a terminal, JSON and a page of HTML."""
+"""The report of a comparison: statistics, sentences, JSON and a page of HTML."""
 
 import base64
 import html
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 
 from senet.reports.figures import (
     Gates,
@@ -169,7 +168,7 @@ def cost(comparison: Comparison) -> str:
     )
 
 
-def _rows(comparison: Comparison) -> list[tuple[str, str, str]]:
+def table_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     """Label, plain and SE cell of each line of the table."""
     plain, se = comparison.plain, comparison.se
 
@@ -187,23 +186,13 @@ def _rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     ]
 
 
-def _caption(comparison: Comparison) -> str:
+def caption(comparison: Comparison) -> str:
+    """What the table is of."""
     return (
         f"{comparison.data}, recipe {comparison.recipe}, seeds "
         f"{', '.join(map(str, comparison.seeds))}; after the last epoch, on "
         f"{comparison.validation_images:,} validation images; mean ± sd over the seeds"
     )
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """The comparison as a table for a terminal."""
-    table = Table(caption=_caption(comparison), caption_justify="left")
-    table.add_column("")
-    table.add_column(comparison.plain.name, justify="right")
-    table.add_column(comparison.se.name, justify="right")
-    for row in _rows(comparison):
-        table.add_row(*row)
-    return table
 
 
 def to_json(comparison: Comparison) -> str:
@@ -334,7 +323,7 @@ def _page(comparison: Comparison, pictures: Mapping[str, Mapping[str, bytes]]) -
     plain, se = escape(comparison.plain.name), escape(comparison.se.name)
     rows = "\n".join(
         f'<tr><th scope="row">{escape(label)}</th><td>{escape(a)}</td><td>{escape(b)}</td></tr>'
-        for label, a, b in _rows(comparison)
+        for label, a, b in table_rows(comparison)
     )
     sections = []
     for name, (heading, text) in _descriptions(comparison).items():
@@ -360,7 +349,7 @@ def _page(comparison: Comparison, pictures: Mapping[str, Mapping[str, bytes]]) -
 <h1>{plain} and {se} on {escape(comparison.data)}</h1>
 <p class="verdict">{escape(verdict(comparison))}<br>{escape(cost(comparison))}</p>
 <div class="wide"><table>
-<caption>{escape(_caption(comparison))}</caption>
+<caption>{escape(caption(comparison))}</caption>
 <thead><tr><th></th><th scope="col">{plain}</th><th scope="col">{se}</th></tr></thead>
 <tbody>
 {rows}

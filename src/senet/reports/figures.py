@@ -7,7 +7,7 @@ lines differ in their dashes as well.
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -198,13 +198,10 @@ def gates_per_stage(
         the mean over all classes.
     """
     layers = shown_layers(gates)
-    columns = min(len(layers), 3)
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.5 * columns + 0.6, 2.9 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     count = min(MAX_GATE_CLASSES, len(classes))
     picked = np.unique(np.linspace(0, len(classes) - 1, count).round().astype(int))
-    for axes, name in zip(panels.flat, layers, strict=False):
+
+    def draw(axes: Axes, name: str) -> None:
         values = gates[name]
         channels = np.arange(values.shape[1])
         if neutral is not None:
@@ -231,6 +228,41 @@ def gates_per_stage(
         spread = values.std(axis=0).mean()
         title = f"{name.removesuffix('.se')}\nspread between classes {spread:.3f}"
         axes.set_title(title, fontsize=10.5)
+
+    return _panels(layers, "mean gate", draw)
+
+
+def gates_spread(means: Gates, spreads: Gates, classes: Sequence[str]) -> Figure:
+    """Mean gates of some classes, with the spread within each, in the style of fig. 7 of the paper.
+
+    Args:
+        means: by layer, mean gates (classes, channels).
+        spreads: likewise, their standard deviation over the images of the class.
+        classes: names of the rows, up to six.
+
+    Returns:
+        A panel a layer.
+    """
+
+    def draw(axes: Axes, name: str) -> None:
+        channels = np.arange(means[name].shape[1])
+        for index, (mean, std) in enumerate(zip(means[name], spreads[name], strict=True)):
+            style, label = DASHES[index], classes[index]
+            (line,) = axes.plot(channels, mean, linestyle=style, linewidth=1.4, label=label)
+            axes.fill_between(channels, mean - std, mean + std, alpha=0.2, color=line.get_color())
+        axes.set_title(name.removesuffix(".se"), fontsize=10.5)
+
+    return _panels(list(means), "mean gate ± spread", draw)
+
+
+def _panels(layers: Sequence[str], label: str, draw: Callable[[Axes, str], None]) -> Figure:
+    """A panel a layer over its channels, three in a row, with one legend."""
+    columns = min(len(layers), 3)
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.5 * columns + 0.6, 2.9 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, name in zip(panels.flat, layers, strict=False):
+        draw(axes, name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.margins(x=0.02)
     for axes in panels.flat[len(layers) :]:
@@ -238,7 +270,7 @@ def gates_per_stage(
     for axes in panels[-1]:
         axes.set_xlabel("channel")
     for axes in panels[:, 0]:
-        axes.set_ylabel("mean gate")
+        axes.set_ylabel(label)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
     return figure

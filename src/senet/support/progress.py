@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich import progress as bars
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.console import Console
 from senet.support.text import duration
 
 
-class Progress(Protocol):
+class Progress:
     """Hears of the progress of `train`, `resume` and `evaluate`, in the main process only.
 
     The order of calls: per epoch `begin_epoch`, `step` for each step, `begin_evaluation`,
@@ -41,29 +40,11 @@ class Progress(Protocol):
         """Something that a user should read, in one line."""
 
 
-class Silent:
+class Silent(Progress):
     """A `Progress` that tells nobody."""
 
-    def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Say nothing."""
 
-    def step(self, images: int, loss: float, lr: float) -> None:
-        """Say nothing."""
-
-    def begin_evaluation(self, batches: int) -> None:
-        """Say nothing."""
-
-    def evaluated(self, images: int) -> None:
-        """Say nothing."""
-
-    def end_epoch(self, row: Mapping[str, float]) -> None:
-        """Say nothing."""
-
-    def note(self, message: str) -> None:
-        """Say nothing."""
-
-
-class EpochLines:
+class EpochLines(Progress):
     """Prints a line after each epoch, and notes on standard error; what files and pipes get.
 
     Args:
@@ -78,23 +59,14 @@ class EpochLines:
         self.began = self.stepped = time.monotonic()
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Start the epoch's clock."""
         self.epoch, self.epochs, self.images = epoch, epochs, 0
         self.began = self.stepped = time.monotonic()
 
     def step(self, images: int, loss: float, lr: float) -> None:
-        """Count the images."""
         self.images += images
         self.stepped = time.monotonic()
 
-    def begin_evaluation(self, batches: int) -> None:
-        """Nothing to print."""
-
-    def evaluated(self, images: int) -> None:
-        """Nothing to print."""
-
     def end_epoch(self, row: Mapping[str, float]) -> None:
-        """Print the epoch's results and speed."""
         # Nothing was trained where a run is resumed after the last step of its epoch.
         rate = f"{self.images / max(self.stepped - self.began, 1e-9):.0f} images/s  "
         self.console.print(
@@ -106,7 +78,6 @@ class EpochLines:
         )
 
     def note(self, message: str) -> None:
-        """Print a remark on standard error."""
         print(f"senet: {message}", file=sys.stderr)
 
 
@@ -139,7 +110,6 @@ class EpochBars(EpochLines):
         )
 
     def step(self, images: int, loss: float, lr: float) -> None:
-        """Advance the bar by a step."""
         super().step(images, loss, lr)
         rate = self.images / max(self.stepped - self.began, 1e-9)
         self.bar.update(self.task, advance=1, rate=f"{rate:.0f} images/s, loss {loss:.3f}")
@@ -152,18 +122,15 @@ class EpochBars(EpochLines):
             self.bar.update(self.task, total=batches, description="evaluation")
 
     def evaluated(self, images: int) -> None:
-        """Advance the bar by a batch where there is no training."""
         if not self.epochs:
             self.images += images
             rate = self.images / max(time.monotonic() - self.began, 1e-9)
             self.bar.update(self.task, advance=1, rate=f"{rate:.0f} images/s")
 
     def note(self, message: str) -> None:
-        """Print a remark above the bar."""
         self.bar.console.print(f"senet: {message}", style="yellow", highlight=False)
 
     def close(self) -> None:
-        """Take the bar away."""
         self.bar.remove_task(self.task)
 
 

@@ -1,17 +1,4 @@
-"""Numbers and tables as people read them."""
-
-from rich.console import Console
-from rich.table import Table
-
-PIPE_WIDTH = 200
-
-
-def print_table(table: Table) -> None:
-    """Print a table; in a file or a pipe, which have no width, no column is cut."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
-    console.print(table)
+"""Numbers as people read them."""
 
 
 def duration(seconds: float) -> str:

@@ -179,7 +179,6 @@ class RunConfig:
         return cls(**given)
 
     def to_toml(self, path: str | PathLike[str]) -> None:
-        """Write the run's config.toml."""
         head = "# Reruns exactly: senet train --config THIS_FILE --out NEW_FOLDER\n"
         atomic_write(path, head + tomli_w.dumps(self.to_dict()))
 

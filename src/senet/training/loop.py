@@ -23,7 +23,7 @@ from senet.checkpoint.files import load_training_state, save_checkpoint
 from senet.data import StreamedImages
 from senet.errors import SenetError, UserError
 from senet.support.device import choose_device
-from senet.support.files import atomic_write
+from senet.support.files import atomic_write, sync_folder
 from senet.support.progress import Progress, Silent
 from senet.training.config import CONFIG, RunConfig, flatten
 from senet.training.evaluation import Evaluation, Stopped
@@ -333,10 +333,11 @@ def _make_folder(config: RunConfig) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         temporary.chmod(0o755)
-        config.to_toml(temporary / CONFIG)
         for name in ("checkpoints", "figures", "tensorboard"):
             (temporary / name).mkdir()
+        config.to_toml(temporary / CONFIG)  # last: it makes the names of the others durable too
         temporary.rename(out)
+        sync_folder(out.parent)
     except OSError as error:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)

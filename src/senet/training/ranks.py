@@ -158,7 +158,7 @@ class Watchdog:
         os._exit(1)
 
 
-class RankProgress:
+class RankProgress(Progress):
     """Passes on what a process hears of its progress, to its log and its watchdog too.
 
     Args:
@@ -176,35 +176,28 @@ class RankProgress:
             self.log.write(text)
 
     def hello(self, number: int, processes: int, device: str) -> None:
-        """Log what the process is."""
         self._log(f"rank {number} of {processes} on {device}")
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Log it."""
         self._log(f"epoch {epoch}/{epochs} begins at step {done} of {steps}")
         self.inner.begin_epoch(epoch, epochs, steps, done)
 
     def step(self, images: int, loss: float, lr: float) -> None:
-        """Beat."""
         self.beat()
         self.inner.step(images, loss, lr)
 
     def begin_evaluation(self, batches: int) -> None:
-        """Log it."""
         self._log(f"evaluation of {batches} batches begins")
         self.inner.begin_evaluation(batches)
 
     def evaluated(self, images: int) -> None:
-        """Beat."""
         self.beat()
         self.inner.evaluated(images)
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
-        """Log the epoch's results."""
         self._log(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
         self.inner.end_epoch(row)
 
     def note(self, message: str) -> None:
-        """Log it."""
         self._log(message)
         self.inner.note(message)

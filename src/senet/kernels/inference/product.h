@@ -1,0 +1,153 @@
+// The matrix product under every convolution: rows of maps times a panel of packed weights, with
+// what follows the convolution applied to the accumulators.
+//
+// A panel is [depth][kPanel]: for each input the weights of kPanel outputs. A register tile has
+// kTileRows rows and one panel of columns; a row is a broadcast, so maps are read where they lie.
+#pragma once
+
+#include <utility>
+
+#include "../vector.h"
+#include "geometry.h"
+
+namespace senet {
+namespace {
+
+constexpr int kWidth = kLanes<float>;
+constexpr int kPanel = 2 * kWidth;
+// As many sums as there are registers beside those of a panel and a broadcast.
+constexpr int kTileRows = SENET_VECTOR_BYTES == 64 ? 14 : SENET_VECTOR_BYTES == 32 ? 6 : 5;
+using V = Vector<float, kWidth>;
+
+// What happens to an accumulator: y = activation(gates * (sum + bias) + shortcut). Pointers are those
+// of the tile's first row and the panel's first column; bias and gates may be read for a whole panel.
+struct Epilogue {
+  const float *bias, *gates, *shortcut;
+  float* y;
+  int64_t shortcut_ld, y_ld, columns;  // columns: of the panel that exist
+  bool relu;
+};
+
+template <int kRows, int kVectors>
+SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64_t depth,
+                              V (&sum)[kRows][kVectors]) {
+  // Five pointers and two strides address all rows without spilling.
+  const float* base[(kRows + 2) / 3];
+  for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] = a + 3 * i * lda;
+  const int64_t lda2 = 2 * lda;
+  int64_t k = 0;
+#define SENET_STEP(u)                                                              \
+  {                                                                                \
+    V w[kVectors];                                                                 \
+    SENET_UNROLL(2) for (int v = 0; v < kVectors; ++v) w[v] =              \
+        load<kWidth>(b + (u) * kPanel + v * kWidth);                               \
+    SENET_UNROLL(16) for (int r = 0; r < kRows; ++r) {                     \
+      const float* p = base[r / 3] + (r % 3 == 0 ? 0 : r % 3 == 1 ? lda : lda2);   \
+      const V x = p[u] - V{}; /* folds to a broadcast, unlike a sum with zero */   \
+      SENET_UNROLL(2) for (int v = 0; v < kVectors; ++v) sum[r][v] += x * w[v]; \
+    }                                                                              \
+  }
+  for (; k + 4 <= depth; k += 4) {
+    SENET_STEP(0)
+    SENET_STEP(1)
+    SENET_STEP(2)
+    SENET_STEP(3)
+    b += 4 * kPanel;
+    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] += 4;
+  }
+  for (; k < depth; ++k) {
+    SENET_STEP(0)
+    b += kPanel;
+    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] += 1;
+  }
+#undef SENET_STEP
+}
+
+SENET_INLINE void store_columns(float* to, V v, int64_t columns) {
+  if (columns >= kWidth)
+    std::memcpy(to, &v, sizeof v);
+  else if (columns > 0)
+    std::memcpy(to, &v, size_t(columns) * sizeof(float));
+}
+
+template <int kRows, int kVectors>
+SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
+  SENET_UNROLL(2)
+  for (int v = 0; v < kVectors; ++v) {
+    const V bias = load<kWidth>(e.bias + v * kWidth);
+    SENET_UNROLL(16)
+    for (int r = 0; r < kRows; ++r) sum[r][v] += bias;
+  }
+  if (e.gates) {
+    SENET_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) {
+      const V gate = load<kWidth>(e.gates + v * kWidth);
+      SENET_UNROLL(16)
+      for (int r = 0; r < kRows; ++r) sum[r][v] *= gate;
+    }
+  }
+  if (e.shortcut) {
+    SENET_UNROLL(16)
+    for (int r = 0; r < kRows; ++r)
+      SENET_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] += load<kWidth>(e.shortcut + r * e.shortcut_ld + v * kWidth);
+  }
+  if (e.relu) {
+    SENET_UNROLL(16)
+    for (int r = 0; r < kRows; ++r)
+      SENET_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = relu(sum[r][v]);
+  }
+  if (e.columns >= kVectors * kWidth) {
+    SENET_UNROLL(16)
+    for (int r = 0; r < kRows; ++r)
+      SENET_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v)
+        std::memcpy(e.y + r * e.y_ld + v * kWidth, &sum[r][v], sizeof(V));
+  } else {
+    SENET_UNROLL(16)
+    for (int r = 0; r < kRows; ++r)
+      SENET_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v)
+        store_columns(e.y + r * e.y_ld + v * kWidth, sum[r][v], e.columns - v * kWidth);
+  }
+}
+
+template <int kRows, int kVectors>
+void tile(const float* a, int64_t lda, const float* b, int64_t depth, const Epilogue& e) {
+  V sum[kRows][kVectors];
+  SENET_UNROLL(16)
+  for (int r = 0; r < kRows; ++r)
+    SENET_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = V{};
+  add_product<kRows, kVectors>(a, lda, b, depth, sum);
+  finish<kRows, kVectors>(e, sum);
+}
+
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, const Epilogue&);
+
+template <int kVectors, int... kRows>
+Tile tile_of_rows(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile tiles[] = {tile<kRows + 1, kVectors>...};
+  return tiles[rows - 1];
+}
+
+// Rows [0, rows) of a times one panel, in tiles of nearly equal height.
+inline void panel_product(const float* a, int64_t lda, int64_t rows, const float* b, int64_t depth,
+                          Epilogue e) {
+  using Rows = std::make_integer_sequence<int, kTileRows>;
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t height = rows / tiles, taller = rows % tiles;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t here = height + (i < taller);
+    const Tile run = e.columns > kWidth ? tile_of_rows<2>(here, Rows{}) : tile_of_rows<1>(here, Rows{});
+    run(a, lda, b, depth, e);
+    a += here * lda;
+    e.y += here * e.y_ld;
+    if (e.shortcut) e.shortcut += here * e.shortcut_ld;
+  }
+}
+
+}  // namespace
+}  // namespace senet

@@ -1,0 +1,111 @@
+// Runs the steps of a program one after the other, the tasks of a step on whichever thread is free.
+// Which thread takes a task changes nothing in the result.
+#pragma once
+
+#include "../threads.h"
+#include "convolution.h"
+#include "excitation.h"
+#include "grouped.h"
+#include "passes.h"
+#include "winograd.h"
+
+namespace senet {
+namespace {
+
+int64_t task_count(const Step& s) {
+  switch (s.kind) {
+    case kConvolution:
+      return convolution_tasks(s);
+    case kWinograd:
+    case kWinogradInput:
+      return winograd_tasks(s);
+    case kWinogradProduct:
+      return winograd_product_tasks(s);
+    case kInput:
+      return s.N * s.H;
+    case kSums:
+      return s.N * sum_blocks(s);
+    case kMeans:
+    case kImages:
+      return s.N;
+    case kPointwise:
+      return s.N * ceil_div(s.H * s.W, s.rows);
+    case kExcitation:
+      return excitation_tasks(s);
+    default:  // depthwise and grouped convolution, pooling
+      return s.N * s.OH;
+  }
+}
+
+void run_task(const Step& s, int64_t task, float* scratch);
+
+// The `steps` steps behind this one, for one image: their tasks are in the order of images, as many
+// for each. What one writes is in the cache for the next, and no thread waits between them.
+void images(const Step& s, int64_t image, float* scratch) {
+  for (const Step* step = &s + 1; step <= &s + s.steps; ++step) {
+    const int64_t tasks = task_count(*step) / s.N;
+    for (int64_t t = image * tasks; t < (image + 1) * tasks; ++t) run_task(*step, t, scratch);
+  }
+}
+
+void run_task(const Step& s, int64_t task, float* scratch) {
+  switch (s.kind) {
+    case kConvolution:
+      return convolution(s, task, scratch);
+    case kWinograd:
+      return s.tile == 2 ? winograd<2>(s, task, scratch) : winograd<4>(s, task, scratch);
+    case kWinogradInput:
+      return s.tile == 2 ? winograd_input<2>(s, task) : winograd_input<4>(s, task);
+    case kWinogradProduct:
+      return s.tile == 2 ? winograd_product<2>(s, task, scratch)
+                         : winograd_product<4>(s, task, scratch);
+    case kInput:
+      return read_input(s, task);
+    case kSums:
+      return sums(s, task);
+    case kMeans:
+      return means(s, task, scratch);
+    case kPointwise:
+      return pointwise(s, task);
+    case kExcitation:
+      return excitation(s, task);
+    case kImages:
+      return images(s, task, scratch);
+    case kGrouped:
+      return grouped(s, task);
+    case kDepthwise:
+      return depthwise(s, task);
+    case kMaxPool:
+      return pool<true>(s, task);
+    default:
+      return pool<false>(s, task);
+  }
+}
+
+// A thread that finds no task left waits for the tasks that others still work on, not for the others
+// themselves: one that the operating system has put aside between two tasks holds up nobody.
+SENET_INLINE void wait_until_done(const Step& s, int64_t tasks) {
+  for (int64_t turns = 0; count_done(s.done) < tasks; ++turns) wait_a_little(turns);
+}
+
+void run(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t scratch_size) {
+  for (int64_t i = 0; i < count; ++i) steps[i].next = steps[i].done = 0;
+  parallel(threads, [=](const Member& member) {
+    float* mine = scratch + member.id * scratch_size;
+    for (int64_t i = 0; i < count; ++i) {
+      Step& s = steps[i];
+      const int64_t tasks = task_count(s);
+      for (;;) {
+        const int64_t task = take_number(s.next);
+        if (task >= tasks) break;
+        run_task(s, task, mine);
+        note_done(s.done);
+      }
+      wait_until_done(s, tasks);
+      if (s.kind == kImages) i += s.steps;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace senet

@@ -1,0 +1,98 @@
+// What Python gives the kernels of senet.optimize, a program of steps; structs.py describes the same.
+#pragma once
+
+#include "../layout.h"
+
+namespace senet {
+
+enum Kind {
+  kInput,
+  kConvolution,
+  kWinograd,
+  kWinogradInput,
+  kWinogradProduct,
+  kDepthwise,
+  kMaxPool,
+  kAveragePool,
+  kSums,
+  kMeans,
+  kPointwise,
+  kExcitation,
+  kImages,
+  kGrouped,
+};
+
+// From kFirstGate on it is a gate function, `Gate` of operator/arguments.h.
+enum Activation { kLinear, kPositive, kFirstGate };
+
+// One step of a program. Maps are channels_last: element (n, h, w, c) of x lies at
+// ((n * H + h) * W + w) * x_ld + c, where x_ld >= C. A null pointer means "none".
+struct Step {
+  int64_t kind, next, done;  // next: the first task that no thread has taken; done: tasks finished
+  const float *x, *weights, *bias, *gates, *shortcut;
+  float *y, *patches;  // patches: of a Winograd convolution that transforms all inputs first
+  // Sums over parts of each image, [N][sum_blocks][sums_ld]: of x (kSums), of what a convolution
+  // writes; read by kMeans.
+  float* sums;
+  int64_t x_ld, weights_ld, y_ld, gates_ld, shortcut_ld, sums_ld;
+  int64_t N, H, W, C, OH, OW, OC;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  int64_t activation;
+  int64_t rows, panels, tiles, images;  // of a task, as its kind counts: pixels, panels of weights, …
+  int64_t sum_blocks;                   // parts that an image's sums are in
+  int64_t steps;                        // behind a kImages, which runs them
+  int64_t counts_padding;               // whether padding counts in an average
+  int64_t tile;                         // outputs of a Winograd tile along one side
+  int64_t strides[4];                   // of the network's input along n, c, h, w
+};
+
+namespace {
+
+// Channels of a map that is read beyond its edges; wider ones take other steps.
+constexpr int64_t kMaxChannels = 8192;
+
+#define FIELD(name) SENET_FIELD(Step, name)
+constexpr Field kStepFields[] = {
+    FIELD(kind), FIELD(next), FIELD(done),
+    FIELD(x), FIELD(weights), FIELD(bias), FIELD(gates), FIELD(shortcut),
+    FIELD(y), FIELD(patches), FIELD(sums),
+    FIELD(x_ld), FIELD(weights_ld), FIELD(y_ld), FIELD(gates_ld), FIELD(shortcut_ld), FIELD(sums_ld),
+    FIELD(N), FIELD(H), FIELD(W), FIELD(C), FIELD(OH), FIELD(OW), FIELD(OC),
+    FIELD(kernel_h), FIELD(kernel_w), FIELD(stride_h), FIELD(stride_w), FIELD(pad_h), FIELD(pad_w),
+    FIELD(dilation_h), FIELD(dilation_w), FIELD(groups), FIELD(activation),
+    FIELD(rows), FIELD(panels), FIELD(tiles), FIELD(images),
+    FIELD(sum_blocks), FIELD(steps), FIELD(counts_padding), FIELD(tile), FIELD(strides),
+};
+static_assert(covers(kStepFields, sizeof(Step)));
+#undef FIELD
+
+constexpr Constant kInferenceConstants[] = {
+    {"Kind", "INPUT", kInput},
+    {"Kind", "CONVOLUTION", kConvolution},
+    {"Kind", "WINOGRAD", kWinograd},
+    {"Kind", "WINOGRAD_INPUT", kWinogradInput},
+    {"Kind", "WINOGRAD_PRODUCT", kWinogradProduct},
+    {"Kind", "DEPTHWISE", kDepthwise},
+    {"Kind", "MAX_POOL", kMaxPool},
+    {"Kind", "AVERAGE_POOL", kAveragePool},
+    {"Kind", "SUMS", kSums},
+    {"Kind", "MEANS", kMeans},
+    {"Kind", "POINTWISE", kPointwise},
+    {"Kind", "EXCITATION", kExcitation},
+    {"Kind", "IMAGES", kImages},
+    {"Kind", "GROUPED", kGrouped},
+    {"Activation", "LINEAR", kLinear},
+    {"Activation", "RELU", kPositive},
+    {"Activation", "FIRST_GATE", kFirstGate},
+    {"Limit", "CHANNELS", kMaxChannels},
+};
+
+}  // namespace
+
+// The kernels of one instruction set; `run` is senet_run of dispatch.cpp.
+struct InferenceKernels {
+  int64_t panel, tile_rows;  // output channels of a weight panel, rows of a register tile
+  void (*run)(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t scratch_size);
+};
+
+}  // namespace senet

@@ -1,0 +1,115 @@
+// What Python gives the operator's kernels; structs.py describes the same.
+#pragma once
+
+#include "../layout.h"
+
+namespace senet {
+
+enum Gate { kSigmoid, kTanh, kRelu, kHardSigmoid, kIdentitySigmoid };
+// Given: as an earlier forward pass left them in `statistics`; forward only.
+enum Normalization { kNone, kRunningStatistics, kBatchStatistics, kGivenStatistics };
+enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
+
+// In batch mode the running statistics, where given, move by `momentum` towards the batch's.
+struct NormArguments {
+  const void *weight, *bias;
+  void *running_mean, *running_var;
+  double eps, momentum;
+};
+
+struct TailArguments {
+  int64_t N, C, P, H;  // images, channels, pixels, hidden width of the gate (0: no gate)
+  int64_t channels_last, threads, gate, relu, normalization, shortcut_kind;
+  NormArguments norm, shortcut_norm;
+  const void *x, *shortcut, *w1, *b1, *w2, *b2;
+  void *y, *statistics, *squeezed, *hidden, *gates;
+  // backward only; a null output is not wanted
+  const void* gradient;
+  void *dx, *dshortcut, *dweight, *dbias, *dshortcut_weight, *dshortcut_bias;
+  void *dw1, *db1, *dw2, *db2;
+};
+
+// One input of a join: a map of C channels. kNone: it goes in as it is; else through norm and relu.
+struct JoinBranch {
+  int64_t C, normalization;
+  NormArguments norm;
+  const void* x;
+  void *dx, *dweight, *dbias;  // backward only; a null output is not wanted
+};
+
+// Followed in memory by its branches. statistics has rows mean, inv_std, var, scale, shift.
+struct JoinArguments {
+  int64_t N, C, P, H, branches;  // C: of all branches together
+  int64_t channels_last, threads, gate;
+  const void *w1, *b1, *w2, *b2;
+  void *y, *statistics, *squeezed, *hidden, *gates;
+  const void* gradient;  // backward only
+  void *dw1, *db1, *dw2, *db2;
+};
+
+namespace {
+
+#define FIELD(name) SENET_FIELD(NormArguments, name)
+constexpr Field kNormFields[] = {
+    FIELD(weight), FIELD(bias), FIELD(running_mean), FIELD(running_var), FIELD(eps), FIELD(momentum),
+};
+static_assert(covers(kNormFields, sizeof(NormArguments)));
+#undef FIELD
+
+#define FIELD(name) SENET_FIELD(TailArguments, name)
+constexpr Field kTailFields[] = {
+    FIELD(N), FIELD(C), FIELD(P), FIELD(H),
+    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(relu), FIELD(normalization),
+    FIELD(shortcut_kind), FIELD(norm), FIELD(shortcut_norm),
+    FIELD(x), FIELD(shortcut), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
+    FIELD(y), FIELD(statistics), FIELD(squeezed), FIELD(hidden), FIELD(gates),
+    FIELD(gradient), FIELD(dx), FIELD(dshortcut), FIELD(dweight), FIELD(dbias),
+    FIELD(dshortcut_weight), FIELD(dshortcut_bias), FIELD(dw1), FIELD(db1), FIELD(dw2), FIELD(db2),
+};
+static_assert(covers(kTailFields, sizeof(TailArguments)));
+#undef FIELD
+
+#define FIELD(name) SENET_FIELD(JoinBranch, name)
+constexpr Field kBranchFields[] = {
+    FIELD(C), FIELD(normalization), FIELD(norm), FIELD(x), FIELD(dx), FIELD(dweight), FIELD(dbias),
+};
+static_assert(covers(kBranchFields, sizeof(JoinBranch)));
+#undef FIELD
+
+#define FIELD(name) SENET_FIELD(JoinArguments, name)
+constexpr Field kJoinFields[] = {
+    FIELD(N), FIELD(C), FIELD(P), FIELD(H), FIELD(branches),
+    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
+    FIELD(y), FIELD(statistics), FIELD(squeezed), FIELD(hidden), FIELD(gates),
+    FIELD(gradient), FIELD(dw1), FIELD(db1), FIELD(dw2), FIELD(db2),
+};
+static_assert(covers(kJoinFields, sizeof(JoinArguments)));
+#undef FIELD
+
+constexpr Constant kOperatorConstants[] = {
+    {"Gate", "SIGMOID", kSigmoid},
+    {"Gate", "TANH", kTanh},
+    {"Gate", "RELU", kRelu},
+    {"Gate", "HARD_SIGMOID", kHardSigmoid},
+    {"Gate", "IDENTITY_SIGMOID", kIdentitySigmoid},
+    {"Normalization", "NONE", kNone},
+    {"Normalization", "RUNNING", kRunningStatistics},
+    {"Normalization", "BATCH", kBatchStatistics},
+    {"Normalization", "GIVEN", kGivenStatistics},
+    {"Shortcut", "NONE", kNoShortcut},
+    {"Shortcut", "PLAIN", kPlainShortcut},
+    {"Shortcut", "NORMALIZED", kNormalizedShortcut},
+};
+
+}  // namespace
+
+// The kernels of one instruction set, by the maps' type: float32, bfloat16, float64. All return 0, or
+// 1 when memory ran out. float64 is there in the baseline set only, which serves the others.
+struct OperatorKernels {
+  int (*tail_forward[3])(const TailArguments&);
+  int (*tail_backward[3])(const TailArguments&);
+  int (*join_forward[3])(const JoinArguments&);
+  int (*join_backward[3])(const JoinArguments&);
+};
+
+}  // namespace senet

@@ -1,0 +1,125 @@
+// What depends on the compiler (GCC or Clang), the processor or the operating system.
+#pragma once
+
+#include <sched.h>
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __x86_64__
+#define SENET_X86
+#ifdef __AVX2__
+#include <immintrin.h>
+#else
+#include <emmintrin.h>  // as much smaller as the baseline's instructions are few
+#endif
+#endif
+
+#define SENET_INLINE inline __attribute__((always_inline))
+#define SENET_EXPORT extern "C" __attribute__((visibility("default")))
+
+#define SENET_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define SENET_UNROLL(count) SENET_PRAGMA(unroll count)
+#else
+#define SENET_UNROLL(count) SENET_PRAGMA(GCC unroll count)
+#endif
+
+namespace senet {
+namespace {
+
+// Whether the processor has what CMakeLists.txt compiles the instruction sets' kernels for.
+inline bool processor_has_avx2() {
+#ifdef SENET_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
+#else
+  return false;
+#endif
+}
+inline bool processor_has_avx512() {
+#ifdef SENET_X86
+  return processor_has_avx2() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+// Lanes `I` of a and, from the number of its lanes on, of b.
+template <int... I, class V>
+SENET_INLINE V shuffle(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){I...});
+#endif
+}
+
+// Fetches the cache line at `p` into the second-level cache; p may lie beyond the map, a prefetch
+// does not fault.
+template <class T>
+SENET_INLINE void fetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// A non-temporal store does not read the line it overwrites; `to` must be aligned to the vector.
+template <class V>
+SENET_INLINE void stream(void* to, const V& v) {
+#ifdef SENET_X86
+  if constexpr (sizeof(V) == 16) {
+    __m128i raw;
+    std::memcpy(&raw, &v, 16);
+    return _mm_stream_si128(static_cast<__m128i*>(to), raw);
+  }
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32) {
+    __m256i raw;
+    std::memcpy(&raw, &v, 32);
+    return _mm256_stream_si256(static_cast<__m256i*>(to), raw);
+  }
+#endif
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) {
+    __m512i raw;
+    std::memcpy(&raw, &v, 64);
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), raw);
+  }
+#endif
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+
+// Orders non-temporal stores before whatever tells another thread that they are done.
+SENET_INLINE void finish_streams() {
+#ifdef SENET_X86
+  _mm_sfence();
+#endif
+}
+
+// Tells the processor that a thread is waiting, and after a while the operating system.
+SENET_INLINE void wait_a_little(int64_t turns) {
+  constexpr int64_t kPatience = 4096;
+  if (turns >= kPatience) {
+    sched_yield();
+    return;
+  }
+#ifdef SENET_X86
+  _mm_pause();
+#endif
+}
+
+// Counters that threads share: take a number, note that something is done and has been written, see
+// that so much is done and read what was written.
+SENET_INLINE int64_t take_number(int64_t& counter) {
+  return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+}
+SENET_INLINE void note_done(int64_t& counter) { __atomic_fetch_add(&counter, 1, __ATOMIC_RELEASE); }
+SENET_INLINE int64_t count_done(const int64_t& counter) {
+  return __atomic_load_n(&counter, __ATOMIC_ACQUIRE);
+}
+
+}  // namespace
+}  // namespace senet
