@@ -166,7 +166,13 @@ def page(rows: list[dict[str, Any]]) -> str:
                 f"| {row['name']} | {row['own']} | {row['found']} | {_few(row['more'])} | "
                 f"{_few(row['less'])} |"
             )
-    lines += ["", "## Forms", "", "| squeeze → program → gate | blocks | networks |", "|---|---:|---:|"]
+    lines += [
+        "",
+        "## Forms",
+        "",
+        "| squeeze → program → gate | blocks | networks |",
+        "|---|---:|---:|",
+    ]
     blocks: Counter[str] = Counter()
     networks: Counter[str] = Counter()
     for row in good:

@@ -1,5 +1,7 @@
 """What any model consists of: its graph, its SE blocks by what they compute, its tails."""
 
+from senet.anatomy.describe import Description as Description
+from senet.anatomy.describe import describe as describe
 from senet.anatomy.excitations import Anatomy as Anatomy
 from senet.anatomy.excitations import Excitation as Excitation
 from senet.anatomy.excitations import Step as Step

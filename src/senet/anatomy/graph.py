@@ -5,6 +5,7 @@ any model, graph modules and exported programs among them. The functions that Py
 become nodes, and hooks tell in which module call each one happened.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class Node:
         positions: dimensions that hold the positions of a map; () once they were reduced.
         reduced: whether it depends on maps only through a reduction over all their positions.
         site: where a product happens, see `Site`; None for anything else.
+        seconds: how long the call took.
         stride: of a convolution, the largest; 1 otherwise.
         groups: of a convolution; 1 otherwise.
         is_output: whether the model returns it.
@@ -128,6 +130,7 @@ class Node:
     positions: tuple[int, ...] = ()
     reduced: bool = False
     site: "Site | None" = None
+    seconds: float = 0.0
 
     def __repr__(self) -> str:
         return f"{self.name or self.kind}_{self.index} {self.shape}"  # not the graph around it
@@ -225,8 +228,10 @@ class Trace:
 class _Recorder(TorchFunctionMode):
     """Turns what PyTorch is asked for into nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
         super().__init__()
+        leaves = tree_leaves(arguments)
+        self.synchronize = any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves)
         self.nodes: list[Node] = []
         self.calls: list[Call] = []
         self.stack: list[Call] = []
@@ -241,11 +246,16 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        began = time.perf_counter()
         result = func(*args, **kwargs)
+        if self.synchronize:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
         name = function_name(func)
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if name in _SHAPED_LIKE or name.startswith("new_"):
+            self.node(result)
             return result
         if name in _LIKE_SECOND:
             tensors = tensors[:1]
@@ -258,6 +268,8 @@ class _Recorder(TorchFunctionMode):
                 if name in _NOTHING and any(output is tensor for tensor in tensors):
                     continue  # nothing happened
                 self.add(output, name, tensors, func, args, kwargs)
+                if output is self.alive[-1]:
+                    self.nodes[-1].seconds, seconds = seconds, 0.0  # once for several results
         return result
 
     def node(self, tensor: Tensor) -> Node:
@@ -284,7 +296,8 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         inputs = tuple(self.node(tensor) for tensor in tensors)
         if kind is None and not any(node.moving for node in inputs):
-            return  # a function of parameters only, such as a standardised weight
+            self.node(output)  # a function of parameters only, such as a standardised weight
+            return
         args, kwargs = tree_map(
             lambda leaf: self.node(leaf) if isinstance(leaf, Tensor) else leaf,
             (tuple(args), dict(kwargs or {})),
@@ -333,16 +346,11 @@ class _Recorder(TorchFunctionMode):
         assert call.module is module
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            if id(tensor) not in self.known and any(node.moving for node in call.inputs):
-                # Made out of sight, by a scripted or compiled function for instance.
-                inside = self.counts.keys() & {
-                    f"{call.name}.{child}" for child, _ in module.named_children()
-                }
-                self.unread.setdefault(
-                    call.name,
-                    f"{type(module).__name__} computes in code that cannot be followed"
-                    + (" after its submodules" if inside else ""),
-                )
+            seen = id(tensor) in self.known or id(tensor) in self.constants
+            if not seen and any(node.moving for node in call.inputs):
+                # Made out of sight, by a scripted function for instance.
+                why = f"{type(module).__name__} computes in code that cannot be followed"
+                self.unread.setdefault(call.name, why)
                 sources = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
                 self.stack.append(call)
                 self.add(tensor, type(module).__name__, sources)
@@ -454,7 +462,7 @@ def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
     Raises:
         Exception: whatever the model raises.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(arguments)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

@@ -92,12 +92,12 @@ def resized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
 
 
 def open_data(
-    checkpoint: Checkpoint, data_name: str | None, data_options: Mapping[str, Any]
+    checkpoint: Checkpoint | None, data_name: str | None, data_options: Mapping[str, Any]
 ) -> ImageData:
     """Data by name; by default what the checkpoint was trained on, with its val_fraction.
 
     Args:
-        checkpoint: says what it was trained on.
+        checkpoint: says what it was trained on; None where there is none.
         data_name: data set or folder.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
 
@@ -106,6 +106,8 @@ def open_data(
     """
     options = dict(data_options)
     if data_name is None:
+        if checkpoint is None:
+            raise UserError("a network by name does not say what it was trained on: give --data")
         data_name = checkpoint.config.get("data")
         if data_name is None:
             raise UserError(f"{checkpoint.path} does not say what it was trained on: give --data")
