@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_FOLDER ?= runs/quick-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports unit soak test-gpu bench-gpu clean
+.PHONY: help run test lint types imports unit soak mutants test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ unit: $(VENV)/.dev  ## pytest
 
 soak: $(VENV)/.dev  ## the long tests of faults (about six minutes), see docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+
+LIMIT ?= 20
+mutants: $(VENV)/.dev  ## small faults that the tests let pass, LIMIT a module, see docs/reliability.md
+	$(BIN)/python scripts/mutants.py --limit $(LIMIT)
 
 test-gpu: $(VENV)/.dev  ## the operator's tests over the Triton kernels on a GPU
 	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/triton_cases.py

@@ -24,7 +24,8 @@ import torchvision
 from timm.layers import EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
 from timm.layers.cbam import ChannelAttn
 from timm.layers.squeeze_excite import SqueezeExciteCl
-from timm.models import _efficientnet_blocks, hgnet, rdnet, senet as timm_senet
+from timm.models import _efficientnet_blocks, hgnet, rdnet
+from timm.models import senet as timm_senet
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
@@ -199,6 +200,7 @@ def _few(names: list[str]) -> str:
 
 
 def main() -> None:
+    """Examine all networks that are not in the results yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", help="shell pattern of names, as timm:regnet*")
     parser.add_argument("--out", type=Path, default=Path("docs/anatomy_table.md"))

@@ -6,7 +6,7 @@
 Takes the first 1,000 training and the first 200 test images of each class, in the order of the
 original files, and writes them in the original IDX format, compressed by xz (the smallest of xz,
 gzip, PNG and lossless WebP: 4.5 MB), together with their SHA-256 sums. Running it again gives the
-same files. Prints the mean and standard deviation that senet.data.embedded states.
+same files. Prints the mean and standard deviation that senet.data.sources.embedded states.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 
 from senet.bench.data import write_pictures
-from senet.data.sources.stream import open_stream
+from senet.data import load_data
 
 IMAGES, FILES, PICTURES, PASSES = 8192, 4, 64, 5
 
@@ -38,7 +38,7 @@ def main() -> None:
         write("validation-00000-of-00001.parquet", 1)
         for picture in Path(folder).glob("*.jpg"):
             picture.unlink()
-        train, *_ = open_stream(folder, download=False, epoch_size=IMAGES)
+        train = load_data(f"hf-stream:{folder}", epoch_size=IMAGES).train
         for number in range(PASSES):
             for order, seed in (("shuffled", 1), ("in order", None)):
                 began = time.perf_counter()

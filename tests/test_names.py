@@ -26,3 +26,16 @@ def test_names_of_backbones_and_weights() -> None:
 def test_import_loads_no_pytorch() -> None:
     code = "import sys, senet; dir(senet); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_predicting_loads_no_training() -> None:
+    """Each command loads what it needs: predicting neither the training loop nor TensorBoard."""
+    code = (
+        "import sys, senet.commands.predict\n"
+        "loaded = {name for name in sys.modules if name.startswith(('senet.training', "
+        "'tensorboard', 'torch.utils.tensorboard', 'accelerate'))}\n"
+        "sys.exit(', '.join(sorted(loaded)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+    assert done.returncode == 0

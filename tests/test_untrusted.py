@@ -3,6 +3,8 @@
 Hypothesis draws the damage; SENET_FUZZ_EXAMPLES sets how often (`make soak` sets it high).
 """
 
+import ast
+import contextlib
 import functools
 import io
 import json
@@ -21,13 +23,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import senet
 from senet import create_model
-from senet.checkpoint.files import open_checkpoint
+from senet.checkpoint.files import open_checkpoint, rebuild
 from senet.data import Preprocessing
-from senet.data.images import decode_image
+from senet.data.images import FORMATS, decode_image, load_image, read_header
 from senet.data.shards.index import Shard, ShardIndex, Table
 from senet.errors import SenetError, UserError
-from senet.networks.anywhere import open_source, rebuild
+from senet.networks.anywhere import open_source
 from senet.training.config import RunConfig
 from senet.weights import read_state_dict
 
@@ -39,7 +42,10 @@ fuzzed = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-FORMATS = ("jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm")
+KINDS = (
+    "jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm", "avif", "jpeg2000", "ico", "tga", "pcx",
+    "sgi", "qoi",
+)  # fmt: skip
 # Where and to which value bytes are changed, where the file is cut, what is put in.
 damage = st.tuples(
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),
@@ -72,7 +78,7 @@ def picture(format: str) -> bytes:
 
 
 @fuzzed
-@given(format=st.sampled_from(FORMATS), how=damage, channels=st.sampled_from([1, 3]))
+@given(format=st.sampled_from(KINDS), how=damage, channels=st.sampled_from([1, 3]))
 def test_damaged_images(
     format: str, how: tuple[list[tuple[float, int]], float, bytes], channels: int
 ) -> None:
@@ -89,6 +95,65 @@ def test_damaged_images(
 def test_any_bytes_as_image(content: bytes, channels: int) -> None:
     try:
         decode_image(content, "x", channels)
+    except UserError as error:
+        check(error, "cannot read the image 'x': ")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+DOS = struct.pack("<4sIIIIII", b"\xc5\xd0\xd3\xc6", 32, len(POSTSCRIPT), 0, 0, 0, 0) + bytes(4)
+
+
+@pytest.mark.parametrize("content", [POSTSCRIPT, DOS + POSTSCRIPT], ids=["PostScript", "DOS EPS"])
+def test_an_image_starts_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """Pillow alone would start `gs` for PostScript, whatever the file is called."""
+    program, started = tmp_path / "gs", tmp_path / "started"
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not yet looked for
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    for read in (
+        lambda: decode_image(content, "x", 3),
+        lambda: decode_image(content, "x", 3, "turbo"),
+        lambda: load_image(path, 3),
+        lambda: read_header(path),
+        lambda: read_header(content),
+    ):
+        with pytest.raises(UserError, match="not an image in a format that is read"):
+            read()
+    assert not started.exists()
+    with Image.open(path) as image, contextlib.suppress(OSError):
+        image.load()  # the file would have done it
+    assert started.exists()
+
+
+def test_images_are_opened_in_one_place() -> None:
+    """`Image.open` without a list of decoders must not come in by another door."""
+    calls = [
+        path.name
+        for path in Path(senet.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "open"
+        if isinstance(node.value, ast.Name) and node.value.id in ("Image", "PIL")
+    ]
+    assert calls == ["images.py"]
+    assert not {"EPS", "PSD", "WMF", "FPX", "MIC", "HDF5", "GRIB", "BUFR"} & set(FORMATS)
+
+
+OTHERS = (
+    b"%!PS", b"%PDF-1.4", b"\x89HDF\r\n\x1a\n", b"8BPS\0\1", b"GRIB", b"BUFR",
+    b"\xd7\xcd\xc6\x9a\0\0", b"\0\0\1\xb3", b"icns",
+)  # fmt: skip
+
+
+@fuzzed
+@given(magic=st.sampled_from(OTHERS), content=st.binary(max_size=200))
+def test_what_other_decoders_would_take(magic: bytes, content: bytes) -> None:
+    try:
+        decode_image(magic + content, "x", 3)
     except UserError as error:
         check(error, "cannot read the image 'x': ")
 

@@ -4,6 +4,7 @@ Exit codes: 0 success; 1 a failure outside the program (full disk, NaN loss, unr
 2 bad input; 130 stopped by Ctrl-C; 143 stopped by SIGTERM. What nobody foresaw keeps its traceback.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"senet {tokens[0]}" if tokens and tokens[0] in NAMES else "senet"
     if os.environ.get("WORLD_SIZE", "1") != "1":
         command += f" [rank {os.environ.get('RANK', '?')}]"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that it cannot say are written out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _warnings_in_one_line(command):
             result = app(

@@ -11,13 +11,13 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from senet.data.image_data import IMAGENET_MEAN, IMAGENET_STD
 from senet.errors import UserError
 from senet.models import Network
 from senet.models.features import FeatureMaps
 from senet.networks.create import create_model
 
 _PYRAMID_CHANNELS = 256
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PyramidBackbone(nn.Module):
@@ -85,8 +85,9 @@ def faster_rcnn(
             "torchvision's detectors give rgb"
         )
     scale = wanted.get("value_range", 1.0)
-    detector.setdefault("image_mean", [value / scale for value in wanted.get("mean", _MEAN)])
-    detector.setdefault("image_std", [value / scale for value in wanted.get("std", _STD)])
+    mean, std = wanted.get("mean", IMAGENET_MEAN), wanted.get("std", IMAGENET_STD)
+    detector.setdefault("image_mean", [value / scale for value in mean])
+    detector.setdefault("image_std", [value / scale for value in std])
     frozen = pretrained is not None if frozen_bn is None else frozen_bn
     backbone = PyramidBackbone(FeatureMaps(model, out_stages, frozen_bn=frozen))
     return FasterRCNN(backbone, num_classes, **detector)

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from senet import create_model, save_weights
-from senet.checkpoint.files import defect, open_checkpoint, open_weights
+from senet.checkpoint.files import open_checkpoint, open_weights
+from senet.checkpoint.write import defect
 from senet.data import Preprocessing
 from senet.errors import SenetError, UserError
 from senet.models import Network

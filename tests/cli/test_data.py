@@ -15,9 +15,9 @@ from cli_tools import Outcome, make_data, run, train_flags
 from PIL import Image
 from safetensors.torch import load_file
 
-from senet.checkpoint.files import load_training_state
 from senet.data import decoders
 from senet.training.config import RunConfig
+from senet.training.state import load_training_state
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_models_refuses_a_pattern_without_match(capsys: pytest.CaptureFixture[st
 
 
 def test_summary_of_the_seed_block(capsys: pytest.CaptureFixture[str]) -> None:
-    # The table of paper.md section 1.
+    # Counted by hand: 64·21 + 21 and 21·64 + 64 parameters.
     found = run(
         capsys, "summary", "block", "--channels", 64, "--reduction", 3, "--squeeze", "max",
         "--input", "64,128,128",

@@ -19,6 +19,7 @@ from senet.commands.explain import explain
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.gates.statistics import GateStatistics
+from senet.models.description import describe
 
 CLASSES = ("<b>ape</b>", "bee & 'wasp'", "</script><script>alert(1)</script>")
 TAB, ENTER = "\ue004", "\ue007"
@@ -51,7 +52,8 @@ def folder(tmp_path_factory) -> Path:
         channels=3,
         interpolation="bilinear",
     )
-    write_checkpoint(folder / "checkpoint", model, names, preprocessing)
+    description = describe(model.config, preprocessing.to_dict(), names)
+    write_checkpoint(folder / "checkpoint", model.state_dict(), description)
     explain(folder / "checkpoint", folder / "gates", str(folder / "data"), batch_size=5)
     return folder
 
@@ -149,9 +151,8 @@ def test_bad_input_writes_nothing(folder, tmp_path, capsys):
     says("no checkpoint at", str(tmp_path / "none"), "--out", str(out))
     says("images must be at least 0", checkpoint, "--data", data, "--out", str(out), "--images=-1")
     plain = senet.create_model("resnet8_cifar", num_classes=3)
-    write_checkpoint(
-        folder / "plain", plain, ("a", "b", "c"), Preprocessing(**preprocessing_of(checkpoint))
-    )
+    description = describe(plain.config, preprocessing_of(checkpoint), ("a", "b", "c"))
+    write_checkpoint(folder / "plain", plain.state_dict(), description)
     says("no SE blocks", str(folder / "plain"), "--data", data, "--out", str(out))
     with pytest.raises(UserError, match="exists and is never overwritten"):
         explain(folder / "checkpoint", folder / "gates", data)
@@ -160,7 +161,7 @@ def test_bad_input_writes_nothing(folder, tmp_path, capsys):
 def preprocessing_of(checkpoint: str) -> dict:
     from senet.checkpoint.files import open_checkpoint
 
-    return vars(open_checkpoint(checkpoint).preprocessing)
+    return open_checkpoint(checkpoint).preprocessing.to_dict()
 
 
 @needs_chromium

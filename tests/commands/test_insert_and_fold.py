@@ -16,6 +16,8 @@ from senet.checkpoint.files import open_checkpoint
 from senet.checkpoint.write import write_checkpoint
 from senet.data import Preprocessing
 from senet.errors import UserError
+from senet.models import Network
+from senet.models.description import describe
 from senet.networks.anywhere import open_source
 
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -47,6 +49,11 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+def write(folder: Path, model: Network) -> None:
+    description = describe(model.config, PREPROCESSING.to_dict(), ("a", "b", "c"))
+    write_checkpoint(folder, model.state_dict(), description)
+
+
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A plain network's checkpoint."""
@@ -56,7 +63,7 @@ def base(tmp_path) -> Path:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.7, 1.3)
-    write_checkpoint(tmp_path / "base", model, ("a", "b", "c"), PREPROCESSING)
+    write(tmp_path / "base", model)
     return tmp_path / "base"
 
 
@@ -135,7 +142,7 @@ def test_fold_writes_what_evaluate_reads(images, tmp_path, capsys):
         for block in excitations(model).values():
             block.module.fc2.weight[::2] = 0
         model.layer2[0].se.fc2.weight.zero_()
-    write_checkpoint(tmp_path / "se", model, ("a", "b", "c"), PREPROCESSING)
+    write(tmp_path / "se", model)
     common = ("--data", str(images), "--tolerance", "1e-6", "--max-drop", "0")
     out = tmp_path / "folded"
     assert main(["fold", str(tmp_path / "se"), "--out", str(out), *common]) == 0
@@ -194,7 +201,7 @@ def weights(folder: Path) -> str:
 
 def se_checkpoint(folder: Path) -> Path:
     model = senet.create_model("se_resnet8_cifar", num_classes=3)
-    write_checkpoint(folder / "se", model, ("a", "b", "c"), PREPROCESSING)
+    write(folder / "se", model)
     return folder / "se"
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 from tiny_images import picture
 
+from senet.data import images
+
 MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins without the remark on transparency, made once a process."""
+    monkeypatch.setattr(images, "_clear", [])
+    monkeypatch.setattr(images, "_told", [])
 
 
 @pytest.fixture

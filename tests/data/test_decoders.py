@@ -19,12 +19,12 @@ from senet.data import (
     MemoryImages,
     check_decoder,
     decoders,
-    folders,
     load_data,
     load_image,
     train_loader,
 )
 from senet.data.images import decode_image
+from senet.data.sources import files
 from senet.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -181,7 +181,7 @@ def test_all_sources_take_it(make_folder: MakeFolder, monkeypatch: pytest.Monkey
     data = load_data(str(folder), decode="turbo")
     assert isinstance(data.train, MemoryImages)
     assert len(asked) == 1 + 8  # the check, and every image
-    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(files, "CHECKED_LIMIT", 0)
     data = load_data(str(folder), decode="turbo", image_size=8)
     assert isinstance(data.train, FileImages)
     asked.clear()

@@ -11,7 +11,7 @@ from senet.data import MemoryImages, load_data
 from senet.data.sources.embedded import CLASSES, MEAN, STD, read_embedded
 from senet.errors import SenetError, UserError
 
-FOLDER = Path(str(files("senet") / "datasets" / "fashion_mnist"))
+FOLDER = Path(str(files("senet.data.sources") / "fashion_mnist"))
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from PIL import Image
 from tiny_images import picture, truncate
 
 from senet.data import BadImageError, FileImages, MemoryImages, load_image, to_mode
-from senet.data.images import is_grey, read_all
+from senet.data.images import read_all, read_header
 from senet.errors import UserError
+
+NO_IMAGE = "not an image in a format that is read (such as JPEG, PNG, WebP, TIFF)"
 
 
 def saved(image: Image.Image, path: Path, **options: object) -> Path:
@@ -59,7 +61,8 @@ def test_16_bit_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     rgba.putpixel((1, 0), (0, 0, 0, 0))
-    colours = np.asarray(load_image(saved(rgba, tmp_path / "rgba.png"), 3))
+    with pytest.warns(UserWarning, match=r"transparent parts, such as '.*rgba\.png'.*on white"):
+        colours = np.asarray(load_image(saved(rgba, tmp_path / "rgba.png"), 3))
     assert colours.tolist() == [[[255, 0, 0], [255, 255, 255]]]
     grey_alpha = Image.new("LA", (1, 1), (0, 0))
     assert np.asarray(load_image(saved(grey_alpha, tmp_path / "la.png"), 1)).item() == 255
@@ -72,6 +75,8 @@ def test_palette_with_a_transparent_colour(tmp_path: Path) -> None:
     plain = np.asarray(load_image(saved(palette, tmp_path / "plain.png"), 3))
     assert plain.tolist() == [[[10, 20, 30], [40, 50, 60]]]
     path = saved(palette, tmp_path / "see-through.png", transparency=b"\x00\xff")
+    with pytest.warns(UserWarning, match="laid on white"):
+        load_image(path, 3)
     assert np.asarray(load_image(path, 3)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
@@ -97,8 +102,14 @@ def test_the_result_is_independent_of_the_file(tmp_path: Path) -> None:
     ("content", "why"),
     [
         (b"", "the file is empty"),
-        (b"not an image at all\n" * 10, "not an image in a format that Pillow reads"),
-        (b"\x89PNG\r\n\x1a\n", "not an image in a format that Pillow reads"),
+        (
+            b"not an image at all\n" * 10,
+            NO_IMAGE,
+        ),
+        (
+            b"\x89PNG\r\n\x1a\n",
+            NO_IMAGE,
+        ),
     ],
 )
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, why: str) -> None:
@@ -161,10 +172,12 @@ def test_the_error_is_one_line_and_survives_pickling() -> None:
         assert (each.path, each.why) == ("a 'quoted': name.jpg", "truncated after 12 bytes")
 
 
-def test_is_grey(tmp_path: Path) -> None:
-    assert is_grey(saved(picture(0, mode="L"), tmp_path / "grey.png"))
-    assert not is_grey(saved(picture(0), tmp_path / "colour.png"))
-    assert not is_grey(saved(picture(0, mode="L").convert("P"), tmp_path / "palette.png"))
+def test_header(tmp_path: Path) -> None:
+    grey = saved(picture(0, (5, 7), mode="L"), tmp_path / "grey.png")
+    assert read_header(grey) == read_header(grey.read_bytes()) == (True, (5, 7))
+    assert not read_header(saved(picture(0), tmp_path / "colour.png")).grey
+    palette = saved(picture(0, mode="L").convert("P"), tmp_path / "palette.png")
+    assert not read_header(palette).grey
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])

@@ -23,11 +23,11 @@ from senet.data import (
     MemoryImages,
     Preprocessing,
     TrainLoader,
-    folders,
     load_data,
     train_loader,
     val_loader,
 )
+from senet.data.sources import files
 from senet.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -288,10 +288,12 @@ def test_mixed_labels_are_soft() -> None:
 def test_a_broken_file_is_named_in_one_line(
     make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    folder = make_folder({"train": {"cat": 200}, "val": {"cat": 200}}, suffix=".jpg")
+    folder = make_folder(
+        {"train": {"cat": 200, "dog": 1}, "val": {"cat": 200, "dog": 1}}, suffix=".jpg"
+    )
     for split in ("train", "val"):
         truncate(folder / split / "cat" / "101.jpg")
-    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(files, "CHECKED_LIMIT", 0)
     data = load_data(str(folder), image_size=8)
     with pytest.raises(BadImageError, match=r"^cannot read the image '.*train/cat/101\.jpg': .*$"):
         collect(make(data, num_workers=workers))

@@ -19,7 +19,6 @@ from torch import Tensor
 from senet.data import (
     Augmentation,
     BadImageError,
-    folders,
     load_data,
     train_loader,
     val_loader,
@@ -27,6 +26,7 @@ from senet.data import (
 from senet.data.shards import write as writing
 from senet.data.shards.index import Shard, ShardIndex
 from senet.data.shards.write import size_in_bytes, write_shards
+from senet.data.sources import files
 from senet.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -35,7 +35,7 @@ MakeFolder = Callable[..., Path]
 @pytest.fixture
 def folder(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Images that stay files: 60 for training and 9 for evaluation, of three classes."""
-    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(files, "CHECKED_LIMIT", 0)
     names = ("cat", "dog", "eel")
     return make_folder({"train": dict.fromkeys(names, 20), "val": dict.fromkeys(names, 3)})
 
@@ -116,7 +116,7 @@ def test_stopped_writing_goes_on(
     with pytest.raises(UserError, match=r"cannot read .*index\.json: No such file"):
         opened(out)
     monkeypatch.undo()
-    monkeypatch.setattr(folders, "CHECKED_LIMIT", 0)
+    monkeypatch.setattr(files, "CHECKED_LIMIT", 0)
     (out / "train-000001.tar").write_bytes(b"half")
     done = write_shards(data, out, shard_size=24_000)
     # The first is kept, the broken one is not; one more may have been under way.

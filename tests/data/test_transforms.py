@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny_images import picture
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from senet.data import Augmentation, Preprocessing
 from senet.data.transforms import PaddedCropFlip, PixelJitter
@@ -320,3 +322,38 @@ def test_both_mixes_take_turns_and_neither_is_none() -> None:
         for mixed, _ in (both(images.clone(), torch.tensor([0, 1])) for _ in range(40))
     }
     assert whole == {True, False}
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (4_001, 3), (3, 4_000)])
+def test_a_long_strip_takes_no_memory_and_its_middle_is_the_input(size: tuple[int, int]) -> None:
+    strip = picture(0, size)
+    preprocessing = Preprocessing(16, 20, (0.5,) * 3, (0.5,) * 3)
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, wanted: tuple[int, int], *rest: Any, **more: Any) -> Image.Image:
+        made.append(wanted[0] * wanted[1])
+        return resize(self, wanted, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", counted)
+        for transform in (
+            preprocessing.transform(),
+            preprocessing.pixels(),
+            Augmentation(crop="padded", padding=2).transform(preprocessing),
+            Augmentation(crop="random_resized").transform(preprocessing),
+        ):
+            assert transform(strip).shape == (3, 16, 16)
+    assert max(made) <= 20 * 20 * 17
+    if min(size) > 1:  # the same as of the whole strip, but for the rounding of its length
+        whole = v2.CenterCrop(16)(v2.Resize(20, antialias=True)(strip))
+        ours = preprocessing.pixels()(strip).int() - F.pil_to_tensor(whole).int()
+        assert ours.abs().float().mean() < 12
+
+
+def test_ordinary_images_are_not_cut() -> None:
+    preprocessing = Preprocessing(16, 20, (0.5,) * 3, (0.5,) * 3)
+    for size in ((160, 10), (10, 160), (30, 20)):
+        image = picture(1, size)
+        whole = F.pil_to_tensor(v2.CenterCrop(16)(v2.Resize(20, antialias=True)(image)))
+        assert torch.equal(preprocessing.pixels()(image), whole)

@@ -12,7 +12,7 @@ from senet.__main__ import main
 from senet.experiments.ablate import ABLATIONS, AblateConfig, folder_of, label_of
 from senet.experiments.runs import read_rows
 from senet.models.cards import cards
-from senet.models.network import SEOptions
+from senet.models.options import SEOptions
 
 
 def flags(ablation: str, data: Path, out: Path) -> list[str]:

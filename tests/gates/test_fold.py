@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import senet
 from senet.anatomy import excitations
 from senet.errors import UserError
-from senet.gates.blocks import ConstantScale, replace_block, restructure
+from senet.gates.blocks import ConstantScale, restructure
 from senet.gates.fold import fold_gates
 from senet.gates.record import record_gates
 from senet.insertion.insert import insert
+from senet.insertion.replace import replace_block
 
 X = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 Y = torch.arange(12) % 3

@@ -86,3 +86,99 @@ def test_a_shared_layer_is_not_scaled():
     shared = nn.Conv2d(6, 6, 1)
     (block,) = folded(nn.Conv2d(3, 6, 1), shared, nn.Tanh(), shared, constant(POSITIVE)).blocks
     assert block.kind == "constant"
+
+
+class Function(nn.Module):
+    """A function of one map, or of a map and a parameter."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.p = function, nn.Parameter(torch.full((6, 1, 1), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.p)
+
+
+FACTORS = {
+    "product": lambda x, p: x * 3.0,
+    "product with a parameter": lambda x, p: p * x,
+    "quotient": lambda x, p: x / p,
+}
+OTHERS = {
+    "square": lambda x, p: x * x,
+    "reciprocal": lambda x, p: p / (x * x + 1),
+    "constant over": lambda x, p: torch.div(p, x),
+    "sum with a parameter": lambda x, p: x + p,
+    "sum with a number": lambda x, p: x + 1,
+    "number with a sum": lambda x, p: 1 + x,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_constant_factors_let_others_pass(name):
+    report = folded(
+        nn.Conv2d(3, 6, 1),
+        Function(FACTORS[name]),
+        constant(POSITIVE),
+        nn.Tanh(),
+        nn.Conv2d(6, 4, 1),
+    )
+    assert [(block.kind, block.into) for block in report.blocks] == [("removed", "before")]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_linear_lets_nothing_pass(name):
+    report = folded(
+        nn.Conv2d(3, 6, 1),
+        Function(OTHERS[name]),
+        constant(POSITIVE),
+        nn.Tanh(),
+        nn.Conv2d(6, 4, 1),
+    )
+    assert [block.kind for block in report.blocks] == ["constant"]
+
+
+class Joined(nn.Module):
+    """Two maps, or one twice, put together."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.a(x), self.b(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda a, b: a + b, "removed"),
+        (lambda a, b: torch.add(a, b, alpha=0.5), "removed"),
+        (lambda a, b: torch.cat([a[:, :2], b[:, :4]], 1), "constant"),  # parts of maps
+        (lambda a, b: a + a, "removed"),
+        (lambda a, b: a * b, "constant"),
+    ],
+    ids=["sum", "weighted sum", "parts", "twice", "product"],
+)
+def test_all_that_is_added_takes_the_factor_once(function, kind):
+    report = folded(Joined(function), constant(ONE_NEGATIVE), nn.Tanh(), nn.Conv2d(6, 4, 1))
+    assert [block.kind for block in report.blocks] == [kind]
+
+
+def test_each_part_of_a_concat_takes_its_own_factors():
+    class Concat(nn.Module):
+        def __init__(self, twice: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2 if twice else 4, 1)
+            self.twice = twice
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            return torch.cat([a, b, a] if self.twice else [a, b], 1)
+
+    report = folded(Concat(False), constant(ONE_NEGATIVE), nn.Tanh(), nn.Conv2d(6, 4, 1))
+    assert [(block.kind, block.into) for block in report.blocks] == [("removed", "before")]
+    # A map that stands there twice cannot have two factors.
+    report = folded(Concat(True), constant(ONE_NEGATIVE), nn.Tanh(), nn.Conv2d(6, 4, 1))
+    assert [block.kind for block in report.blocks] == ["constant"]

@@ -85,8 +85,8 @@ def test_code_that_instruction_sets_would_share_fails_the_build(tmp_path: Path) 
 def wheel(folder: Path, **environment: str) -> set[str]:
     """Builds a wheel into `folder`, unpacks it there and gives the names of its files."""
     pytest.importorskip("scikit_build_core")
-    code = "import sys, scikit_build_core.build as b; b.build_wheel(sys.argv[1])"
-    built = run(sys.executable, "-c", code, folder, **environment)
+    code = "import sys, backend; backend.build_wheel(sys.argv[1])"
+    built = run(sys.executable, "-c", code, folder, PYTHONPATH=str(ROOT / "cmake"), **environment)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -105,10 +105,32 @@ def test_installation_without_a_compiler_succeeds(tmp_path: Path) -> None:
     assert "install a C++17 compiler" in reason
 
 
+def test_installation_without_cmake_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scikit-build-core finds none, as in an environment that is not isolated."""
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(ROOT / "cmake")
+    monkeypatch.chdir(ROOT)
+    from scikit_build_core.build import wheel as implementation
+    from scikit_build_core.errors import CMakeNotFoundError
+
+    def missing(**_: object) -> None:
+        raise CMakeNotFoundError("no CMake")
+
+    monkeypatch.setattr(implementation.CMake, "default_search", missing)
+    import backend
+
+    name = backend.build_wheel(str(tmp_path))
+    with zipfile.ZipFile(tmp_path / name) as archive:
+        assert "senet/kernels/structs.py" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
 def test_source_distribution_has_all_sources(tmp_path: Path) -> None:
     pytest.importorskip("scikit_build_core")
-    code = "import sys, scikit_build_core.build as b; b.build_sdist(sys.argv[1])"
-    built = run(sys.executable, "-c", code, tmp_path)
+    code = "import sys, backend; backend.build_sdist(sys.argv[1])"
+    built = run(sys.executable, "-c", code, tmp_path, PYTHONPATH=str(ROOT / "cmake"))
     assert built.returncode == 0, built.stderr
     (path,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(path, tmp_path)

@@ -48,7 +48,7 @@ def test_every_network_of_the_paper_has_its_card():
 
 
 def test_every_table_is_there():
-    """Tables 2 to 6 and 10 to 16 of paper.md, with as many rows."""
+    """Tables 2 to 6 and 10 to 16 of the paper, with as many rows."""
     rows: dict[str, int] = {}
     for card in cards().values():
         for result in card.results:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from senet import ops
 from senet.models.inception import Branch, Conv, InceptionModule, average_pool, max_pool_half
-from senet.models.network import SEOptions
+from senet.models.options import SEOptions
 
 FORKED = (
     Branch((Conv("one", 12, 1),)),

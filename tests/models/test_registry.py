@@ -78,7 +78,7 @@ def test_gates_change_the_output(name):
 
 # Channels of the SE blocks, in order, of networks that are not made of `ResidualBlock`s.
 SE_CHANNELS = {
-    # paper.md section 7: the concats of 3a-3c, 4a-4e, 5a, 5b
+    # the authors' Caffe definition: the concats of 3a-3c, 4a-4e, 5a, 5b
     "bn_inception": [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024],
     # table 1 of 1512.00567
     "inception_v3": [256, 288, 288, 768, 768, 768, 768, 768, 1280, 2048, 2048],
@@ -172,7 +172,7 @@ def test_options_reach_the_blocks():
 
 
 def test_caffe_variant_has_the_released_structure():
-    """paper.md section 7."""
+    """Strides and pooling of the authors' Caffe definition."""
     model = meta_model("se_resnet50", variant="caffe")
     assert (model.maxpool.padding, model.maxpool.ceil_mode) == (0, True)
     assert (model.layer2[0].conv1.stride, model.layer2[0].conv2.stride) == ((2, 2), (1, 1))

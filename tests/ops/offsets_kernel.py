@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from senet.ops.triton_kernels import place
+from senet.ops.triton.kernels import place
 
 BLOCK_P, BLOCK_C = 8, 16
 

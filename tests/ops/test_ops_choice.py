@@ -10,7 +10,7 @@ from ops_cases import Case, apply, inputs
 
 from senet import ops
 from senet.errors import UserError
-from senet.ops import operators
+from senet.ops import algebra, cpu, operators
 
 
 @pytest.fixture
@@ -27,10 +27,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, function, recorded)
 
-    record(operators.cpu, "tail", "cpu")
-    record(operators.cpu, "tail_packed", "cpu")
-    record(operators.algebra, "tail", "algebra")
-    record(ops.reference, "bn_se_add_relu", "reference")
+    record(cpu.tail, "forward", "cpu")
+    record(algebra.tail, "forward", "algebra")
+    record(operators.TAIL, "reference", "reference")
     return called
 
 
@@ -77,7 +76,7 @@ def test_unknown_implementation() -> None:
 
 @pytest.mark.parametrize(("value", "code"), [("reference", 0), ("fast", 1)])
 def test_environment_variable(value: str, code: int) -> None:
-    script = "from senet import ops; print(ops._implementation)"
+    script = "from senet.ops import choice; print(choice._implementation)"
     result = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "SENET_OPS": value},

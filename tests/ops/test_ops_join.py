@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from senet import ops
 from senet.errors import UserError
-from senet.ops import GATES
+from senet.ops import GATES, api
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -144,7 +144,7 @@ def test_made_of_the_other_operators() -> None:
         gate = (t["w1"], t["b1"], t["w2"], t["b2"]) if case.gated else (None,) * 4
         training = [kind == "b" for kind in case.kinds]
         maps = [t[f"x{i}"] for i in range(4)]
-        y = ops._joined_by_tails(maps, norms, training, gate, case.gate)
+        y = api._joined_by_tails(maps, norms, training, gate, case.gate)
         expected = oracle(case)
         found = {
             "y": y,
@@ -234,14 +234,6 @@ def test_flops_of_the_fully_connected_layers() -> None:
         with FlopCounterMode(display=False) as counted:
             run(implementation, case)
         assert counted.get_total_flops() == 6 * product
-
-
-def test_no_double_backward() -> None:
-    t = {k: v.requires_grad_(k[:3] not in ("mea", "var")) for k, v in numbers(Join()).items()}
-    y = apply(t, Join())
-    (first,) = torch.autograd.grad(y.square().sum(), t["x0"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
-        first.sum().backward()
 
 
 def test_bad_arguments() -> None:

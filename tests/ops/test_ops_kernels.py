@@ -15,6 +15,7 @@ from torch import Tensor
 
 from senet import kernels, ops
 from senet.errors import UserError
+from senet.ops import choice
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -140,7 +141,7 @@ def test_without_kernels_the_algebra_runs_and_says_so_once(
 ) -> None:
     monkeypatch.setattr(kernels, "LIBRARY", None)
     monkeypatch.setattr(kernels, "MISSING", "not built; install g++")
-    monkeypatch.setattr(ops, "_warned", False)
+    monkeypatch.setattr(choice, "_warned", False)
     assert not ops.implementations()["cpu"].available
     assert "g++" in ops.implementations()["cpu"].reason
     with pytest.warns(UserWarning, match="without its C\\+\\+ kernels.*g\\+\\+"):

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from senet import ops
+from senet import kernels, ops
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
-from senet.ops import cpu
 
-needs_kernels = pytest.mark.skipif(bool(cpu.MISSING), reason="needs the C++ kernels")
+needs_kernels = pytest.mark.skipif(bool(kernels.MISSING), reason="needs the C++ kernels")
 
 
 def parts(layout: torch.memory_format) -> tuple[Tensor, nn.BatchNorm2d]:

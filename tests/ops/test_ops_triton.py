@@ -16,7 +16,7 @@ import pytest
 
 from senet import ops
 from senet.errors import UserError
-from senet.ops import triton
+from senet.ops.triton import common as triton
 
 HERE = Path(__file__).parent
 PARTS = "test_ops_parity.py::test_all_parts_of_the_tail"
@@ -66,7 +66,7 @@ SELECTIONS: dict[str, tuple[int, list[str]]] = {
             "-k=channels_last or step",
         ],
     ),
-    "own": (23, ["triton_cases.py"]),
+    "own": (24, ["triton_cases.py"]),
 }
 
 
@@ -134,5 +134,5 @@ def test_choice_without_a_gpu() -> None:
 
 
 def test_kernels_are_not_loaded_before_they_are_used() -> None:
-    code = "import sys, senet.ops; assert 'senet.ops.triton_kernels' not in sys.modules"
+    code = "import sys, senet.ops; assert 'senet.ops.triton.kernels' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,6 @@
 """What only the Triton kernels have to show; `test_ops_triton.py` and `make test-gpu` run it."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from senet.errors import UserError
 from senet.inference import optimize
 from senet.inference.modules import FusedConv
 from senet.networks.create import create_model
-from senet.ops import operators, triton, triton_tiling
+from senet.ops.triton import tail as triton
+from senet.ops.triton import tiling as triton_tiling
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache")
 
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache")
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the kernels' functions ran."""
     names: list[str] = []
-    for name in ("tail", "tail_backward"):
+    for name in ("forward", "backward"):
         real = getattr(triton, name)
 
         def recorded(*arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
@@ -37,7 +39,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_kernels_run(called: list[str]) -> None:
     run("triton", Case())
-    assert called == ["tail", "tail_backward"]
+    assert called == ["forward", "backward"]
     with ops.use("algebra"):
         run("algebra", Case())
     assert len(called) == 2
@@ -123,7 +125,7 @@ def test_opcheck(called: list[str], configuration: tuple[Any, ...]) -> None:
     )
     with ops.use("triton"):
         opcheck(torch.ops.senet.tail.default, leaves)
-    assert {"tail", "tail_backward"} <= set(called)
+    assert {"forward", "backward"} <= set(called)
 
 
 def test_compiled_and_under_autocast(called: list[str]) -> None:
@@ -135,7 +137,7 @@ def test_compiled_and_under_autocast(called: list[str]) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(lambda v: apply(v, case), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled({k: v.clone() for k, v in t.items()}), eager)
-    assert called == ["tail", "tail"]
+    assert called == ["forward", "forward"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -185,6 +187,15 @@ def test_optimized_network_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(finished) >= 7
 
 
+def test_only_the_cpp_kernels_outputs_are_recomputed() -> None:
+    t = inputs(Case())
+    x = t["x"].requires_grad_()
+    with ops.use("triton"):
+        norm = (t["weight"], t["bias"], t["running_mean"], t["running_var"])
+        y = ops.bn_se_add_relu(x, None, *norm, training=True, momentum=0.1, eps=1e-5)
+    assert isinstance(ops.recomputed(y), nullcontext)
+
+
 def test_what_the_kernels_cannot_take_is_said() -> None:
     t = inputs(Case())
     with ops.use("triton"), pytest.raises(UserError, match=r"(?i)triton.*auto"):
@@ -192,8 +203,7 @@ def test_what_the_kernels_cannot_take_is_said() -> None:
 
 
 def test_auto_takes_the_kernels_on_a_gpu_only(called: list[str]) -> None:
-    assert operators.triton is triton
     with ops.use("auto"):
         apply(inputs(Case()), Case())
-    assert called == (["tail"] if DEVICE == "cuda" else [])
+    assert called == (["forward"] if DEVICE == "cuda" else [])
     assert ops.implementations()["triton"].available

@@ -16,8 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from senet.ops import algebra, triton_gate, triton_kernels
-from senet.ops import triton as ours
+from senet.ops.tail import TAIL, Arguments, Gradients
+from senet.ops.triton import gate, kernels
+from senet.ops.triton import tail as ours
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,30 +64,30 @@ class Recorder:
 
 def record(cases: list[Case]) -> dict[str, Launch]:
     launches: dict[str, Launch] = {}
-    for module in (triton_kernels, triton_gate):
+    for module in (kernels, gate):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 setattr(module, name, Recorder(kernel, launches))
     for case in cases:
         t = inputs(case)
         normalized = case.shortcut == "normalized"
-        norm = [t["weight"], t["bias"], t["running_mean"], t["running_var"]]
-        other = [t["shortcut_weight"], t["shortcut_bias"], t["shortcut_mean"], t["shortcut_var"]]
-        gate = [t["w1"], t["b1"], t["w2"], t["b2"]] if case.gated else [None] * 4
-        shortcut = None if case.shortcut == "none" else t["shortcut"]
-        kind = "batch" if case.training else "running"
-        rest = (kind, normalized, 1e-5, 1e-3, case.gate, case.relu)
-        others = other if normalized else [None] * 4
-        momenta = {"momentum": 0.1, "shortcut_momentum": 0.1} if case.training else {}
-        y, *small = ours.tail(t["x"], shortcut, *norm, *others, *gate, *rest, **momenta)
-        wanted = [True, shortcut is not None, True, True, *[normalized] * 2, *[case.gated] * 4]
-        plain = shortcut is not None and not normalized
-        ours.tail_backward(
-            *(t["gradient"], t["x"], y if plain and case.relu else None),
-            *(shortcut if normalized else None, *norm[:2], *others[:2], gate[0], gate[2], *small),
-            *(kind, normalized, case.gate, case.relu, wanted),
+        other = ("weight", "bias", "mean", "var")
+        arguments = Arguments(
+            x=t["x"],
+            shortcut=None if case.shortcut == "none" else t["shortcut"],
+            **{name: t[name] for name in ("weight", "bias", "running_mean", "running_var")},
+            **{f"shortcut_{name}": t[f"shortcut_{name}"] for name in other if normalized},
+            **{name: t[name] for name in ("w1", "b1", "w2", "b2") if case.gated},
+            normalization="batch" if case.training else "running",
+            normalize_shortcut=normalized,
+            eps=1e-5,
+            shortcut_eps=1e-3,
+            gate=case.gate,
+            relu=case.relu,
         )
-    assert len(wanted) == len(algebra.GRADIENTS)
+        outputs = ours.forward(arguments, (0.1, 0.1) if case.training else (None, None))
+        wanted = [getattr(arguments, name) is not None for name in Gradients._fields]
+        ours.backward(t["gradient"], TAIL.save(arguments, outputs), Gradients(*wanted))
     return launches
 
 

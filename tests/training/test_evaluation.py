@@ -1,7 +1,10 @@
 """Evaluation against a slow, obvious count."""
 
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,18 @@ class Table(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.modes.add(self.training)
         return self.logits[images[:, 0, 0, 0].long()]
+
+
+@contextmanager
+def resource_limit(more: int) -> Iterator[None]:
+    """Let this process take that many bytes of address space more than it has."""
+    has = psutil.Process().memory_info().vms
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (has + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def batches(labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -88,3 +103,16 @@ def test_stop() -> None:
         evaluate(model, loader(), "abc", stop=lambda: len(seen) == 2)
     assert len(seen) == 2
     assert model.training
+
+
+def test_thousands_of_classes_need_no_matrix_of_them() -> None:
+    """A matrix of 30,000 classes would be 7 GB, in each batch; the pairs are 53."""
+    classes = 30_000
+    labels = torch.arange(20)
+    logits = torch.zeros(20, classes)
+    logits[torch.arange(20), torch.arange(20) * 7 % 20] = 1
+    with resource_limit(3 * 2**30):
+        result = evaluate(Table(logits), batches(labels, 8), [str(c) for c in range(classes)])
+    assert result.top1 == 100 * sum(i * 7 % 20 == i for i in range(20)) / 20
+    assert [*map(tuple, result.pairs.tolist())] == [(i, i * 7 % 20) for i in range(20)]
+    assert result.counts.tolist() == [1] * 20

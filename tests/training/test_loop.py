@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from senet.checkpoint.files import defect, open_checkpoint
+from senet.checkpoint.files import open_checkpoint
+from senet.checkpoint.write import defect
 from senet.data import Augmentation, load_data, val_loader
 from senet.errors import SenetError, UserError
 from senet.support.device import choose_device

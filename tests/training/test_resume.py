@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from senet.checkpoint import files as checkpoint
-from senet.checkpoint.files import defect
+from senet.checkpoint import write as checkpoint
+from senet.checkpoint.write import defect
 from senet.errors import SenetError, UserError
+from senet.support.files import durable_write
 from senet.support.progress import Silent
 from senet.training.config import RunConfig
 from senet.training.loop import Interrupted, resume, train
@@ -171,7 +172,7 @@ def test_full_disk_keeps_previous(
     failing_write: int,
 ) -> None:
     config = tiny_config()
-    write, calls = checkpoint._write, 0
+    write, calls = durable_write, 0
 
     def full(path: Path, content: bytes | memoryview) -> None:
         nonlocal calls
@@ -181,7 +182,7 @@ def test_full_disk_keeps_previous(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "durable_write", full)
     with pytest.raises(SenetError, match="No space left on device; the checkpoint before it"):
         train(config)
     folder = config.out / "checkpoints"

@@ -287,22 +287,36 @@ def _by_position(product: Node, factor: Node, scaled: Node) -> Occurrence | str 
     """
     if not factor.positions:
         return None
-    chain: list[Node] = []
-    node = factor
-    while node is not scaled and len(node.sources) == 1 and node.positions:
-        plain = node.kind in ("relu", "activation") or only_shapes(node)
-        if not plain and not _is_pointwise(node):
-            break
-        chain.append(node)
-        node = node.sources[0]
-    acts = [n for n in chain if not only_shapes(n)]
-    if node is scaled and [n.kind in _LAYERS for n in acts] == [False, True, False, True]:
-        return _made(product, scaled, factor, [], chain[::-1])
+    program = _pointwise_program(factor, scaled)
+    if program is not None:
+        return _made(product, scaled, factor, [], program)
     alone = all(size == 1 for d, size in enumerate(factor.shape) if d and d not in factor.positions)
     gated = next((n for n in _before(factor) if not only_shapes(n)), factor)
     if alone and _channels(scaled) > 1 and gated.kind == "activation":
         return "attention over positions"
     return None
+
+
+def _pointwise_program(factor: Node, scaled: Node) -> list[Node] | None:
+    """The operations from a map to gates of each position; None where they are anything else.
+
+    A layer, an activation, a layer and a gate function, each on the channels of one position.
+    """
+    program: set[Node] = set()
+    open_nodes = [factor]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is scaled or node in program:
+            continue
+        plain = node.kind in ("relu", "activation", "add") or only_shapes(node)
+        if not node.positions or not (plain or _is_pointwise(node)):
+            return None
+        program.add(node)
+        open_nodes += node.sources
+    ordered = sorted(program, key=lambda n: n.index)
+    kinds = [n.kind in _LAYERS for n in ordered if n.kind in ("relu", "activation", *_LAYERS)]
+    changes = [kind for kind, before in zip(kinds, [None, *kinds], strict=False) if kind != before]
+    return ordered if changes == [True, False, True, False] else None
 
 
 def _before(node: Node) -> Iterator[Node]:

@@ -48,8 +48,8 @@ def layer_of(trace: Trace, node: Node) -> Layer | None:
         found.tensor if isinstance(found := argument(node, at, name), Node) else None
         for at, name in zip(places, _NAMES, strict=False)
     ]
-    weight = values[0]
-    if not isinstance(weight, nn.Parameter):
+    weight, bias = values[:2]
+    if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
         return None  # none, or computed from parameters
     readers = [n for n in trace.nodes if any(i.tensor is weight for i in n.inputs)]
     return Layer(weight, *values[1:]) if readers == [node] else None

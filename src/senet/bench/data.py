@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader
 
 from senet.bench.timing import Case, Contestant, Measurement
 from senet.data import Augmentation, Decoder, FileImages, ImageData, Preprocessing, train_loader
+from senet.data.image_data import IMAGENET_MEAN, IMAGENET_STD
+from senet.data.images import read_header
+from senet.data.walk import image_files
 from senet.errors import UserError
 
 WORKERS = (0, 1, 2)
@@ -28,7 +31,6 @@ BATCH = 16
 _SIZE = 500, 375  # width and height, pixels: the commonest in ImageNet
 _OCTAVES = (3, 60), (12, 36), (48, 16), (190, 7)  # cells across the picture, amplitude
 _NOISE = 8.0  # with it, a file has about the 110 kB of ImageNet's training images on average
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def write_pictures(folder: Path, count: int = COUNT) -> list[str]:
@@ -66,7 +68,8 @@ def find_jpegs(folder: Path) -> list[str]:
     Raises:
         UserError: there are fewer than a batch.
     """
-    found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    files = image_files(folder) if folder.is_dir() else []
+    found = [p for p in files if Path(p).suffix.lower() in (".jpg", ".jpeg")]
     if len(found) < BATCH:
         raise UserError(f"{folder} has {len(found)} JPEG files: give a folder with {BATCH} or more")
     return found[: min(len(found), COUNT) // BATCH * BATCH]
@@ -75,8 +78,7 @@ def find_jpegs(folder: Path) -> list[str]:
 def describe(paths: Sequence[str]) -> str:
     """What the files are, in a line."""
     size = sum(Path(path).stat().st_size for path in paths) / len(paths) / 1000
-    with Image.open(paths[0]) as first:
-        width, height = first.size
+    width, height = read_header(paths[0]).size
     return f"{len(paths)} JPEG files of {size:.0f} kB on average, the first {width}×{height} pixels"
 
 
@@ -132,7 +134,7 @@ def _decoding(source: FileImages, workers: int) -> Callable[[], object]:
 
 def _training(source: FileImages, workers: int) -> Callable[[], object]:
     """The loader of `senet train`: its batches (N,3,224,224) float32 arrive in this process."""
-    preprocessing = Preprocessing(image_size=224, resize=256, mean=_MEAN, std=_STD)
+    preprocessing = Preprocessing(image_size=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     data = ImageData("pictures", source, source, ("all",), preprocessing)
     augmentation = Augmentation(crop="random_resized", flip=True)
     loader = train_loader(data, augmentation, batch_size=BATCH, seed=0, num_workers=workers)

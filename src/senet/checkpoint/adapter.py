@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import nn
 
 from senet.anatomy import excitations
@@ -20,6 +19,7 @@ from senet.models import Network
 from senet.networks.anywhere import head_of, new_head
 from senet.nn.block import SqueezeExcitation
 from senet.support.files import atomic_write
+from senet.support.tensors import pack, unpack
 
 FORMAT, VERSION = "senet-adapter", 1
 
@@ -50,11 +50,11 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], *, head: bool = Fa
         about["head"], about["num_classes"] = name, layer.out_features
         names.append(name)
     tensors = {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+        f"{name}.{key}": value
         for name in names
         for key, value in model.get_submodule(name).state_dict().items()
     }
-    content = save(tensors, {FORMAT: json.dumps(about, sort_keys=True)})
+    content = pack(tensors, FORMAT, about)
     atomic_write(path, content)
     return len(content)
 
@@ -105,11 +105,12 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     if not Path(path).is_file():
         raise UserError(f"adapter: no such file: {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[FORMAT])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError) as error:
+        tensors, held = unpack(path, FORMAT)
+    except SafetensorError as error:
         raise UserError(f"{path} is no adapter of senet") from error
+    if held is None:
+        raise UserError(f"{path} is no adapter of senet")
+    about = json.loads(held)
     present = excitations(model)
     if present:
         raise UserError(f"the model has SE already: {next(iter(present))}; take the original one")

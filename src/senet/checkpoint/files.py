@@ -1,38 +1,35 @@
-"""Checkpoints: written as a whole or not at all, verified when read, self-contained.
+"""Checkpoints opened: verified, self-contained, nothing unpickled.
 
-A checkpoint is a folder of three files: `model.safetensors` (the weights to use, with all that
-is needed to use them in its metadata), `training_state.pt` (all that is needed to go on) and
-`manifest.json` (size and SHA-256 of the others). `checkpoints/last` is the newest one,
-`checkpoints/previous` the one before it, `checkpoints/best` that of the highest top-1.
+A checkpoint is a folder: `model.safetensors` holds the weights to use, with all that is needed to
+use them in its metadata, `manifest.json` the size and SHA-256 of each file. One of a run holds its
+`training_state.pt` too. What `save_pretrained` writes has no manifest.
 """
 
-import hashlib
-import io
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from senet.checkpoint.write import MANIFEST, defect
 from senet.data import Preprocessing
 from senet.errors import SenetError, UserError
+from senet.gates.blocks import restructure
+from senet.insertion.insert import attach
+from senet.insertion.report import Place
 from senet.models import Network, build_model
-from senet.models.hub import CONFIG, WEIGHTS, adopt, described, read_described
-from senet.networks.anywhere import rebuild
-from senet.support.files import sync_folder
+from senet.models.description import FORMAT, WEIGHTS, adopt, read_described
+from senet.models.hub import HUB_CONFIG
+from senet.networks.anywhere import open_source
 from senet.weights import HUB_PREFIX, load_weights, local_file
-from senet.weights.files import UNREADABLE, read_with_description
+from senet.weights.files import UNREADABLE, read_contents
 from senet.weights.layouts import detect
-
-STATE, MANIFEST = "training_state.pt", "manifest.json"
+from senet.weights.select import select
 
 
 @dataclass(frozen=True)
@@ -59,126 +56,6 @@ class Checkpoint:
     path: Path
 
 
-def save_checkpoint(
-    run: Path,
-    slot: Literal["last", "best"],
-    weights: Mapping[str, Tensor],
-    description: Mapping[str, Any],
-    state: Mapping[str, Any],
-) -> None:
-    """Write `run/checkpoints/<slot>`; what was "last" becomes "previous".
-
-    At each moment a kill leaves a complete checkpoint, the new or the former one.
-
-    Args:
-        run: the run folder.
-        slot: which checkpoint.
-        weights: state dict of the network as it shall be used.
-        description: JSON-able; goes into the metadata of the weights.
-        state: tensors in plain containers (loaded with `weights_only=True`).
-
-    Raises:
-        SenetError: the disk is full or unwritable; the former checkpoints are intact.
-    """
-    folder = run / "checkpoints"
-    temporary = folder / f".{slot}.tmp"
-    former = folder / ("previous" if slot == "last" else f".{slot}.former")
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    metadata = described(description)
-    files: dict[str, bytes | memoryview] = {
-        WEIGHTS: save({k: v.detach().cpu().contiguous() for k, v in weights.items()}, metadata),
-        STATE: buffer.getbuffer(),
-    }
-    try:
-        _remove(temporary)
-        temporary.mkdir(parents=True)
-        for name, content in files.items():
-            _write(temporary / name, content)
-        manifest = {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        }
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
-        sync_folder(temporary)
-        if (folder / slot).exists():
-            _remove(former)
-            (folder / slot).rename(former)
-        temporary.rename(folder / slot)
-        sync_folder(folder)
-        if slot != "last":
-            _remove(former)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise SenetError(
-            f"cannot write {folder / slot}: {error.strerror or error}; the checkpoint before it "
-            f"is intact: free some space, then senet train --resume {run}"
-        ) from error
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def defect(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: each file is compared with the manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        # A run's checkpoint names its training state too, one of `senet insert` has none.
-        for name in dict.fromkeys((WEIGHTS, *manifest)):
-            path, expected = folder / name, manifest[name]
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{name} does not match its SHA-256"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} is unreadable ({type(error).__name__})"
-    return None
-
-
-def load_training_state(run: Path) -> dict[str, Any] | None:
-    """The training state to go on from, or None where a run was killed before its first one.
-
-    Prepares the folder for further writing too: a corrupt "last" is named in one warning and moved
-    to `checkpoints/corrupt`, so that it never takes the place of a good "previous".
-
-    Raises:
-        SenetError: there are checkpoints, but none is intact.
-    """
-    folder = run / "checkpoints"
-    former = folder / ".best.former"
-    if former.exists() and not (folder / "best").exists():  # killed between two renames
-        former.rename(folder / "best")
-    found = [folder / slot for slot in ("last", "previous") if (folder / slot).exists()]
-    for path in found:
-        why = defect(path)
-        if why is None:
-            content = torch.load(path / STATE, map_location="cpu", weights_only=True)
-            assert isinstance(content, dict)
-            return content
-        warnings.warn(f"{path} is corrupt ({why}): it is left out", stacklevel=2)
-        if path.name == "last":
-            _remove(folder / "corrupt")
-            path.rename(folder / "corrupt")
-    if found:
-        raise SenetError(
-            f"no intact checkpoint in {folder}; rerun with "
-            f"senet train --config {run / 'config.toml'} --out NEW_FOLDER"
-        )
-    return None
-
-
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     """A trained network: a run folder, a checkpoint folder, a model.safetensors, or published.
 
@@ -200,7 +77,7 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         )
     if path.is_file():
         return _read(path)
-    if (path / CONFIG).exists() and (path / WEIGHTS).exists():
+    if (path / HUB_CONFIG).exists() and (path / WEIGHTS).exists():
         return _read(path / WEIGHTS)  # save_pretrained writes no manifest
     if (path / WEIGHTS).exists() or (path / MANIFEST).exists():
         candidates = [path]
@@ -220,6 +97,34 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         if folder is not candidates[-1]:
             warnings.warn(f"{folder} is corrupt ({why}): it is left out", stacklevel=2)
     raise SenetError(f"{candidates[-1]} is corrupt ({why})")
+
+
+def rebuild(config: Mapping[str, Any]) -> nn.Module:
+    """A network from its `config`: freshly initialised, with inserted and folded blocks.
+
+    Args:
+        config: name, num_classes, in_channels, options, and as the case may be `inserted` (of
+            `senet.insert`) and `folded` (of `senet.fold_gates`).
+
+    Raises:
+        UserError: as for `open_source`.
+    """
+    model = open_source(
+        config["name"],
+        num_classes=config["num_classes"],
+        in_channels=config["in_channels"],
+        named_by_user=False,
+        **config["options"],
+    )
+    if "inserted" in config:
+        inserted = config["inserted"]
+        attach(model, [Place(**place) for place in inserted["places"]], gate=inserted["gate"])
+    if "folded" in config:
+        model = restructure(model, config["folded"])
+        former = model.config
+        assert isinstance(former, dict)
+        model.config = {**former, "folded": config["folded"]}  # type: ignore[assignment]
+    return model
 
 
 def _read(path: Path) -> Checkpoint:
@@ -258,26 +163,50 @@ def _checkpoint(model: Network, run: dict[str, Any], path: Path) -> Checkpoint:
     )
 
 
-def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
+def is_described(path: str | PathLike[str]) -> bool:
+    """Whether a checkpoint says itself which network it is for; other files hold weights alone.
+
+    Args:
+        path: a file, a folder, or `hf_hub:owner/name`.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        path = local_file(str(path))
+    path = Path(path)
+    if not path.is_file():
+        return True  # a folder, which holds what this package wrote
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FORMAT in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True  # whoever opens it says what is wrong
+
+
+def model_for_weights(
+    name: str, source: str | PathLike[str], *, fresh_head: bool = False, **options: Any
+) -> Network:
     """A network of a given name with weights from elsewhere, in any layout.
 
-    The images' channels and the number of classes are those of the weights, the preprocessing is
-    what their layout implies. Nothing is unpickled.
+    The images' channels and the number of classes are those of the weights. Nothing is unpickled.
 
     Args:
         name: one of `senet.list_models()`.
         source: a file or `hf_hub:owner/name`, see `senet.weights.read_state_dict`.
+        fresh_head: take weights without a last layer that fits, and give the network a fresh one
+            for 1,000 classes.
+        **options: of the network, see `create_model`.
 
     Raises:
-        UserError: unknown name, weights that do not fit, that say themselves which network they
-            are for, or whose layout does not tell how images are prepared.
+        UserError: unknown name, weights that do not fit, or that say themselves which network they
+            are for.
     """
     with torch.device("meta"):
-        outline = build_model(name)
-    path = local_file(source)
-    state, description = read_with_description(path)
-    if description:
+        outline = build_model(name, **options)
+    contents = read_contents(local_file(source))
+    if contents.description:
         raise UserError(f"{source} says itself which network it is for: leave out --model {name}")
+    state = select(contents.state, outline).state
     decoded = detect(state).decode(state, outline)
     # Where these are not in the file, `load_weights` tells what is wrong with it.
     head = decoded.get(f"{outline.head}.weight")
@@ -287,6 +216,21 @@ def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
         name,
         num_classes=1000 if head is None else head.shape[0],
         in_channels=3 if stem is None else stem.shape[1],
+        **options,
     )
-    load_weights(model, state)
+    load_weights(model, contents.state, new_head=fresh_head and head is None)
+    return model
+
+
+def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
+    """A network of a given name with weights from elsewhere, ready to classify.
+
+    The preprocessing is what the weights' layout implies. Arguments as in `model_for_weights`.
+
+    Raises:
+        UserError: as there, weights without a last layer, or a layout that does not tell how images
+            are prepared.
+    """
+    path = local_file(source)
+    model = model_for_weights(name, path)
     return _checkpoint(model, {}, path)

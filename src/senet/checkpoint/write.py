@@ -1,21 +1,18 @@
-"""Writing a network with all that is needed to use it again, as a checkpoint folder."""
+"""The one writer of checkpoints: a folder of weights, what else belongs to them, and a manifest."""
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import nn
+from torch import Tensor
 
-from senet.checkpoint.files import MANIFEST
-from senet.data import Preprocessing
 from senet.errors import UserError
-from senet.models.hub import WEIGHTS, described
-from senet.support.files import atomic_write, sync_folder
+from senet.models.description import WEIGHTS, pack_described
+from senet.support.files import atomic_folder, durable_write
+
+MANIFEST = "manifest.json"
 
 
 def check_new(out: Path) -> None:
@@ -25,44 +22,51 @@ def check_new(out: Path) -> None:
 
 
 def write_checkpoint(
-    out: Path,
-    model: nn.Module,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
     *,
-    metrics: Mapping[str, float] | None = None,
-    run: Mapping[str, Any] | None = None,
+    beside: Mapping[str, bytes | memoryview] | None = None,
+    former: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder (weights and manifest, no training state), whole or not at all.
+    """Write a checkpoint folder, whole or not at all.
 
     Args:
-        out: folder to make.
-        model: with the attribute `config` from which `rebuild` makes it.
-        classes: names in the order of the logits; empty where nobody knows them.
-        preprocessing: how an image becomes its input.
-        metrics: what is known of its accuracy.
-        run: options of the run that trained it.
+        folder: to make.
+        weights: state dict of the network as it shall be used.
+        description: from `senet.models.description.describe`; its `model` is what
+            `senet.checkpoint.files.rebuild` makes the network from.
+        beside: further files by name, such as the state to train on from.
+        former: see `atomic_folder`.
+
+    Raises:
+        OSError: the disk is full or unwritable; what was there still is.
     """
-    description = {
-        "model": model.config,
-        "classes": list(classes),
-        "preprocessing": preprocessing.to_dict(),
-        "metrics": dict(metrics or {}),
-        "run": dict(run or {}),
-    }
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    content = save(state, described(description))
+    files = {WEIGHTS: pack_described(weights, description), **(beside or {})}
     manifest = {
-        WEIGHTS: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    with atomic_folder(folder, former=former) as temporary:
+        for name, content in files.items():
+            durable_write(temporary / name, content)
+        durable_write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+
+
+def defect(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None: each file is compared with the manifest."""
     try:
-        temporary.chmod(0o755)
-        atomic_write(temporary / WEIGHTS, content)
-        atomic_write(temporary / MANIFEST, json.dumps(manifest, indent=2))
-        temporary.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        manifest = json.loads((folder / MANIFEST).read_text())
+        # A run's checkpoint names its training state too, one of `senet insert` has none.
+        for name in dict.fromkeys((WEIGHTS, *manifest)):
+            path, expected = folder / name, manifest[name]
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} does not match its SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is unreadable ({type(error).__name__})"
+    return None

@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
 from senet.cli.options import Names, Switch, Whole, WholeNumbers, prepare_process
 from senet.cli.tables import new_table, print_table
 from senet.errors import UserError
+from senet.support.console import PlainColumn, PlainConsole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 @contextmanager
 def _steps_bar(total: int) -> Iterator[Callable[[str], None]]:
     """A function to call with the name of each of `total` steps as it begins."""
-    console = Console(stderr=True)
-    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
+    console = PlainConsole(stderr=True)
+    columns = (
+        PlainColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    hidden = not console.is_terminal
+    with Progress(*columns, transient=True, console=console, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         steps = itertools.count()
 

@@ -2,13 +2,14 @@
 
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
 from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
 from senet.cli.tables import new_table, print_table
 from senet.support.progress import watch
+from senet.support.text import printable
 
 if TYPE_CHECKING:
     from senet.commands.evaluate import CheckpointEvaluation
@@ -20,6 +21,7 @@ def evaluate(
     *,
     model: str | None = None,
     flags: EvaluationFlags = NO_EVALUATION,
+    split: Literal["train", "val", "test"] | None = None,
     json: Switch = False,
     figures: Path | None = None,
 ) -> None:
@@ -32,6 +34,7 @@ def evaluate(
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
+        split: which images: train, val or test (default: val, or test where there is no val).
         json: print JSON instead of a table.
         figures: folder for the confusion matrix as PNG and SVG.
     """
@@ -43,6 +46,7 @@ def evaluate(
             checkpoint,
             model_name=model,
             **flags.arguments(),
+            split=split,
             progress=progress,
         )
     if figures is not None:
@@ -56,16 +60,16 @@ def evaluate(
 def _as_json(evaluation: "CheckpointEvaluation") -> str:
     checkpoint, data, result = evaluation.checkpoint, evaluation.data, evaluation.result
     content = {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": printable(str(checkpoint.path)),
         "model": checkpoint.model.config["name"],
-        "data": data.name,
+        "data": printable(data.name),
         "n": result.n,
         "top1": result.top1,
         f"top{result.k}": result.top5,
         "loss": result.loss,
         "images_per_second": result.images_per_second,
-        "skipped": list(data.skipped),
-        "classes": list(data.classes),
+        "skipped": [printable(str(each)) for each in data.skipped],
+        "classes": [printable(name) for name in data.classes],
         "confusion": result.confusion.tolist(),
     }
     return dumps(content, indent=1)

@@ -11,6 +11,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from cyclopts.argument import update_argument_collection
 
 from senet.errors import UserError
+from senet.support.text import decoded
 
 MODEL_GROUP = Group("Network", sort_key=1)
 DATA_GROUP = Group("Data", sort_key=2)
@@ -115,9 +116,16 @@ class DataFlags:
     download: bool | None = None
     """Fetch a missing data set into --data-root."""
     val_fraction: float | None = None
-    """Share of the images held out for validation, for a folder without train/ and val/."""
+    """Share of the images held out for validation, for data without a split of their own."""
     image_size: OptionalWhole = None
     """Side of the network's input in pixels (default: that of the data set)."""
+    channels: Literal[1, 3] | None = None
+    """Channels of the network's input, such as 3 for grey images and a network for colours
+    (default: those of the images, or of the network of --init)."""
+    image_column: str | None = None
+    """Column of the images, where a table has several (of WebDataset's tars: their ending)."""
+    label_column: str | None = None
+    """Column of the classes, where a table has several (of tars: an ending or entry of .json)."""
     skip_bad_images: bool | None = None
     """Leave out images that cannot be read and count them, instead of stopping."""
     shuffle_buffer: OptionalWhole = None
@@ -212,9 +220,9 @@ class TrainingFlags(ProcessFlags):
     network: NetworkFlags = NO_NETWORK
     data: str | None = None
     """embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images with
-    train/ and val/, shards:PLACE (of `senet shard`, a folder or an address), hf:NAME (Hugging
-    Face's datasets; a name or a local folder) or hf-stream:NAME (the same, streaming) (default:
-    embedded)."""
+    train/ and val/, FILE.csv of files and classes, shards:PLACE (of `senet shard`, a folder or an
+    address; or a folder of WebDataset's tars), hf:NAME (Hugging Face's datasets; a name or a local
+    folder) or hf-stream:NAME (the same, streaming) (default: embedded)."""
     data_flags: DataFlags = NO_DATA
     recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None
     """quick, cifar, imagenet-paper or imagenet-modern (default: quick)."""
@@ -227,8 +235,8 @@ class EvaluationFlags(ProcessFlags):
     """How the validation images of a checkpoint are gone through."""
 
     data: str | None = None
-    """embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, or a folder (default: what
-    the checkpoint was trained on)."""
+    """What senet train takes, or a folder or FILE.csv without splits, of which all images count
+    (default: what the checkpoint was trained on)."""
     data_flags: DataFlags = NO_DATA
     batch_size: Whole = 256
     """Images at a time."""
@@ -308,7 +316,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(path.read_bytes()))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -331,7 +339,11 @@ def config_place(tokens: Sequence[str], text: str) -> str:
     if not path.is_file():
         return ""
     named = re.split("did you mean", text, flags=re.IGNORECASE)[0]
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    try:
+        lines = decoded(path.read_bytes()).splitlines()
+    except UnicodeDecodeError:
+        return ""
+    for number, line in enumerate(lines):
         assignment = re.match(r"\s*([\w-]+)\s*=", line)
         if assignment is None:
             continue

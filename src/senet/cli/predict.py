@@ -11,6 +11,7 @@ from rich.table import Table
 from senet.cli.options import Config, Decode, Device, Switch, Whole, prepare_process
 from senet.cli.tables import print_table
 from senet.support.progress import watch
+from senet.support.text import printable
 
 if TYPE_CHECKING:
     from senet.commands.predict import Predicted, Prediction
@@ -87,8 +88,8 @@ def predict(
 def _as_dict(prediction: "Prediction") -> dict[str, object]:
     pairs = zip(prediction.classes, prediction.probabilities, strict=True)
     return {
-        "image": str(prediction.image),
-        "predictions": [{"class": name, "probability": value} for name, value in pairs],
+        "image": printable(str(prediction.image)),
+        "predictions": [{"class": printable(name), "probability": value} for name, value in pairs],
     }
 
 

@@ -27,17 +27,14 @@ def shard(
         seed: of the order in which the training images lie in the shards.
         workers: shards written at a time.
     """
-    from senet.data import load_data
     from senet.data.shards.index import Shard
     from senet.data.shards.write import size_in_bytes, write_shards
+    from senet.training.data import open_named
 
     size = size_in_bytes(shard_size)
-    options = given(data_flags)
-    if "data_root" in options:
-        options["root"] = options.pop("data_root")
     if source.startswith("shards:"):
         raise UserError(f"{source} is shards already")
-    data = load_data(source, **options)
+    data = open_named(source, given(data_flags))
 
     def tell(done: Shard, fresh: bool) -> None:
         made = f"{done.images:,} images, {done.bytes:,} bytes" if fresh else "kept"

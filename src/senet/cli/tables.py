@@ -1,10 +1,12 @@
 """Tables for a terminal."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from senet.support.console import PlainConsole
 
 PIPE_WIDTH = 200
 
@@ -26,8 +28,11 @@ def new_table(*left: str, right: Sequence[str] = (), **options: Any) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table; in a file or a pipe, which have no width, no column is cut."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
+    """Print a table as wide as the terminal, or as COLUMNS says.
+
+    In a file or a pipe, which have no width, no column is cut.
+    """
+    console = PlainConsole()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
     console.print(table)

@@ -53,13 +53,16 @@ def train(
         model: network; `senet models` lists them.
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
-        init: checkpoint to start from, such as one of `senet insert`; its network counts.
+        init: checkpoint to start from, such as one of `senet insert`; its network counts, and its
+            preprocessing (of which --image-size changes the side). With --model a file of weights
+            in any released layout.
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
         out: run folder; it must not exist.
-        resume: run folder to go on with; its own configuration counts, but for --parallel.
+        resume: run folder to go on with; its own configuration counts, but for --parallel, and
+            --data and --data-root where the data were moved.
             "auto": go on with --out if it exists, else begin it.
     """
     flags.prepare_process()

@@ -1,6 +1,8 @@
 """The accuracy of a trained network on a data set, and a figure of what it confuses."""
 
 import dataclasses
+import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import Any
 import torch
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
-from senet.data import ImageData, Preprocessing, load_data, val_loader
+from senet.data import ImageData, Split, val_loader
 from senet.errors import UserError
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
 from senet.support.progress import Progress
+from senet.training.data import open_named
 from senet.training.evaluation import Evaluation, evaluate
 
 
@@ -24,7 +27,8 @@ def check_classes(checkpoint: Checkpoint, data: ImageData) -> None:
         UserError: another number of classes, or other names in the same number (where the
             checkpoint knows names).
     """
-    known, found = checkpoint.classes, data.classes
+    known, found = ([unicodedata.normalize("NFC", name) for name in names]
+                    for names in (checkpoint.classes, data.classes))  # fmt: skip
     if len(known) != len(found):
         raise UserError(
             f"num_classes differs: the checkpoint has {len(known)} classes, {data.name} has "
@@ -67,7 +71,7 @@ def evaluate_checkpoint(
     check_classes(checkpoint, data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:
-        preprocessing = resized(preprocessing, image_size)
+        preprocessing = preprocessing.resized(image_size)
     least = checkpoint.model.min_input_size
     if preprocessing.image_size < least:
         raise UserError(
@@ -83,40 +87,55 @@ def evaluate_checkpoint(
     return evaluate(model, loader, data.classes, progress=progress)
 
 
-def resized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
-    """The same preprocessing for another side, with the share that the centre crop keeps."""
-    resize = preprocessing.resize
-    if resize is not None:
-        resize = round(resize * image_size / preprocessing.image_size)
-    return dataclasses.replace(preprocessing, image_size=image_size, resize=resize)
+_OF_THE_TRAINING = (
+    "val_fraction", "skip_bad_images", "bad_shards", "decode", "image_column", "label_column",
+    "channels", "data_root",
+)  # fmt: skip
 
 
 def open_data(
-    checkpoint: Checkpoint | None, data_name: str | None, data_options: Mapping[str, Any]
+    checkpoint: Checkpoint | None,
+    data_name: str | None,
+    data_options: Mapping[str, Any],
+    *,
+    split: Split | None = None,
+    whole: bool = True,
 ) -> ImageData:
     """Data by name; by default what the checkpoint was trained on, with its val_fraction.
 
     Args:
-        checkpoint: says what it was trained on; None where there is none.
+        checkpoint: says what it was trained on, and its classes: those of data without a split of
+            their own get its numbers by their names, and may be only some of them; None where a
+            network comes by name.
         data_name: data set or folder.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
+        split: as for `load_data`.
+        whole: as for `load_data`, of data that are named.
 
     Raises:
         UserError: as for `load_data`, or no data named where the checkpoint does not say them.
     """
-    options = dict(data_options)
+    options: dict[str, Any] = {"split": split, **data_options}
     if data_name is None:
         if checkpoint is None:
             raise UserError("a network by name does not say what it was trained on: give --data")
         data_name = checkpoint.config.get("data")
         if data_name is None:
             raise UserError(f"{checkpoint.path} does not say what it was trained on: give --data")
-        for name in ("val_fraction", "skip_bad_images", "bad_shards", "decode"):
+        for name in _OF_THE_TRAINING:
             if name in checkpoint.config:
                 options.setdefault(name, checkpoint.config[name])
-    if "data_root" in options:
-        options["root"] = options.pop("data_root")
-    return load_data(data_name, **options)
+        if os.path.isabs(data_name) and not os.path.exists(data_name):  # noqa: PTH110, PTH117
+            raise UserError(
+                f"{checkpoint.path} was trained on {data_name}, which is not there: give --data, "
+                "the place where it is now"
+            )
+    else:
+        options["whole"] = whole
+    if checkpoint is not None and checkpoint.model.classes is not None:
+        names = (unicodedata.normalize("NFC", name) for name in checkpoint.classes)
+        options["classes"] = tuple(names)
+    return open_named(data_name, options)
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,7 @@ def evaluate_path(
     data_options: Mapping[str, Any],
     *,
     model_name: str | None = None,
+    split: Split | None = None,
     batch_size: int,
     workers: int,
     device: str,
@@ -152,6 +172,7 @@ def evaluate_path(
         data_name: data set or folder; by default that of the training, with its val_fraction.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
         model_name: name of the network, for weights that do not say it.
+        split: as for `load_data`.
         batch_size: images at a time.
         workers: processes that read images; 0: this one.
         device: "auto", "cpu", "cuda" or "mps".
@@ -162,7 +183,7 @@ def evaluate_path(
             `evaluate_checkpoint`, or no data named where the checkpoint does not say them.
     """
     checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
-    data = open_data(checkpoint, data_name, data_options)
+    data = open_data(checkpoint, data_name, data_options, split=split)
     result = evaluate_checkpoint(
         checkpoint,
         data,

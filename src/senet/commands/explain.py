@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import io
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +14,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from senet.checkpoint.files import Checkpoint
-from senet.commands.evaluate import check_classes, open_data, resized
+from senet.checkpoint.write import check_new
+from senet.commands.evaluate import check_classes, open_data
 from senet.commands.network import open_network
 from senet.data import ImageData, map_style, val_loader
 from senet.errors import UserError
 from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
-from senet.reports.figures import gates_per_stage, gates_spread, save_figure, themed
+from senet.reports.figures import (
+    gates_per_stage,
+    gates_spread,
+    neutral_gate,
+    save_figure,
+    themed,
+)
 from senet.reports.gates import explain_page
 from senet.support.device import choose_device
-from senet.support.files import atomic_write
+from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAX_SPREAD = 3  # more bands can no longer be told apart; fig. 7 of the paper has two
-# Gates that can pass 1, so that 1 = "unchanged" lies inside their range.
-_CROSSING_ONE = ("identity_sigmoid", "relu")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def open_for_gates(
         check_classes(checkpoint, data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:
-        preprocessing = resized(preprocessing, image_size)
+        preprocessing = preprocessing.resized(image_size)
     return checkpoint, dataclasses.replace(data, preprocessing=preprocessing)
 
 
@@ -130,8 +133,7 @@ def explain(
         UserError: a folder that exists, unknown classes, or as for `open_for_gates` and
             `record_gates`; nothing is written.
     """
-    if out.exists():
-        raise UserError(f"{out} exists and is never overwritten: give another folder by --out")
+    check_new(out)
     if images < 0:
         raise UserError(f"images must be at least 0, got {images}")
     options = dict(data_options or {})
@@ -153,12 +155,9 @@ def explain(
 
 
 def _write(explanation: Explanation, picked: list[int], images: int) -> None:
-    """All files in a folder beside `out`, which then becomes it: whole or not at all."""
+    """All files, or none."""
     out, statistics = explanation.folder, explanation.statistics
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        temporary.chmod(0o755)
+    with atomic_folder(out) as temporary:
         with themed():
             shown = picked or _evenly(statistics)
             save_figure(_by_class(statistics, picked), temporary / "figures", "gates_by_class")
@@ -182,10 +181,6 @@ def _write(explanation: Explanation, picked: list[int], images: int) -> None:
             classes=picked,
         )
         atomic_write(temporary / "report.html", page)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _image(data: ImageData, position: int) -> tuple[Image.Image, str]:
@@ -206,7 +201,7 @@ def _by_class(statistics: GateStatistics, shown: list[int]) -> Figure:
     names = [blocks[-1] for blocks in stages[:-1]] + stages[-1]
     rows = shown or torch.nonzero(statistics.blocks[names[0]].moments.count)[:, 0].tolist()
     gates = {name: statistics.blocks[name].class_mean[rows].numpy() for name in names}
-    neutral = 1.0 if statistics.blocks[names[-1]].gate in _CROSSING_ONE else None
+    neutral = neutral_gate(statistics.blocks[names[-1]].gate)
     return gates_per_stage(gates, [statistics.classes[k] for k in rows], neutral=neutral)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from senet.checkpoint.files import Checkpoint
-from senet.commands.evaluate import check_classes, open_data, resized
+from senet.commands.evaluate import check_classes, open_data
 from senet.commands.predict import find_images
 from senet.data import (
     FileImages,
@@ -76,7 +76,7 @@ def export_checkpoint(
         least = checkpoint.model.min_input_size
         if side < least:
             raise UserError(f"--image-size must be at least {least} for this network, got {side}")
-        preprocessing = resized(preprocessing, side)
+        preprocessing = preprocessing.resized(side)
     pictures: ImageSource = read_embedded()[1]
     calibration: list[Tensor] | None = None
     evaluation: Batches | None = None
@@ -117,7 +117,7 @@ def _open_images(
             decoder = check_decoder(data_options.get("decode", "pillow"))
             channels = checkpoint.preprocessing.channels
             return FileImages(paths, labels, channels, decoder), None
-    data = open_data(checkpoint, data_name, data_options)
+    data = open_data(checkpoint, data_name, data_options, whole=False)
     check_classes(checkpoint, data)
     return map_style(data.train, "senet export"), data
 

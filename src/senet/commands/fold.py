@@ -11,6 +11,7 @@ from senet.data import val_loader
 from senet.gates.fold import FoldReport, fold_gates
 from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
+from senet.models.description import describe
 from senet.support.device import choose_device
 from senet.support.progress import Progress, Silent
 
@@ -85,12 +86,13 @@ def fold_checkpoint(
         network, known, tolerance=tolerance, loader=loader, max_drop=max_drop, partial=partial
     )
     metrics = {"top1": report.after.top1, "val_loss": report.after.loss}
-    write_checkpoint(
-        out,
-        report.model.cpu(),
-        checkpoint.model.classes or (),
-        checkpoint.preprocessing,
+    folded, config = report.model.cpu(), report.model.config
+    description = describe(
+        config,  # type: ignore[arg-type]  # checkpoints hold networks with one
+        checkpoint.preprocessing.to_dict(),
+        checkpoint.model.classes,
         metrics={key: value for key, value in metrics.items() if value is not None},
         run=checkpoint.config,
     )
+    write_checkpoint(out, folded.state_dict(), description)
     return Folded(out, report, len(data.val))

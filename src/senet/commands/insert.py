@@ -11,6 +11,7 @@ from senet.checkpoint.write import check_new, write_checkpoint
 from senet.commands.network import open_network
 from senet.insertion.insert import insert
 from senet.insertion.report import InsertionReport
+from senet.models.description import describe
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def insert_checkpoint(
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, preprocessing.channels, side, side, generator=generator)
     report = insert(network.eval(), example_input=example, **options)
+    config: Any = network.config
     classes = network.classes or ()
-    write_checkpoint(out, network, classes, preprocessing, run=checkpoint.config)
+    description = describe(config, preprocessing.to_dict(), classes, run=checkpoint.config)
+    write_checkpoint(out, network.state_dict(), description)
     return Inserted(out, report)

@@ -10,12 +10,9 @@ from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models import Network
-from senet.networks.anywhere import open_source
+from senet.networks.anywhere import TORCHVISION, open_source
+from senet.networks.preparation import imagenet, of_torchvision
 from senet.weights import read_state_dict
-
-# How ImageNet networks of torchvision are evaluated; timm's say their own.
-_CROP = 224 / 256
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_network(
@@ -52,7 +49,10 @@ def open_network(
     network = open_source(model, num_classes=count)
     if weights is not None:
         _load(network, weights)
-    preprocessing = _preprocessing(network, image_size)
+    preprocessing = _preparation(model, network, weights)
+    if image_size is not None:
+        preprocessing = preprocessing.resized(image_size)
+    network.preprocessing = preprocessing.to_dict()  # type: ignore[assignment]
     names = tuple(classes) if classes and len(classes) == count else None
     network.classes = names  # type: ignore[assignment]
     return Checkpoint(
@@ -65,23 +65,15 @@ def open_network(
     )
 
 
-def _preprocessing(network: nn.Module, image_size: int | None) -> Preprocessing:
-    """How a network's images are prepared: as timm says, else as for torchvision's networks."""
-    size = cast(tuple[int, ...], network.input_size)
-    channels, side = int(size[0]), int(image_size or size[-1])
-    about: Any = getattr(network, "pretrained_cfg", None) or {}
-    mean, std = about.get("mean", _MEAN), about.get("std", _STD)
-    if len(mean) != channels:
-        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    bicubic = about.get("interpolation") == "bicubic"
-    return Preprocessing(
-        image_size=side,
-        resize=round(side / about.get("crop_pct", _CROP)),
-        mean=tuple(mean),
-        std=tuple(std),
-        channels=channels,
-        interpolation="bicubic" if bicubic else "bilinear",
-    )
+def _preparation(name: str, network: nn.Module, weights: Path | None) -> Preprocessing:
+    """How the network wants its images, as far as anyone says it."""
+    if name.startswith(TORCHVISION):  # whose weights are said by the file's name
+        return of_torchvision(name.removeprefix(TORCHVISION), weights)
+    said: Any = network.preprocessing
+    if said is not None:
+        return Preprocessing.from_dict(said)
+    size: Any = network.input_size
+    return imagenet().resized(int(size[1]))
 
 
 def _load(network: nn.Module, weights: Path) -> None:

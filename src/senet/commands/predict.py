@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from senet.checkpoint.files import open_checkpoint, open_weights
-from senet.data import BadImageError, Decoder, Preprocessing, check_decoder, load_image
+from senet.data import (
+    BadImageError,
+    Decoder,
+    Preprocessing,
+    check_decoder,
+    image_files,
+    load_image,
+)
 from senet.errors import UserError
 from senet.inference import optimize
 from senet.runtimes.export import export
@@ -64,20 +70,15 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """Image files: those named, and all below the folders named, sorted within each folder.
 
     A named file is kept whatever it is called; in folders only names count that end as one of
-    Pillow's formats does.
+    `senet.data.images.FORMATS` does.
 
     Raises:
         UserError: a path does not exist, or a folder holds no image.
     """
-    endings = Image.registered_extensions()
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in endings and file.is_file()
-            )
+            inside = sorted(map(Path, image_files(path)))
             if not inside:
                 raise UserError(f"no images in folder {path}")
             found += inside

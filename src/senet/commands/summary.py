@@ -73,8 +73,8 @@ def summarize_block(block: SqueezeExcitation, spatial: tuple[int, ...]) -> Block
     Raises:
         ValueError: `spatial` has not `block.dims` sizes.
     """
-    device, dtype = block.fc1.weight.device, block.fc1.weight.dtype
-    x = torch.empty((1, block.channels, *spatial), device=device, dtype=dtype)
+    like = next(block.parameters(), torch.empty(0))  # quantized layers have no parameters
+    x = torch.empty((1, block.channels, *spatial), device=like.device, dtype=like.dtype)
     rows: list[LayerRow] = []
 
     def record(name: str, module: nn.Module, output: Tensor) -> None:

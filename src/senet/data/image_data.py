@@ -1,16 +1,90 @@
 """What a data set is to the loaders, and how its images are prepared unless it says otherwise."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
+from PIL import Image
+
+from senet.data.decoders import Decoder
 from senet.data.images import ImageSource
-from senet.data.sources.stream import StreamedImages
+from senet.data.probe import SMALL
+from senet.data.samplers import EpochBatchSampler
+from senet.data.splits import Split
 from senet.data.transforms import Preprocessing
 from senet.errors import UserError
 
-SMALL = 64
-"""Pixels up to which an image is used whole instead of resized and cropped."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE, _IMAGENET_RESIZE = 224, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a data set is to be read, whatever holds it; see `senet.data.load_data`.
+
+    Attributes:
+        val_fraction: part of each class set aside, where there is no split of its own.
+        image_size: side of the network's input; None: that of the data.
+        channels: 1 or 3; None: those of the data.
+        skip_bad_images: decode all now and leave out the broken ones.
+        image_column, label_column: of tables with several.
+        split: what is evaluated on; None: the validation images, else the test images.
+        whole: where there is no split and no val_fraction, all images are for evaluation.
+        classes: names in the order of their numbers, for data without a split of their own; None:
+            those of the data, sorted.
+        decode: who decodes JPEG.
+        seed: of the choice of the images set aside.
+        download: whether something may be fetched.
+    """
+
+    val_fraction: float | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    skip_bad_images: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    split: Split | None = None
+    whole: bool = False
+    classes: tuple[str, ...] | None = None
+    decode: Decoder = "pillow"
+    seed: int = 0
+    download: bool = False
+
+
+class KeyBatches(Protocol):
+    """Evaluation batches of a rank, as lists of keys."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+
+@runtime_checkable
+class ImageStream(Protocol):
+    """Images that come in an order of their own, instead of being asked for by their number.
+
+    It makes its own batches of keys, each with `epoch`, `step` and `image` as a `Key` has, and
+    opens the images of these keys, in whatever process.
+    """
+
+    name: str
+    """What errors call it."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, key: Any) -> tuple[Image.Image, int]:
+        """The decoded image of a key, and its class."""
+        ...
+
+    def train_batches(
+        self, batch_size: int, seed: int, rank: int, world_size: int, drop_last: bool
+    ) -> EpochBatchSampler:
+        """Shuffled batches of a rank, as many on every rank."""
+        ...
+
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> KeyBatches:
+        """Batches of a rank; over all ranks each image once."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,8 +101,8 @@ class ImageData:
     """
 
     name: str
-    train: ImageSource | StreamedImages
-    val: ImageSource | StreamedImages
+    train: ImageSource | ImageStream
+    val: ImageSource | ImageStream
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()
@@ -49,7 +123,7 @@ def natural_preprocessing(size: int, channels: int) -> Preprocessing:
     return preprocessing_for(size, mean, std)
 
 
-def map_style(source: ImageSource | StreamedImages, what: str) -> ImageSource:
+def map_style(source: ImageSource | ImageStream, what: str) -> ImageSource:
     """The source itself, for work that opens images at any place and in any order.
 
     Args:
@@ -59,7 +133,7 @@ def map_style(source: ImageSource | StreamedImages, what: str) -> ImageSource:
     Raises:
         UserError: it is a stream.
     """
-    if isinstance(source, StreamedImages):
+    if isinstance(source, ImageStream):
         raise UserError(
             f"{what} opens images in its own order, {source.name} gives them in one only: use "
             "hf:NAME instead of hf-stream:NAME"

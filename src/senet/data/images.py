@@ -1,5 +1,7 @@
 """Reading image files of any kind, and the two ways in which a data set holds its images."""
 
+import contextlib
+import functools
 import io
 import os
 import struct
@@ -8,21 +10,35 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import IO, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from senet.data.decoders import Decoder, tell_what_was_left, turbo_pixels
+from senet.data.metadata import upright, without_metadata
 from senet.errors import UserError
 
 MODES = {1: "L", 3: "RGB"}
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO",
+    "QOI", "SGI", "PCX", "TGA",
+)  # fmt: skip
+"""The decoders that an image may start, whatever its name; Pillow alone would also start
+Ghostscript (EPS) and lesser-known ones. Some are there in newer releases of Pillow only, HEIF with
+the package pillow-heif. (JPEG includes MPO.)"""
+_OPTIONAL_ENDINGS = frozenset({".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"})
+# Brands of the container that AVIF and HEIC share, and what reads them.
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIF"
+)
+_READERS = {"AVIF": "a newer Pillow (pip install -U pillow)", "HEIF": "pip install pillow-heif"}
 # What PIL's decoders raise on broken files, beside OSError (which UnidentifiedImageError is).
 _DECODER_ERRORS = (
     OSError,
@@ -86,11 +102,43 @@ class _StrictDecoding:
 
 
 _strict_decoding = _StrictDecoding()
+_clear: list[str] = []  # the first image with transparent parts, for the remark about them
+_told: list[str] = []
 
 
-def _reason(error: BaseException) -> str:
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that can be read here."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """Endings of image files, lower case, with the dot; also of formats that are not read here.
+
+    So that an image is named as unreadable instead of being passed over.
+    """
+    known = {*formats(), "MPO"}
+    found = {ending for ending, name in Image.registered_extensions().items() if name in known}
+    return frozenset(found) | _OPTIONAL_ENDINGS
+
+
+def open_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """`PIL.Image.open` with the decoders of `FORMATS` alone: the only place that calls it."""
+    return Image.open(file, formats=formats())
+
+
+def _reason(error: BaseException, data: bytes = b"") -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image in a format that Pillow reads"
+        brand = _BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
+        if brand is not None and brand not in formats():
+            return f"{brand} needs {_READERS[brand]}"
+        return "not an image in a format that is read (such as JPEG, PNG, WebP, TIFF)"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, IsADirectoryError):
@@ -123,15 +171,21 @@ def _decode(path: str | os.PathLike[str], channels: int, decoder: Decoder) -> Im
 def _decode_bytes(
     data: bytes, path: str | os.PathLike[str], channels: int, decoder: Decoder
 ) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = turbo_pixels(image, data, os.fspath(path)) if decoder == "turbo" else None
+    def decoded(content: bytes) -> Image.Image:
+        with open_image(io.BytesIO(content)) as image:
+            pixels = turbo_pixels(image, content, os.fspath(path)) if decoder == "turbo" else None
             if pixels is None:
                 image.load()
                 pixels = image
-            return to_mode(ImageOps.exif_transpose(pixels), channels)
+            return to_mode(upright(pixels), channels, repr(os.fspath(path)))
+
+    try:
+        return decoded(data)
     except _DECODER_ERRORS as error:
-        raise BadImageError(path, _reason(error)) from error
+        if (bare := without_metadata(data)) is not None:
+            with contextlib.suppress(*_DECODER_ERRORS):
+                return decoded(bare)
+        raise BadImageError(path, _reason(error, data)) from error
 
 
 def load_image(
@@ -161,6 +215,7 @@ def load_image(
     with _strict_decoding:
         image = _decode(path, channels, decoder)
     tell_what_was_left()
+    tell_what_was_clear()
     return image
 
 
@@ -179,10 +234,21 @@ def decode_image(data: bytes, name: str, channels: int, decoder: Decoder = "pill
     with _strict_decoding:
         image = _decode_bytes(data, name, channels, decoder)
     tell_what_was_left()
+    tell_what_was_clear()
     return image
 
 
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
+def tell_what_was_clear() -> None:
+    """Warn, once a process, that an image was not opaque: what is behind it is our choice."""
+    if _clear and not _told:
+        _told.append(_clear[0])
+        warnings.warn(
+            f"some images have transparent parts, such as {_clear[0]}: these are laid on white",
+            stacklevel=3,
+        )
+
+
+def to_mode(image: Image.Image, channels: int, name: str = "one in memory") -> Image.Image:
     """Convert an image of any mode to 8-bit grey or RGB.
 
     Transparency (RGBA, LA, a palette's transparent colour) is laid on white, as on a page. 16-bit
@@ -191,6 +257,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     Args:
         image: PIL image.
         channels: 1 (mode L) or 3 (RGB).
+        name: what a remark on its transparency calls it.
 
     Raises:
         ValueError: floating-point or 32-bit pixels, whose range is unknown.
@@ -206,22 +273,52 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
     elif image.has_transparency_data:
         colours = image.convert("RGBA")
-        page = Image.new("RGBA", colours.size, "white")
-        image = Image.alpha_composite(page, colours).convert("RGB")
+        if colours.getchannel("A").getextrema() != (255, 255):
+            page = Image.new("RGBA", colours.size, "white")
+            colours = Image.alpha_composite(page, colours)
+            if not _clear:
+                _clear.append(name)
+        image = colours.convert("RGB")
     return image.convert(MODES[channels])
 
 
-def is_grey(path: str | os.PathLike[str]) -> bool:
-    """Whether an image file is stored as grey (by its header; palettes count as coloured).
+class Header(NamedTuple):
+    """What an image file says of itself.
+
+    Attributes:
+        grey: whether it is stored as grey (palettes count as coloured).
+        size: width and height as stored, pixels.
+    """
+
+    grey: bool
+    size: tuple[int, int]
+
+
+def read_header(file: str | os.PathLike[str] | bytes, name: str | None = None) -> Header:
+    """Read the header of an image file.
+
+    Args:
+        file: its path or its content.
+        name: what an error calls it; None: its path.
 
     Raises:
         BadImageError: the file is missing, empty or no image.
     """
-    try:
-        with _strict_decoding, Image.open(path) as image:
-            return image.mode in GREY_MODES
-    except _DECODER_ERRORS as error:
-        raise BadImageError(path, _reason(error)) from error
+    path = name or ("" if isinstance(file, bytes) else os.fspath(file))
+
+    def header(source: str | os.PathLike[str] | IO[bytes]) -> Header:
+        with open_image(source) as image:
+            return Header(image.mode in GREY_MODES, image.size)
+
+    with _strict_decoding:
+        try:
+            return header(io.BytesIO(file) if isinstance(file, bytes) else file)
+        except _DECODER_ERRORS as error:
+            data = file if isinstance(file, bytes) else _read_bytes(file)
+            if (bare := without_metadata(data)) is not None:
+                with contextlib.suppress(*_DECODER_ERRORS):
+                    return header(io.BytesIO(bare))
+            raise BadImageError(path, _reason(error, data)) from error
 
 
 class ImageSource(Protocol):
@@ -362,6 +459,7 @@ def read_all(
                     kept[n] = pixels
                     n += 1
     tell_what_was_left()
+    tell_what_was_clear()
     if kept is None or not keep:
         return None, bad
     # (N,H,W) or (N,H,W,3)

@@ -1,8 +1,9 @@
-"""Where images come from: the embedded set, torchvision's data sets, any folder of classes."""
+"""Data by name: the embedded set, torchvision's, folders, tables, shards:, hf:, hf-stream:."""
 
+import dataclasses
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,23 @@ from senet.data.image_data import (
     IMAGENET_MEAN,
     IMAGENET_SIZE,
     IMAGENET_STD,
-    SMALL,
     ImageData,
-    natural_preprocessing,
+    Reading,
     preprocessing_for,
 )
 from senet.data.images import FileImages, ImageSource, MemoryImages
+from senet.data.shards.load import load_shards
 from senet.data.shards.read import PREFIX as SHARDS
-from senet.data.shards.read import BadShards, load_shards
+from senet.data.shards.read import BadShards
 from senet.data.sources import embedded
-from senet.data.sources.folders import load_folder, stratified_split
+from senet.data.sources.folders import load_folder
 from senet.data.sources.hugging_face import PREFIX as HUGGING_FACE
-from senet.data.sources.hugging_face import open_hugging_face
+from senet.data.sources.hugging_face import load_hugging_face
 from senet.data.sources.stream import PREFIX as HUGGING_FACE_STREAM
-from senet.data.sources.stream import StreamedImages, open_stream
+from senet.data.sources.stream import load_stream
+from senet.data.sources.table import SUFFIXES as TABLES
+from senet.data.sources.table import load_table
+from senet.data.splits import Split
 from senet.errors import SenetError, UserError
 
 _IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -121,39 +125,52 @@ def load_data(
     download: bool = False,
     val_fraction: float | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     skip_bad_images: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
     shuffle_buffer: int | None = None,
     bad_shards: BadShards | None = None,
     decode: Decoder | None = None,
     epoch_size: int | None = None,
+    split: Split | None = None,
+    whole: bool = False,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> ImageData:
     """Open a data set by name or by folder.
 
-    `shards:PLACE` opens what `senet shard` wrote, see `senet.data.shards.read`; `hf:NAME` a data
-    set of Hugging Face's `datasets`, see `senet.data.sources.hugging_face`, and `hf-stream:NAME`
-    the same as a stream that is not kept on the disk, see `senet.data.sources.stream`.
+    `shards:PLACE` opens what `senet shard` wrote, or a folder of WebDataset's tars, see
+    `senet.data.shards`; `hf:NAME` a data set of Hugging Face's `datasets`, see
+    `senet.data.sources.hugging_face`, and `hf-stream:NAME` the same as a stream that is not kept on
+    the disk, see `senet.data.sources.stream`; `FILE.csv` image files and classes in a table.
 
-    A folder holds `train/` and `val/` (or `test/`), each with one folder of images a class, or
-    directly one folder a class, of which `val_fraction` is set aside. Up to `CHECKED_LIMIT` bytes
-    of files are decoded before the start, so that a broken one is found at once; larger folders
-    are decoded as they are used, and a broken file raises a `BadImageError` with its name then.
-    Images of one size, up to `MEMORY_LIMIT` bytes of pixels, stay decoded in memory.
+    A folder holds `train/` and `val/` (or `test/`; `training`, `validation`, `valid`, … likewise),
+    each with one folder of images a class, or directly one folder a class, of which `val_fraction`
+    is set aside. Up to `CHECKED_LIMIT` bytes of files are decoded before the start, so that a
+    broken one is found at once; larger folders are decoded as they are used, and a broken file
+    raises a `BadImageError` with its name then. Images of one size, up to `MEMORY_LIMIT` bytes of
+    pixels, stay decoded in memory.
 
     The input's size is 28 for the embedded set and Fashion-MNIST, 32 for CIFAR, the images' own
-    size for a folder of square images of up to 64 pixels in memory, otherwise 224 (resized to 256
-    and cropped). Grey data stays one channel; a folder is grey if a sample of its images (all up
-    to 64, otherwise 64 to 128 spread evenly over the training split) is.
+    size for square images of up to 64 pixels (of a folder or table: in memory), otherwise 224
+    (resized to 256 and cropped). Grey data stays one channel: a folder, table, `hf:` set or tars
+    are grey if all images are, or all of 10,000 at random; a stream if the first images of up to 16
+    of its files are.
 
     Args:
-        data: one of `DATA_SETS`, a folder, shards:PLACE, hf:NAME or hf-stream:NAME.
+        data: one of `DATA_SETS`, a folder, FILE.csv, shards:PLACE, hf:NAME or hf-stream:NAME.
         root: where torchvision's data sets lie or are downloaded to, and fetched shards.
         download: fetch a missing data set (never done unasked).
-        val_fraction: part of each class set aside for evaluation, between 0 and 1; only for a
-            folder without a split of its own.
+        val_fraction: part of each class set aside for evaluation, between 0 and 1; only for data
+            without a split of their own.
         image_size: height and width of the network's input in pixels, instead of the default.
-        skip_bad_images: decode every image of a folder now, leave out the broken ones and list
-            them in `ImageData.skipped`; only for folders.
+        channels: 1 or 3, what the network takes, instead of what the images are: grey images for a
+            network for colours.
+        skip_bad_images: decode every image of a folder or table now, leave out the broken ones and
+            list them in `ImageData.skipped`.
+        image_column, label_column: of an hf: set, a stream or a table with several columns that
+            may be meant.
         shuffle_buffer: images within which the order of an epoch is shuffled: of shards (10,000
             by default), or of a stream, which holds them in memory (1,000).
         bad_shards: "fail" at a broken shard, or "skip" it; "fail" by default.
@@ -162,69 +179,116 @@ def load_data(
             Fashion-MNIST).
         epoch_size: training images of an epoch of a stream, where its card does not say how many
             there are, or where an epoch should have fewer.
+        split: what becomes `ImageData.val`, "train", "val" or "test"; by default the validation
+            images, or where there are none, the test images.
+        whole: data without a split of their own, and without val_fraction, are all for evaluation.
+        classes: names in the order of their numbers, such as a checkpoint's, for folders, tables,
+            tars and columns of texts without a split of their own; by default those of the data,
+            sorted.
         seed: of the choice of the images set aside.
 
     Raises:
-        UserError: unknown data set, missing files, empty folder, class without images, different
-            classes in train and val, an option where there is no use for it, a decoder that
-            does not work here; BadImageError, a subclass: a broken image.
+        UserError: unknown data set, missing files, empty folder, class without images, a class in
+            val that train does not have, a single class, an option where there is no use for it,
+            a decoder that does not work here; BadImageError, a subclass: a broken image.
         SenetError: a download failed, or the embedded files are damaged.
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1 pixel, not {image_size}")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction must be between 0 and 1, not {val_fraction}")
-    decoder = check_decoder(decode or "pillow")
-    if data.startswith(HUGGING_FACE_STREAM):
-        _refuse_for(
-            data,
-            val_fraction=val_fraction,
-            skip_bad_images=skip_bad_images or None,
-            bad_shards=bad_shards,
-        )
-        name = data.removeprefix(HUGGING_FACE_STREAM)
-        streams = open_stream(
-            name, download=download, epoch_size=epoch_size, buffer=shuffle_buffer, decoder=decoder
-        )
-        return _load_stream(data, *streams, image_size)
-    if epoch_size is not None:
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels must be 1 or 3, not {channels}")
+    reading = Reading(
+        val_fraction=val_fraction,
+        image_size=image_size,
+        channels=channels,
+        skip_bad_images=skip_bad_images,
+        image_column=image_column,
+        label_column=label_column,
+        split=split,
+        whole=whole,
+        classes=None if classes is None else tuple(classes),
+        decode=check_decoder(decode or "pillow"),
+        seed=seed,
+        download=download,
+    )
+    streamed, sharded = data.startswith(HUGGING_FACE_STREAM), data.startswith(SHARDS)
+    if epoch_size is not None and not streamed:
         raise UserError(f"epoch_size is for hf-stream:NAME, not for {data}")
-    if data.startswith(SHARDS):
-        _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip_bad_images or None)
-        return _load_shards(data, Path(root), image_size, shuffle_buffer, bad_shards, decoder)
-    if shuffle_buffer is not None:
+    if shuffle_buffer is not None and not (streamed or sharded):
         raise UserError(
             f"shuffle_buffer is for shards:PLACE and hf-stream:NAME, not for {data}, which is "
             "shuffled as a whole"
         )
-    if bad_shards is not None:
+    if bad_shards is not None and not sharded:
+        if streamed:
+            _refuse_for(data, bad_shards=bad_shards)
         raise UserError(f"bad_shards is for shards:PLACE, not for {data}")
-    if data.startswith(HUGGING_FACE):
-        _refuse_for(data, skip_bad_images=skip_bad_images or None)
-        return _load_hugging_face(data, download, val_fraction, image_size, seed, decoder)
-    if data in DATA_SETS:
+    skip = skip_bad_images or None
+    columns = {"image_column": image_column, "label_column": label_column}
+    if streamed:
+        _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip)
+        found = load_stream(data, reading, epoch_size=epoch_size, buffer=shuffle_buffer)
+    elif sharded:
+        _refuse_for(data, skip_bad_images=skip)
+        found = load_shards(data, reading, cache=Path(root), buffer=shuffle_buffer, bad=bad_shards)
+    elif data.startswith(HUGGING_FACE):
+        _refuse_for(data, skip_bad_images=skip)
+        found = load_hugging_face(data, reading)
+    elif data in DATA_SETS:
+        _refuse_for(data, **columns, split=split)
         if val_fraction is not None:
             raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
         if skip_bad_images:
             raise UserError(f"skip_bad_images is for folders of images, not for {data}")
         if decode is not None and (data == "embedded" or _REMOTE[data].pixels):
             raise UserError(f"decode is for image files, {data} comes as pixels: leave it out")
-        if data != "embedded":
-            return _load_remote(data, Path(root), download, image_size, decoder)
-    if download:
-        raise UserError(f"nothing to download for {data!r}: leave out download")
-    if data == "embedded":
-        train, test = embedded.read_embedded()
-        statistics = (embedded.MEAN,), (embedded.STD,)
-        preprocessing = preprocessing_for(image_size or 28, *statistics)
-        return ImageData(data, train, test, embedded.CLASSES, preprocessing)
-    if not Path(data).is_dir():
-        close = difflib.get_close_matches(data.lower(), DATA_SETS, n=1, cutoff=0.6)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        found = _load_embedded(reading) if data == "embedded" else _load_remote(data, root, reading)
+    else:
+        if download:
+            raise UserError(f"nothing to download for {data!r}: leave out download")
+        if Path(data).is_dir():
+            _refuse_for(data, **columns)
+            found = load_folder(data, reading)
+        elif data.lower().endswith(TABLES) and Path(data).is_file():
+            found = load_table(data, reading)
+        else:
+            raise _unknown(data)
+    if classes is None and len(found.classes) < 2:
         raise UserError(
-            f"unknown data set {data!r}, and no such folder{hint} (known: {', '.join(DATA_SETS)})"
+            f"{found.name} has the class {', '.join(map(repr, found.classes))} alone, so there is "
+            "nothing to tell apart: give data of two classes or more"
         )
-    return load_folder(data, val_fraction, image_size, skip_bad_images, seed, decoder)
+    return _with_channels(found, channels)
+
+
+def absolute_data(data: str) -> str:
+    """The same data from wherever it is opened: names of files that are here, made whole.
+
+    Args:
+        data: as for `load_data`.
+    """
+    for prefix in (SHARDS, HUGGING_FACE_STREAM, HUGGING_FACE, ""):
+        if data.startswith(prefix):
+            break
+    place = data.removeprefix(prefix)
+    if prefix == "" and place in DATA_SETS:
+        return data
+    here = Path(place.rpartition("/")[0] or ".") if place.endswith(".tar") else Path(place)
+    return prefix + os.path.abspath(place) if place and here.exists() else data  # noqa: PTH100
+
+
+def _unknown(data: str) -> UserError:
+    close = difflib.get_close_matches(data.lower(), DATA_SETS, n=1, cutoff=0.6)
+    if Path(data).is_file():
+        return UserError(f"{data} is a file, but no table ({', '.join(TABLES)}): give a folder")
+    if not close and ("/" in data or os.sep in data or data.lower().endswith(TABLES)):
+        return UserError(f"unknown data set {data!r}, and no such folder or file")
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return UserError(
+        f"unknown data set {data!r}, and no such folder{hint} (known: {', '.join(DATA_SETS)})"
+    )
 
 
 def _refuse_for(data: str, **options: object) -> None:
@@ -233,73 +297,29 @@ def _refuse_for(data: str, **options: object) -> None:
             raise UserError(f"{name} is not for {data}: leave it out")
 
 
-def _load_shards(
-    data: str,
-    root: Path,
-    image_size: int | None,
-    shuffle_buffer: int | None,
-    bad_shards: BadShards | None,
-    decoder: Decoder,
-) -> ImageData:
-    index, train, val, skipped = load_shards(
-        data.removeprefix(SHARDS),
-        cache=root,
-        buffer=shuffle_buffer,
-        bad=bad_shards,
-        decoder=decoder,
+def _with_channels(data: ImageData, channels: int | None) -> ImageData:
+    """The same images as input of another number of channels."""
+    before = data.preprocessing
+    if channels in (None, before.channels):
+        return data
+    mean, std = (
+        values * 3 if channels == 3 else (sum(values) / 3,) for values in (before.mean, before.std)
     )
-    preprocessing = index.preprocessing
-    if image_size is not None and image_size != preprocessing.image_size:
-        preprocessing = preprocessing_for(image_size, preprocessing.mean, preprocessing.std)
-    return ImageData(data, train, val, index.classes, preprocessing, skipped)
+    after = dataclasses.replace(before, mean=mean, std=std, channels=channels)
+    return dataclasses.replace(data, preprocessing=after)
 
 
-def _load_hugging_face(
-    data: str,
-    download: bool,
-    val_fraction: float | None,
-    image_size: int | None,
-    seed: int,
-    decoder: Decoder,
-) -> ImageData:
-    train, val, classes = open_hugging_face(
-        data.removeprefix(HUGGING_FACE), download=download, decoder=decoder
-    )
-    if val is not None and val_fraction is not None:
-        raise UserError(f"{data} has a split of its own: leave out val_fraction {val_fraction}")
-    if val is None:
-        if val_fraction is None:
-            raise UserError(
-                f"{data} has one split only: set aside a part of it with --val-fraction 0.1"
-            )
-        kept, aside = stratified_split(train.targets, classes, val_fraction, seed)
-        train, val = train.subset(kept), train.subset(aside)
-    size = image_size or _size_for(train.first_size)
-    return ImageData(data, train, val, classes, natural_preprocessing(size, train.channels))
+def _load_embedded(reading: Reading) -> ImageData:
+    if reading.download:
+        raise UserError("nothing to download for 'embedded': leave out download")
+    train, test = embedded.read_embedded()
+    statistics = (embedded.MEAN,), (embedded.STD,)
+    preprocessing = preprocessing_for(reading.image_size or 28, *statistics)
+    return ImageData("embedded", train, test, embedded.CLASSES, preprocessing)
 
 
-def _load_stream(
-    data: str,
-    train: StreamedImages,
-    val: StreamedImages,
-    classes: tuple[str, ...],
-    first_size: tuple[int, int],
-    image_size: int | None,
-) -> ImageData:
-    size = image_size or _size_for(first_size)
-    return ImageData(data, train, val, classes, natural_preprocessing(size, train.channels))
-
-
-def _size_for(first: tuple[int, int]) -> int:
-    """Side of the network's input, by width and height of the first image."""
-    width, height = first
-    return width if width == height <= SMALL else IMAGENET_SIZE
-
-
-def _load_remote(
-    name: str, root: Path, download: bool, image_size: int | None, decoder: Decoder
-) -> ImageData:
-    remote = _REMOTE[name]
+def _load_remote(name: str, place: str | os.PathLike[str], reading: Reading) -> ImageData:
+    remote, root, download, decoder = _REMOTE[name], Path(place), reading.download, reading.decode
     where = root / remote.folder
     if download and not remote.can_download:
         raise UserError(f"{name} cannot be downloaded: put {remote.files} into {where}")
@@ -317,7 +337,7 @@ def _load_remote(
             f"{name} is missing or incomplete in {where}: put {remote.files} there{remedy}"
         ) from error
     classes = tuple(name if isinstance(name, str) else ", ".join(name) for name in train.classes)
-    preprocessing = preprocessing_for(image_size or remote.size, remote.mean, remote.std)
+    preprocessing = preprocessing_for(reading.image_size or remote.size, remote.mean, remote.std)
     return ImageData(name, _source(train, decoder), _source(val, decoder), classes, preprocessing)
 
 

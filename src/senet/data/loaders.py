@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from senet.data.image_data import ImageData
+from senet.data.image_data import ImageData, ImageStream
 from senet.data.images import BadImageError, ImageSource, MemoryImages
 from senet.data.samplers import EpochBatchSampler, Key, mix_seed
-from senet.data.sources.stream import StreamBatches, StreamedBatchSampler, StreamedImages, StreamKey
 from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
 from senet.errors import UserError
 
@@ -68,7 +67,7 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
         if augmentation.only_shifts and _fits(self.source, self.preprocessing):
             self.shifts = PaddedCropFlip(augmentation.padding, augmentation.flip)
 
-    def __getitems__(self, keys: Sequence[Key | StreamKey]) -> Batch | BadImageError:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | BadImageError:
         try:
             images, labels = self._images(keys)
         except BadImageError as error:
@@ -79,7 +78,7 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
             images, labels = self.mix(images, labels)
         return images, labels
 
-    def _images(self, keys: Sequence[Key | StreamKey]) -> Batch:
+    def _images(self, keys: Sequence[Key]) -> Batch:
         seeds = [mix_seed(self.seed, key.epoch, key.image) for key in keys]
         if self.shifts is not None:
             assert isinstance(self.source, MemoryImages)
@@ -90,20 +89,16 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
             return self.preprocessing.finish_batch(shifted), self.source.targets[indices]
         images, labels = [], []
         for key, seed in zip(keys, seeds, strict=True):
-            image, label = _opened(self.source, key)
+            image, label = _opened(self.source, key, key.image)
             with _seeded(seed):
                 images.append(self.transform(image))
             labels.append(label)
         return torch.stack(images), torch.tensor(labels)
 
 
-def _opened(source: ImageSource | StreamedImages, key: Key | StreamKey) -> tuple[Any, int]:
-    """The image (PIL) of a key, and its class."""
-    if isinstance(key, StreamKey):
-        assert isinstance(source, StreamedImages)
-        return source.open(key)
-    assert not isinstance(source, StreamedImages)
-    return source[key.image]
+def _opened(source: ImageSource | ImageStream, key: Any, image: int) -> tuple[Any, int]:
+    """An image (PIL) and its class: of a stream by its key, otherwise by its number."""
+    return source.open(key) if isinstance(source, ImageStream) else source[image]
 
 
 class _ValBatches(Dataset[Batch | BadImageError]):
@@ -120,16 +115,14 @@ class _ValBatches(Dataset[Batch | BadImageError]):
             images = self.preprocessing.finish_batch(self.source.pixels[indices])
             return images, self.source.targets[indices]
         try:
-            source = self.source
-            read = source.open if isinstance(source, StreamedImages) else source.__getitem__
-            pairs = [read(index) for index in indices]
+            pairs = [_opened(self.source, index, index) for index in indices]
         except BadImageError as error:
             return error
         images = torch.stack([self.transform(image) for image, _ in pairs])
         return images, torch.tensor([label for _, label in pairs])
 
 
-def _fits(source: ImageSource | StreamedImages, preprocessing: Preprocessing) -> bool:
+def _fits(source: ImageSource | ImageStream, preprocessing: Preprocessing) -> bool:
     """Whether the images are in memory as the network takes them, but for the normalization."""
     size = preprocessing.image_size
     return (
@@ -306,8 +299,8 @@ def train_loader(
         raise UserError(f"seed must be between 0 and 2^63 - 1, not {seed}")
     n = len(data.train)
     sampler: EpochBatchSampler
-    if isinstance(data.train, StreamedImages):
-        sampler = StreamedBatchSampler(data.train, batch_size, seed, rank, world_size, drop_last)
+    if isinstance(data.train, ImageStream):
+        sampler = data.train.train_batches(batch_size, seed, rank, world_size, drop_last)
     else:
         order = getattr(data.train, "epoch_order", None)
         sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last, order)
@@ -349,8 +342,8 @@ def val_loader(
         UserError: a value outside its range.
     """
     options = _check(batch_size, num_workers, rank, world_size, pin_memory)
-    if isinstance(data.val, StreamedImages):
-        batches = StreamBatches(data.val, batch_size, rank, world_size)
+    if isinstance(data.val, ImageStream):
+        batches = data.val.val_batches(batch_size, rank, world_size)
         return _ValLoader(_ValBatches(data), batch_sampler=batches, **options)
     return _ValLoader(
         _ValBatches(data),

@@ -25,6 +25,7 @@ Crop = Literal["none", "padded", "random_resized"]
 
 _DEFAULT_SCALE = (0.08, 1.0)
 _DEFAULT_RATIO = (3 / 4, 4 / 3)
+_LONGEST = 16
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ class Preprocessing:
         if self.value_range not in (1.0, 255.0):
             raise ValueError(f"value_range must be 1 or 255, not {self.value_range!r}")
 
+    def resized(self, image_size: int) -> "Preprocessing":
+        """The same for another side, with the share that the centre crop keeps."""
+        resize = self.resize
+        if resize is not None:
+            resize = round(resize * image_size / self.image_size)
+        return dataclasses.replace(self, image_size=image_size, resize=resize)
+
     @property
     def _mode(self) -> InterpolationMode:
         return InterpolationMode(self.interpolation)
@@ -95,6 +103,7 @@ class Preprocessing:
         """Right mode, resized, cropped to image_size."""
         steps: list[Callable[[Any], Any]] = [functools.partial(to_mode, channels=self.channels)]
         if shorter_side is not None:
+            steps.append(_cut_to_ratio)
             steps.append(v2.Resize(shorter_side, interpolation=self._mode, antialias=True))
         return [*steps, v2.CenterCrop(self.image_size)]
 
@@ -296,6 +305,23 @@ class Augmentation:
         if len(mixes) == 2:
             return v2.RandomChoice(mixes)
         return mixes[0] if mixes else None
+
+
+def _cut_to_ratio(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than `_LONGEST` times as long as it is wide.
+
+    The centre crop takes no more of it, and a strip of 20,000×1 pixels, resized to a shorter side
+    of 256, would be 4 GB. The middle stays where it was, to the pixel.
+    """
+    sides = list(image.size)
+    long = sides.index(max(sides))
+    most = _LONGEST * sides[1 - long]
+    if sides[long] <= most:
+        return image
+    start = (sides[long] - most) // 2
+    box = [0, 0, *sides]
+    box[long], box[2 + long] = start, sides[long] - start
+    return image.crop((box[0], box[1], box[2], box[3]))
 
 
 @dataclass(frozen=True)

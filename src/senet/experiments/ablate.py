@@ -22,12 +22,13 @@ from senet.experiments.compare import (
     make_folder,
     train_all,
 )
-from senet.experiments.runs import open_run_data, read_rows
+from senet.experiments.runs import read_rows
 from senet.models import build_model, entry
 from senet.models.cards import Card, cards
 from senet.models.cost import count_multiply_adds, count_parameters
 from senet.support.files import atomic_write
 from senet.training.config import RunConfig
+from senet.training.data import open_run_data
 
 Ablation = Literal["reduction", "squeeze", "excitation", "stages", "integration", "nosqueeze"]
 # By ablation: the paper's rows, named by their cards, and the options that make them. None is the

@@ -14,15 +14,18 @@ import tomli_w
 from numpy.typing import NDArray
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.data import ImageData
+from senet.data import ImageData, absolute_data
 from senet.errors import UserError
-from senet.experiments.runs import examine, neutral_gate, open_run_data, read_rows
+from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
 from senet.models.registry import entry
 from senet.reports.comparison import Comparison, NetworkResult, write_report
+from senet.reports.figures import neutral_gate
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
-from senet.training.config import CONFIG, RunConfig
+from senet.support.text import decoded
+from senet.training.config import RUN_CONFIG, RunConfig, holdable
+from senet.training.data import open_run_data
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
 from senet.training.recipe import Recipe, get_recipe
@@ -86,7 +89,7 @@ class CompareConfig:
     @property
     def started(self) -> bool:
         """Whether the folder exists, so that the comparison can be resumed."""
-        return (self.out / CONFIG).is_file()
+        return (self.out / RUN_CONFIG).is_file()
 
     def training_recipe(self) -> Recipe:
         """The recipe of every run."""
@@ -116,15 +119,25 @@ class CompareConfig:
             for seed in range(self.seeds)
         ]
 
-    def write(self) -> None:
-        """Write config.toml, whose keys are the flags of the command."""
+    def to_toml(self) -> str:
+        """The text of config.toml, whose keys are the flags of the command.
+
+        Raises:
+            UserError: a path that it cannot hold.
+        """
         tables = ("model_options", "se_options", "data_options", "recipe_options", "machine")
         values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
+        values["data"] = holdable(
+            "data", absolute_data(self.data)
+        )  # found from any working directory
         for table in tables:
             for key, value in getattr(self, table).items():
                 values[key] = list(value) if isinstance(value, tuple) else _plain(value)
+        if "data_root" in values:
+            root = str(Path(values["data_root"]).absolute())
+            values["data_root"] = holdable("data_root", root)
         head = f"# Reruns exactly: senet {self.COMMAND} --config THIS_FILE --out NEW_FOLDER\n"
-        atomic_write(self.out / CONFIG, head + tomli_w.dumps(values))
+        return head + tomli_w.dumps(values)
 
     @classmethod
     def of_flags(cls, options: Mapping[str, Any]) -> Self:
@@ -155,12 +168,12 @@ class CompareConfig:
                     f"--resume goes on with the folder's own options: leave out "
                     f"--{shown.replace('_', '-')}, or start a new one with --out"
                 )
-        path = out / CONFIG
+        path = out / RUN_CONFIG
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(decoded(path.read_bytes()))
         except FileNotFoundError:
             raise UserError(
-                f"{out} is no folder of senet {cls.COMMAND}: {CONFIG} is missing"
+                f"{out} is no folder of senet {cls.COMMAND}: {RUN_CONFIG} is missing"
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a TOML file: {error}") from error
@@ -219,7 +232,7 @@ def run_comparison(config: CompareConfig, *, watch: Watch, resume: bool = False)
 
 def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> None:
     """Train a run from the start, or from where it was stopped."""
-    if (run.out / CONFIG).is_file():
+    if (run.out / RUN_CONFIG).is_file():
         resume_run(run.out, progress=progress)
     else:
         train_run(run, progress=progress)
@@ -253,8 +266,9 @@ def make_folder(config: CompareConfig) -> None:
     """Make the folder of a comparison or an ablation with its config.toml.
 
     Raises:
-        UserError: it exists, or cannot be made.
+        UserError: it exists, cannot be made, or config.toml cannot hold an option.
     """
+    content = config.to_toml()
     try:
         config.out.mkdir(parents=True)
     except FileExistsError:
@@ -266,7 +280,7 @@ def make_folder(config: CompareConfig) -> None:
         raise UserError(
             f"cannot make {config.out}: {error.strerror}; give a writable place by --out"
         ) from error
-    config.write()
+    atomic_write(config.out / RUN_CONFIG, content)
 
 
 def finished(run: RunConfig) -> bool:

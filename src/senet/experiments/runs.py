@@ -12,22 +12,21 @@ from torch import Tensor, nn
 
 from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.data import ImageData, load_data, val_loader
+from senet.data import ImageData, val_loader
 from senet.gates.record import record_gates
 from senet.reports.figures import (
     Gates,
     confusion_matrix,
     gates_per_stage,
     learning_curves,
+    neutral_gate,
     save_figure,
     themed,
 )
 from senet.support.device import choose_device
-from senet.training.config import CONFIG, RunConfig
+from senet.training.config import RUN_CONFIG, RunConfig
+from senet.training.data import open_run_data
 from senet.training.evaluation import evaluate
-
-# Gates that can pass 1, so that 1 = "unchanged" lies inside their range.
-CROSSING_ONE = ("identity_sigmoid", "relu")
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
@@ -73,27 +72,6 @@ def _mean_gates(
     return {name: block.class_mean.nan_to_num(0.0).numpy() for name, block in blocks.items()}
 
 
-def neutral_gate(gate: str) -> float | None:
-    """The value of a gate that leaves a channel unchanged, if the gate can lie on both sides."""
-    return 1.0 if gate in CROSSING_ONE else None
-
-
-def open_run_data(config: RunConfig) -> ImageData:
-    """The data of a run, as its training opened them."""
-    return load_data(
-        config.data,
-        root=config.data_root,
-        download=config.download,
-        val_fraction=config.val_fraction,
-        image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images,
-        shuffle_buffer=config.shuffle_buffer,
-        bad_shards=config.bad_shards,
-        decode=config.decode,
-        epoch_size=config.epoch_size,
-    )
-
-
 def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
     """Write the figures of a finished run into its folder.
 
@@ -103,7 +81,7 @@ def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
         run: the run folder.
         confusion: counts (true class, predicted class) of the last epoch.
     """
-    config = RunConfig.from_toml(run / CONFIG)
+    config = RunConfig.from_toml(run / RUN_CONFIG)
     folder = run / "figures"
     label = Path(config.model).name  # of a network from a file without the file's folder
     checkpoint = open_checkpoint(run / "checkpoints" / "last")

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from senet.anatomy import Excitation
 from senet.anatomy.graph import Node, argument
 from senet.gates.inline import Product, replace_product
-from senet.nn.block import GATES, GlobalSqueeze, SqueezeExcitation
+from senet.insertion.replace import replace_block
+from senet.nn.block import GATES, GlobalSqueeze, weight_dtype
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish}
 _LAYERS = ("conv", "linear")
@@ -75,7 +75,8 @@ class PartialExcitation(nn.Module):
         self.register_buffer("kept", torch.arange(shape.kept))
 
     def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
-        z = self.squeeze(x).flatten(1).to(self.fc1.weight.dtype)
+        z = self.squeeze(x).flatten(1)
+        z = z.to(weight_dtype(self.fc1, z.dtype))
         gates = self.gate(self.fc2(self.activation(self.fc1(z)))).to(x.dtype)
         scale = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
         scale = scale.index_copy(1, self.kept, gates)
@@ -138,46 +139,6 @@ def keep_channels(made: PartialExcitation, kept: Int[Tensor, " k"]) -> PartialEx
         if made.shape.bias:
             smaller.fc2.bias.copy_(made.fc2.bias[kept])
     return smaller
-
-
-def replace_block(model: nn.Module, name: str, by: nn.Module | None) -> None:
-    """Put another module in the place of an SE block, or take it out.
-
-    Args:
-        model: changed in place.
-        name: of the SE block.
-        by: the other module; None for nothing: the slot of our own residual blocks becomes empty,
-            the hook of an inserted block goes, other libraries' blocks become an identity.
-    """
-    holder_name, _, child = name.rpartition(".")
-    holder = model.get_submodule(holder_name)
-    block = getattr(holder, child)
-    hooked = [
-        (module, key, hook)
-        for module in model.modules()
-        for key, hook in list(module._forward_hooks.items())
-        if isinstance(hook, partial) and hook.args and hook.args[0] is block
-    ]
-    for module, key, hook in hooked:
-        if by is None:
-            del module._forward_hooks[key]
-        else:
-            module._forward_hooks[key] = partial(hook.func, by, *hook.args[1:])
-    if by is not None:
-        by.train(block.training)
-        setattr(holder, child, by)
-    elif hooked:
-        delattr(holder, child)
-    elif isinstance(block, SqueezeExcitation) and type(holder).__name__ == "ReLUSE":
-        model.set_submodule(holder_name, nn.ReLU(inplace=True))
-    elif isinstance(block, SqueezeExcitation) and child == "se":
-        delattr(holder, child)
-        # Plain attributes, as in a network that never had a block.
-        object.__setattr__(holder, "se", None)
-        if hasattr(holder, "integration"):
-            object.__setattr__(holder, "integration", None)
-    else:
-        setattr(holder, child, nn.Identity())
 
 
 def restructure(model: nn.Module, folded: dict[str, dict[str, Any]]) -> nn.Module:

@@ -1,7 +1,7 @@
 """Fold gates that do not depend on the input into the layers around them, and measure the effect.
 
-algebra.md section 4: a gate that has the same value for every image is a constant factor, which
-batch norm or convolution weights can take in. ASR (arXiv 2304.06345) trains blocks for this; here
+A gate that has the same value for every image is a constant factor, which batch norm or convolution
+weights can take in: docs/algebra.md, section 4. ASR (arXiv 2304.06345) trains blocks for this; here
 the gates of an already trained network are measured, folded and judged by the network's accuracy.
 """
 
@@ -22,12 +22,13 @@ from senet.anatomy.excitations import anatomy, read
 from senet.anatomy.graph import Trace, evaluating, record, run
 from senet.errors import UserError
 from senet.gates.batches import split_batch
-from senet.gates.blocks import ConstantScale, as_partial, keep_channels, replace_block
+from senet.gates.blocks import ConstantScale, as_partial, keep_channels
 from senet.gates.inline import Product, product_of, replace_product
 from senet.gates.listening import Listening
 from senet.gates.record import fingerprint
 from senet.gates.statistics import BlockStatistics, GateStatistics
 from senet.gates.targets import edits_after, edits_before
+from senet.insertion.replace import replace_block
 from senet.models.cost import count_multiply_adds, count_parameters
 
 # Of what a network with constants in the place of its gates gives, by dtype: the rounding of some

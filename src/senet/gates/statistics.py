@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from senet.errors import UserError
 from senet.gates.accumulators import Histogram, Moments, TopImages
 from senet.support.files import atomic_write
+from senet.support.tensors import pack, unpack
 
 _FORMAT = "senet-gates"
 
@@ -117,7 +117,8 @@ class BlockStatistics:
     def folding_bound(self) -> Float[Tensor, " c"]:
         """Bound on the mean of |s − mean(s)|·|v| by channel, v the map that is scaled.
 
-        What is lost where a gate becomes its mean (algebra.md section 4), by Cauchy and Schwarz:
+        What is lost where a gate becomes its mean, by Cauchy and Schwarz (docs/algebra.md,
+        section 4):
         √(Var(s) · mean over images of (mean over positions of |v|)²).
         """
         return (self.variance * self.energy / max(self.count, 1)).sqrt()
@@ -205,7 +206,7 @@ class GateStatistics:
             "images": self.images,
             "fingerprint": self.fingerprint,
         }
-        atomic_write(path, save(tensors, {_FORMAT: json.dumps(metadata)}))
+        atomic_write(path, pack(tensors, _FORMAT, metadata))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "GateStatistics":
@@ -217,11 +218,12 @@ class GateStatistics:
         if not Path(path).is_file():
             raise UserError(f"gate statistics: no such file: {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})[_FORMAT])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError) as error:
+            tensors, held = unpack(path, _FORMAT)
+        except SafetensorError as error:
             raise UserError(f"{path} holds no gate statistics of senet") from error
+        if held is None:
+            raise UserError(f"{path} holds no gate statistics of senet")
+        metadata = json.loads(held)
         blocks = {}
         for index, about in enumerate(metadata["blocks"]):
             mine = {

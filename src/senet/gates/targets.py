@@ -46,17 +46,17 @@ def _before(trace: Trace, node: Node, factor: Tensor) -> list[Edit] | None:
     if edit is not None:
         return [edit]
     positive = bool((factor > 0).all())
-    passes = node.kind in _PASSED or (node.kind in ("mul", "div") and len(node.sources) == 1)
+    passes = node.kind in _PASSED or _scales_by_constants(node)
     passes |= positive and (node.kind in ("relu", "max_pool") or node.name in _HOMOGENEOUS)
     if node.kind == "cat":
         if node.channel_dim is None or any(s.channel_dim is None for s in node.sources):
             return None
         sizes = [source.channels for source in node.sources]
-        if sum(sizes) != len(factor):
-            return None
+        if sum(sizes) != len(factor) or len(set(node.sources)) < len(sizes):
+            return None  # a map that stands there twice cannot have two factors
         parts = list(zip(node.sources, factor.split(sizes), strict=True))
-    elif node.kind == "add" or passes:
-        parts = [(source, factor) for source in node.sources]
+    elif passes or (node.kind == "add" and len(node.sources) == 2):  # a constant is not scaled
+        parts = [(source, factor) for source in dict.fromkeys(node.sources)]
     else:
         return None
     edits: list[Edit] = []
@@ -68,6 +68,13 @@ def _before(trace: Trace, node: Node, factor: Tensor) -> list[Edit] | None:
             return None
         edits += more
     return edits or None
+
+
+def _scales_by_constants(node: Node) -> bool:
+    """Whether this is c·x or x/c, not c/x."""
+    return len(node.sources) == 1 and (
+        node.kind == "mul" or (node.kind == "div" and node.inputs[0].moving)
+    )
 
 
 def _same_channels(node: Node, factor: Tensor) -> bool:

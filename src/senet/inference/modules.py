@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.nn.block import SqueezeExcitation
-from senet.ops import triton
+from senet.ops.triton import tail as triton
+from senet.ops.triton.common import takes
 
 
 def batch_norm_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ def _in_one_pass(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     plain = all(t is None or type(t) is Tensor for t in tensors)
-    if not plain or tensors[0] is None or not triton.takes(tensors[0]):
+    if not plain or tensors[0] is None or not takes(tensors[0]):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
@@ -157,7 +158,7 @@ def axis_taps(x: Tensor, kernel: int, padding: int, dilation: int) -> tuple[list
     """For each tap of a kernel along the last axis the sum of the inputs it sees; output count.
 
     With zero padding a tap does not see some of the border: that is taken off the sum over all
-    (docs/algebra.md).
+    (docs/algebra.md, section 3).
     """
     outputs = x.shape[-1] + 2 * padding - dilation * (kernel - 1)
     total = x.sum(-1)
@@ -192,9 +193,9 @@ def tap_means(
 class SqueezeGate(nn.Module):
     """The gates of an SE block, computed before the convolution that they scale.
 
-    The mean commutes with a convolution v = W u + b: z = W·mean(u) + b (docs/algebra.md),
-    and W multiplies into the first fully connected layer, so the squeeze reads the convolution's
-    input and not its larger output. Without a convolution the squeeze reads the map itself.
+    The mean commutes with a convolution v = W u + b: z = W·mean(u) + b (docs/algebra.md, section
+    3), and W multiplies into the first fully connected layer, so the squeeze reads the
+    convolution's input and not its larger output. Without one it reads the map itself.
 
     Args:
         se: SE block with the squeeze "avg".

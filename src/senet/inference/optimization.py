@@ -199,7 +199,7 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
 
     Batch norms are folded into convolutions; an SE block's squeeze is taken before the last
     convolution of its branch, whose output is then scaled, added to the shortcut and passed
-    through ReLU while it is written (docs/algebra.md). On the CPU in float32 the whole
+    through ReLU while it is written (docs/algebra.md, section 3). On the CPU in float32 the whole
     network runs in C++ kernels with buffers that are planned once per input shape and used again;
     elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export. On a GPU
     what follows a convolution (bias, gates, shortcut, ReLU) is one Triton kernel, and under

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from senet.anatomy.example import attempt, example_arguments
 from senet.anatomy.graph import Trace, record, run
 from senet.errors import SenetError, UserError
-from senet.insertion.checks import RECORD, check_model, check_optimizers
 from senet.insertion.places import (
     Refused,
     Site,
@@ -27,6 +26,7 @@ from senet.insertion.places import (
     stages_of,
     unique,
 )
+from senet.insertion.replace import replace_block
 from senet.insertion.report import InsertionReport, Place
 from senet.insertion.twins import become_twin, twin_places
 from senet.models import Network
@@ -36,6 +36,7 @@ from senet.nn.block import GateName, SqueezeExcitation, hidden_width
 Rule = Literal["auto", "residual", "concat", "conv"]
 RULES: tuple[str, ...] = get_args(Rule)
 CHILD = "se"
+RECORD = "senet_insertion"  # attribute of a model with inserted blocks: what `remove` must undo
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # iterate over their children
 
 
@@ -85,9 +86,9 @@ def insert(
             place found, a name that does not exist, an argument out of range, or an example input
             that the model does not take. The model is unchanged then.
     """
-    check_model(model)
+    _check_model(model)
     optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
-    check_optimizers(model, optimizers)
+    _check_optimizers(model, optimizers)
     # Validates reduction and gate, and costs nothing.
     try:
         SqueezeExcitation(1, reduction, gate=gate, device="meta")
@@ -123,6 +124,50 @@ def insert(
     for optimizer in optimizers:
         optimizer.add_param_group({"params": new, "lr": optimizer.param_groups[0]["lr"]})
     return InsertionReport(tuple(places), tuple(skipped), reduction, gate, identical)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise UserError for wrapped, compiled, scripted and uninitialised models, with the remedy."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, RECORD):
+        raise UserError(
+            "the model already has SE blocks of senet.insert; senet.remove(model) first"
+        )
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        inside = f" ({name})" if name else ""
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or (
+            kind in ("FullyShardedDataParallel", "FSDPModule")
+            or any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+        ):
+            raise UserError(
+                f"model is wrapped in {kind}{inside}, which would not see the new parameters; "
+                "insert into model.module first and wrap afterwards"
+            )
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise UserError(
+                f"model is compiled{inside}; insert before torch.compile (the original of a "
+                "compiled model is model._orig_mod)"
+            )
+        if isinstance(module, torch.jit.ScriptModule) and not name:
+            raise UserError("model is scripted; insert before torch.jit.script or torch.jit.trace")
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+            raise UserError(f"{name} is not initialised yet; run the model once before insert")
+
+
+def _check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for what is no optimizer of the model's parameters."""
+    known = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise UserError(f"optimizers must be torch optimizers, got {type(optimizer).__name__}")
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        if not any(id(p) in known for p in params):
+            raise UserError(
+                f"{type(optimizer).__name__} trains no parameter of this model; pass the "
+                "optimizer that was made from model.parameters()"
+            )
 
 
 def attach(model: nn.Module, places: Sequence[Place], *, gate: str) -> None:
@@ -208,23 +253,8 @@ def remove(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()
         raise UserError("nothing to remove: some of the inserted blocks were folded away")
     gone: set[int] = set()
     for place in inserted_places(model):
-        holder_name, _, child = place.block.rpartition(".")
-        holder = model.get_submodule(holder_name)
-        gone |= {id(parameter) for parameter in getattr(holder, child).parameters()}
-        if isinstance(holder, ReLUSE):
-            model.set_submodule(place.module, nn.ReLU(inplace=True).train(holder.training))
-            continue
-        delattr(holder, child)
-        target = model.get_submodule(place.module)
-        if place.kind == "twin":
-            # Plain attributes again, as in a network that never had a block.
-            object.__setattr__(target, "se", None)
-            if hasattr(target, "integration"):
-                object.__setattr__(target, "integration", None)
-            continue
-        for key, hook in list(target._forward_hooks.items()):
-            if isinstance(hook, partial) and hook.func is _scale_output:
-                del target._forward_hooks[key]
+        gone |= {id(parameter) for parameter in model.get_submodule(place.block).parameters()}
+        replace_block(model, place.block, None)
     if isinstance(record_["config"], dict):
         model.config = record_["config"]  # type: ignore[assignment]
     delattr(model, RECORD)

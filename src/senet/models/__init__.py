@@ -10,8 +10,8 @@ from senet.models import shake_shake as shake_shake
 from senet.models import shufflenet as shufflenet
 from senet.models import vgg as vgg
 from senet.models.network import Network as Network
-from senet.models.network import SEOptions as SEOptions
 from senet.models.network import Stage as Stage
-from senet.models.registry import build_model as build_model
+from senet.models.network import build_model as build_model
+from senet.models.options import SEOptions as SEOptions
 from senet.models.registry import entry as entry
 from senet.models.registry import list_models as list_models

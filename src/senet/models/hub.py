@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from senet.errors import UserError
+from senet.models.description import WEIGHTS, adopt, describe, pack_described, read_described
 from senet.support.files import atomic_write
 
-FORMAT, VERSION = "senet", 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HUB_CONFIG = "config.json"
 
 
 class HubMixin(PyTorchModelHubMixin):
@@ -44,10 +42,9 @@ class HubMixin(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, torch.nn.Module)
-        state = {key: v.detach().cpu().contiguous() for key, v in self.state_dict().items()}
-        atomic_write(save_directory / WEIGHTS, save(state, metadata(self)))
-        description = json.loads(metadata(self)[FORMAT])
-        atomic_write(save_directory / CONFIG, json.dumps(description, indent=2, sort_keys=True))
+        description = description_of(self)
+        atomic_write(save_directory / WEIGHTS, pack_described(self.state_dict(), description))
+        atomic_write(save_directory / HUB_CONFIG, json.dumps(description, indent=2, sort_keys=True))
 
     @classmethod
     def _from_pretrained(
@@ -109,6 +106,28 @@ class HubMixin(PyTorchModelHubMixin):
         return ModelCard(f"---\n{data.to_yaml()}\n---\n{_card_text(self, repository, kwargs)}")
 
 
+def plain_values(preprocessing: object) -> dict[str, Any] | None:
+    """Preprocessing as plain values, whether it is given as them, as an object, or not at all.
+
+    Raises:
+        UserError: it is something else, or holds something else.
+    """
+    if preprocessing is None:
+        return None
+    to_dict = getattr(preprocessing, "to_dict", None)
+    values = to_dict() if to_dict is not None else preprocessing
+    try:
+        if isinstance(values, Mapping):
+            json.dumps(values := dict(values))
+            return values
+    except TypeError:
+        pass
+    raise UserError(
+        "preprocessing must be a senet.data.Preprocessing or its plain values (Preprocessing("
+        f"…).to_dict()), got {preprocessing!r}"
+    )
+
+
 def _card_text(model: HubMixin, repository: str, extra: dict[str, Any]) -> str:
     assert isinstance(model, torch.nn.Module)
     config = model.config
@@ -144,76 +163,9 @@ def _card_text(model: HubMixin, repository: str, extra: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def metadata(model: HubMixin) -> dict[str, str]:
-    """What a safetensors file of the network carries: enough to rebuild and use it, as JSON.
+def description_of(model: HubMixin) -> dict[str, Any]:
+    """What the network itself knows, see `describe`.
 
     The options of the run that trained it are not in it: they hold paths of the user's machine.
     """
-    return described(
-        {
-            "model": model.config,
-            "preprocessing": model.preprocessing,
-            "classes": list(model.classes or ()),
-            "metrics": dict(model.metrics or {}),
-            "run": {},
-        }
-    )
-
-
-def described(description: Mapping[str, Any]) -> dict[str, str]:
-    """A description of a network as the metadata of a safetensors file.
-
-    Args:
-        description: `model` (its config), `preprocessing` (plain values or None), `classes`
-            (list), `metrics` and `run` (options of the run, or empty); others may be added.
-    """
-    assert {"model", "preprocessing", "classes", "metrics", "run"} <= description.keys()
-    # One metadata key only: safetensors writes several in an arbitrary order.
-    return {FORMAT: json.dumps({"version": VERSION, **description}, sort_keys=True)}
-
-
-def read_described(
-    path: Path, device: str = "cpu"
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The description and the weights in a safetensors file that this package wrote.
-
-    Raises:
-        UserError: no safetensors file, one of others, or one of another version.
-    """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            held = file.metadata() or {}
-            names = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        remedy = "" if path.suffix == ".safetensors" else "; other weights need --model NAME"
-        raise UserError(
-            f"{path} is not a safetensors file, or is cut short: {error}{remedy}"
-        ) from error
-    if FORMAT not in held:
-        raise UserError(
-            f"{path} was not written by senet (no {FORMAT!r} metadata), so it does not say which "
-            "network it is for; give its name: --model NAME, or in Python "
-            "senet.create_model(NAME, pretrained=PATH)"
-        )
-    try:
-        description = json.loads(held[FORMAT])
-        version = description["version"]
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise UserError(f"{path}: its {FORMAT!r} metadata are damaged: {error}") from error
-    if version != VERSION:
-        raise UserError(
-            f"{path} has format version {version}, this senet reads {VERSION}; update senet"
-        )
-    return description, weights
-
-
-def adopt(model: torch.nn.Module, description: Mapping[str, Any]) -> None:
-    """Set the attributes of `HubMixin` that a description tells."""
-    about = {
-        "preprocessing": description["preprocessing"],
-        "classes": tuple(description["classes"]) or None,
-        "metrics": description["metrics"] or None,
-    }
-    for name, value in about.items():
-        setattr(model, name, value)
+    return describe(model.config, model.preprocessing, model.classes, metrics=model.metrics)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.models.network import SEOptions
+from senet.models.options import SEOptions
 from senet.nn.block import SqueezeExcitation, hooked
 from senet.nn.branches import joined
 from senet.nn.tails import bn_relu

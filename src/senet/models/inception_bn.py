@@ -19,11 +19,12 @@ from senet.models.inception import (
     max_pool_half_ceil,
     max_pool_same,
 )
-from senet.models.network import Network, SEOptions, Stage, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
 
-# paper.md section 7: 1×1 | 3×3 reduce, 3×3 | double 3×3 reduce, a, b | pool, projection.
+# The authors' Caffe definition: 1×1 | 3×3 reduce, 3×3 | double 3×3 reduce, a, b | pool, projection.
 # A module without 1×1 halves the map, and its pooled input passes without a projection.
 _MODULES: dict[int, dict[str, tuple[int, tuple[int, int], tuple[int, int, int], int]]] = {
     3: {

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.inception import ConvBNReLU, Kernel, max_pool_half
-from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
 from senet.nn.block import SqueezeExcitation
@@ -93,7 +94,7 @@ class ResidualMixed(nn.Module):
         outputs = [getattr(self, f"branch{index}")(x) for index in range(self.count)]
         out = self.conv2d(torch.cat(outputs, 1))
         out = torch.add(x, out if self.se is None else self.se(out), alpha=self.scale)
-        return F.relu(out, inplace=True) if self.relu else out
+        return F.relu(out) if self.relu else out
 
 
 _BLOCK35: tuple[tuple[Layer, ...], ...] = (

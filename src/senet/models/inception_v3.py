@@ -15,7 +15,8 @@ from senet.models.inception import (
     average_pool,
     max_pool_half,
 )
-from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
 

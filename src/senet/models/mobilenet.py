@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.models.network import Network, SEOptions, Stage, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, stage_options
 from senet.models.registry import register
 from senet.models.residual import conv
 from senet.models.resnet import initialise

@@ -13,7 +13,7 @@ from senet.models import Network, entry
 from senet.models.cards import Card, cards
 from senet.models.cost import count_parameters, meta_model
 from senet.models.inception_resnet_v2 import ResidualMixed
-from senet.models.registry import SE_OPTIONS
+from senet.models.options import SE_OPTIONS
 from senet.models.residual import ResidualBlock
 from senet.models.shufflenet import ShuffleUnit
 from senet.nn.block import SqueezeExcitation

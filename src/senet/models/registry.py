@@ -4,15 +4,16 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
 
 from senet.errors import UserError
-from senet.models.network import Network, SEOptions
+from senet.models.options import SE_OPTIONS
 
-SE_OPTIONS = tuple(field.name for field in fields(SEOptions))
 COMMON = ("num_classes", "in_channels", "se")
-Builder = TypeVar("Builder", bound=Callable[..., Network])
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Entry:
 
     name: str
     twin: str
-    builder: Callable[..., Network]
+    builder: Callable[..., nn.Module]
     se: bool
     options: tuple[str, ...]
 
@@ -77,50 +78,3 @@ def entry(name: str) -> Entry:
         hint = f"did you mean {close[0]!r}?" if close else "`senet models` lists all"
         raise UserError(f"unknown model {name!r}; {hint}")
     return _REGISTRY[name]
-
-
-def build_model(
-    name: str, *, num_classes: int = 1000, in_channels: int = 3, **options: Any
-) -> Network:
-    """A freshly initialised network.
-
-    Args:
-        name: one of `list_models()`.
-        num_classes: classes of the head; 0 for none (the network returns pooled features).
-        in_channels: channels of the images.
-        **options: of SE networks reduction, squeeze, gate, integration, stages (`SEOptions`);
-            of some networks their own, such as `variant` or `dropout`.
-
-    Raises:
-        UserError: unknown name, an option the network does not have, or a value out of range.
-    """
-    found = entry(name)
-    if num_classes < 0:
-        raise UserError(f"num_classes must be at least 0, got {num_classes}")
-    if in_channels < 1:
-        raise UserError(f"in_channels must be at least 1, got {in_channels}")
-    for option in options:
-        if option in found.options:
-            continue
-        if option in SE_OPTIONS:
-            raise UserError(
-                f"{name} has no SE blocks and so no option {option!r}; use {found.twin}"
-            )
-        raise UserError(
-            f"{name} has no option {option!r}; its options: {', '.join(found.options) or 'none'}"
-        )
-    own = {key: value for key, value in options.items() if key not in SE_OPTIONS}
-    try:
-        se = (
-            SEOptions(**{k: v for k, v in options.items() if k in SE_OPTIONS}) if found.se else None
-        )
-        model = found.builder(num_classes=num_classes, in_channels=in_channels, se=se, **own)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-    model.config = {
-        "name": name,
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-    }
-    return model

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.models.network import SEOptions
+from senet.models.options import SEOptions
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
 
@@ -159,7 +159,7 @@ class BasicBlock(ResidualBlock):
         shortcut, shortcut_bn = self.shortcut(x)
         if shortcut_bn is not None:
             shortcut = shortcut_bn(shortcut)
-        return F.relu(se(bn_relu(out, self.bn2)) + shortcut, inplace=True)
+        return F.relu(se(bn_relu(out, self.bn2)) + shortcut)
 
 
 class Bottleneck(ResidualBlock):

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.residual import (
     BasicBlock,
@@ -45,7 +46,7 @@ class ResNet(Network):
         se: SE options, or None for the plain network.
         variant: "torch" (stride in the 3×3, padded max pooling: what torchvision and timm users
             expect), "caffe" (the released networks: stride in a ResNet's first 1×1, max pooling
-            in ceil mode without padding; paper.md section 7) or, with SE and basic blocks only,
+            in ceil mode without padding) or, with SE and basic blocks only,
             "cadene" (as caffe, with a further ReLU before SE: the structure that the weights of
             timm's `legacy_seresnet18` and `34` were trained in).
         stem: "7x7" (ImageNet), "deep" (three 3×3, SENet-154) or "cifar" (one 3×3, stride 1).
@@ -98,10 +99,10 @@ class ResNet(Network):
             self.conv1 = nn.Sequential(
                 conv(in_channels, 64, 3, 2),
                 nn.BatchNorm2d(64),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 conv(64, 64, 3),
                 nn.BatchNorm2d(64),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 conv(64, channels, 3),
             )
         else:
@@ -272,7 +273,7 @@ def resnext101_64x4d(*, variant: Variant = "torch", **common: Any) -> ResNet:
 
 @register(se_name="senet154")
 def senet154_plain(*, variant: Variant = "torch", dropout: float = 0.2, **common: Any) -> ResNet:
-    """SENet-154 without its SE blocks: a modified ResNeXt-152 64×4d (paper.md section 7)."""
+    """SENet-154 without its SE blocks: a modified ResNeXt-152 64×4d (the paper's appendix)."""
     return ResNet(
         Bottleneck,
         (3, 8, 36, 3),

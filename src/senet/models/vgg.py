@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from senet.models.network import Network, SEOptions, Stage, check_dropout, stage_options
+from senet.models.network import Network, Stage
+from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
-from senet.nn.block import SqueezeExcitation
+from senet.nn.block import SqueezeExcitation, hooked
 from senet.nn.tails import bn_relu
 
 _STAGES: dict[int, tuple[int, ...]] = {
@@ -78,7 +79,7 @@ class VGG(Network):
                 layers += [
                     nn.Conv2d(channels, width, 3, padding=1),
                     nn.BatchNorm2d(width),
-                    nn.ReLU(inplace=True),
+                    nn.ReLU(),
                 ]
                 channels = width
             options = stage_options(se, stage)
@@ -94,10 +95,10 @@ class VGG(Network):
         if num_classes:
             self.classifier = nn.Sequential(
                 nn.Linear(channels * 49, 4096),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 nn.Dropout(dropout),
                 nn.Linear(4096, 4096),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 nn.Dropout(dropout),
                 nn.Linear(4096, num_classes),
             )
@@ -114,7 +115,12 @@ class VGG(Network):
             conv, bn, relu = self.features[index : index + 3]
             # The same arithmetic with and without SE: insertion leaves every bit of the output.
             x = conv(x)
-            x = relu(x, bn) if isinstance(relu, ReLUSE) else bn_relu(x, bn)
+            if isinstance(relu, ReLUSE):
+                x = relu(x, bn)
+            elif type(relu) is nn.ReLU and not hooked(relu):
+                x = bn_relu(x, bn)
+            else:  # another one in its place, or one that is listened to
+                x = relu(bn(x))
         return self.features[indices[-1]](x)
 
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:

@@ -1,24 +1,23 @@
-"""Networks from anywhere by one name, and rebuilt from the configuration in a checkpoint."""
+"""Networks from anywhere by one name."""
 
 import contextlib
 import hashlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from senet.data import Preprocessing
 from senet.errors import UserError
-from senet.gates.blocks import restructure
-from senet.insertion.insert import attach
-from senet.insertion.report import Place
 from senet.models import build_model
+from senet.networks.preparation import imagenet, of_timm, of_torchvision
 
-PREFIXES = ("torchvision:", "timm:")
-_SIZE = (3, 224, 224)
+TORCHVISION, TIMM = "torchvision:", "timm:"
+PREFIXES = (TORCHVISION, TIMM)
 
 
 def open_source(
@@ -43,8 +42,9 @@ def open_source(
         **options: for networks of this package, see `create_model`.
 
     Returns:
-        The network; foreign ones get the attributes `config`, `input_size` and `min_input_size`
-        that networks of this package have.
+        The network; foreign ones get the attributes `config`, `input_size`, `min_input_size` and
+        `preprocessing` that networks of this package have: the last as timm or torchvision say it
+        of their weights, ImageNet's for files.
 
     Raises:
         UserError: no such network, or the package is not installed.
@@ -54,12 +54,14 @@ def open_source(
             raise UserError(f"{name} takes no options, got {', '.join(options)}")
         if in_channels != 3 and not name.startswith("timm:"):
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
-        model, size = _foreign(name, num_classes, in_channels, named_by_user)
+        model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
+        size = preparation.image_size
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels}
         about = {
             "config": {**config, "options": {}},
-            "input_size": (in_channels, *size[1:]),
+            "input_size": (in_channels, size, size),
             "min_input_size": 1,  # unknown: the network itself refuses what is too small
+            "preprocessing": preparation.to_dict(),
         }
         for key, value in about.items():
             setattr(model, key, value)
@@ -67,42 +69,15 @@ def open_source(
     return build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
 
 
-def rebuild(config: Mapping[str, Any]) -> nn.Module:
-    """A network from its `config`: freshly initialised, with inserted and folded blocks.
-
-    Args:
-        config: name, num_classes, in_channels, options, and as the case may be `inserted` (of
-            `senet.insert`) and `folded` (of `senet.fold_gates`).
-
-    Raises:
-        UserError: as for `open_source`.
-    """
-    model = open_source(
-        config["name"],
-        num_classes=config["num_classes"],
-        in_channels=config["in_channels"],
-        named_by_user=False,
-        **config["options"],
-    )
-    if "inserted" in config:
-        inserted = config["inserted"]
-        attach(model, [Place(**place) for place in inserted["places"]], gate=inserted["gate"])
-    if "folded" in config:
-        model = restructure(model, config["folded"])
-        former = model.config
-        assert isinstance(former, dict)
-        model.config = {**former, "folded": config["folded"]}  # type: ignore[assignment]
-    return model
-
-
 def _foreign(
     name: str, num_classes: int, in_channels: int, named_by_user: bool
-) -> tuple[nn.Module, tuple[int, ...]]:
-    if name.startswith("torchvision:"):
-        return _torchvision(name.removeprefix("torchvision:"), num_classes), _SIZE
+) -> tuple[nn.Module, Preprocessing]:
+    if name.startswith(TORCHVISION):
+        name = name.removeprefix(TORCHVISION)
+        return _torchvision(name, num_classes), of_torchvision(name)
     if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"), num_classes, in_channels)
-    return _from_file(name, num_classes, named_by_user), _SIZE
+        return _timm(name.removeprefix(TIMM), num_classes, in_channels)
+    return _from_file(name, num_classes, named_by_user), imagenet()
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
@@ -114,7 +89,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
-def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[int, ...]]:
+def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, Preprocessing]:
     try:
         import timm
     except ImportError as error:
@@ -122,8 +97,7 @@ def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, tup
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
     model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
-    about: Any = model.pretrained_cfg
-    return model, tuple(about.get("input_size", _SIZE))
+    return model, of_timm(model, in_channels)
 
 
 def _close(name: str, names: list[str]) -> str:

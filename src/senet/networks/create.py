@@ -4,6 +4,7 @@ import logging
 from os import PathLike
 from typing import Any
 
+from senet.errors import UserError
 from senet.models import Network, build_model
 from senet.weights import load_weights
 
@@ -13,7 +14,7 @@ def create_model(
     *,
     num_classes: int = 1000,
     in_channels: int = 3,
-    pretrained: str | PathLike[str] | None = None,
+    pretrained: str | PathLike[str] | bool | None = None,
     **options: Any,
 ) -> Network:
     """A network of the paper by name.
@@ -26,7 +27,8 @@ def create_model(
             `load_weights`, which also adapts the network to them), or `hf_hub:owner/name`. A
             last layer for another number of classes than a `num_classes` other than 1000 is left
             out, and the network's own one kept, for fine-tuning. What was done goes to the
-            logger "senet". None: freshly initialised, a function of PyTorch's global seed.
+            logger "senet". None and False: freshly initialised, a function of PyTorch's global
+            seed. True is refused: no weights come with this package.
         **options: of SE networks `reduction` (16), `squeeze` ("avg"), `gate` ("sigmoid"),
             `integration` ("standard"), `stages` (all), `bias` (True), `divisor` (1), see
             `SEOptions`; of ImageNet ResNets `variant` ("torch", "caffe" or "cadene"); of some
@@ -38,10 +40,21 @@ def create_model(
 
     Raises:
         UserError: unknown name (the closest is named), an option the network does not have, a
-            value out of range, or weights that do not fit.
+            value out of range, `pretrained` of another kind, or weights that do not fit.
     """
+    if pretrained is True:
+        raise UserError(
+            f"pretrained=True: senet comes with no weights for {name}; give a file of any released "
+            'layout (pretrained="model.safetensors") or a repository on the Hugging Face Hub '
+            '(pretrained="hf_hub:owner/name")'
+        )
+    if not (pretrained is None or pretrained is False or isinstance(pretrained, str | PathLike)):
+        raise UserError(
+            f"pretrained must be a file, hf_hub:owner/name or None, got {pretrained!r}; tensors in "
+            "memory go through senet.load_weights(model, tensors)"
+        )
     model = build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
-    if pretrained is not None:
+    if pretrained:
         report = load_weights(model, pretrained, new_head=num_classes != 1000)
         logging.getLogger("senet").info("%s: %s: %s", name, pretrained, report)
     return model

@@ -5,15 +5,17 @@ Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from senet import ops
+from senet.errors import UserError
 from senet.nn.sync_bn import SyncBatchNorm
-from senet.ops.reference import full_precision
+from senet.ops.maps import full_precision
 
 Squeeze = Literal["avg", "max", "none"]
 GateName = Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"]
@@ -45,9 +47,34 @@ GATES: dict[str, Callable[[], nn.Module]] = {
 def hidden_width(channels: int, reduction: float) -> int:
     """Width of the layer between the two fully connected ones: floor(C / r), at least 1.
 
-    The released models round down and never to a multiple of 8 (table 1 gives their sizes).
+    The released models round down and never to a multiple of 8 (the authors' Caffe definitions).
     """
     return max(1, int(channels / reduction))
+
+
+@fx.wrap  # one node of a symbolic trace, which knows neither dimensions nor dtypes
+def global_squeeze(x: Tensor, method: str, mask: Tensor | None = None) -> Tensor:
+    """x (N,C,*) reduced to (N,C,1,…) in float32 at least, or as it is for "none".
+
+    Args:
+        x: (N,C,*).
+        method: see `GlobalSqueeze`.
+        mask: (N,1,*), True where a position counts.
+    """
+    if method == "none":
+        return x
+    positions = tuple(range(2, x.ndim))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if method == "avg":
+        if mask is None:
+            return x.mean(positions, keepdim=True, dtype=wide)
+        kept = torch.where(mask, x, 0)  # not x·mask: padding may hold NaN
+        count = mask.sum(positions, keepdim=True).clamp(min=1)
+        return kept.sum(positions, keepdim=True, dtype=wide) / count
+    if mask is None:
+        return x.amax(positions, keepdim=True).to(wide)
+    highest = torch.where(mask, x, -torch.inf).amax(positions, keepdim=True).to(wide)
+    return torch.where(mask.sum(positions, keepdim=True) > 0, highest, 0)
 
 
 class GlobalSqueeze(nn.Module):
@@ -72,23 +99,23 @@ class GlobalSqueeze(nn.Module):
 
         `mask` is True where a position counts; an image without any such position squeezes to 0.
         """
-        if self.method == "none":
-            return x
-        positions = tuple(range(2, x.ndim))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self.method == "avg":
-            if mask is None:
-                return x.mean(positions, keepdim=True, dtype=wide)
-            kept = torch.where(mask, x, 0)  # not x·mask: padding may hold NaN
-            count = mask.sum(positions, keepdim=True).clamp(min=1)
-            return kept.sum(positions, keepdim=True, dtype=wide) / count
-        if mask is None:
-            return x.amax(positions, keepdim=True).to(wide)
-        highest = torch.where(mask, x, -torch.inf).amax(positions, keepdim=True).to(wide)
-        return torch.where(mask.sum(positions, keepdim=True) > 0, highest, 0)
+        return global_squeeze(x, self.method, mask)
 
     def extra_repr(self) -> str:
         return self.method
+
+
+def weight_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype in which a layer wants its input; `otherwise` where it does not say.
+
+    The layers of an SE block may have been replaced: by quantized ones, whose weight is no tensor,
+    or by wrappers (LoRA), whose weights lie within.
+    """
+    dtype: torch.dtype | None = getattr(getattr(layer, "weight", None), "dtype", None)
+    if dtype is None:
+        dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), otherwise)
+    quantized = isinstance(dtype, torch.dtype) and not dtype.is_floating_point
+    return otherwise if quantized else dtype
 
 
 class SqueezeExcitation(nn.Module):
@@ -173,12 +200,13 @@ class SqueezeExcitation(nn.Module):
     ) -> Float[Tensor, "n c *t"]:
         """Gates s (N,C,1,…) of x (N,C,*); (N,C,*) for `squeeze="none"`. Arguments as in forward."""
         if self.squeeze.method == "none":
-            hidden = self.activation(self.fc1(x.movedim(1, -1).to(self.fc1.weight.dtype)))
+            hidden = self.activation(self.fc1(x.movedim(1, -1).to(weight_dtype(self.fc1, x.dtype))))
             return self.gate(self.fc2(hidden)).movedim(-1, 1)
         z = self.squeeze(x, mask)
-        with full_precision(x.device.type):
+        # A symbolic trace does not know the device; its graph has no autocast to leave either.
+        with nullcontext() if _symbolic(x) else full_precision(x.device.type):
             # The mean of float16 values fits float16, so a model.half() loses nothing here.
-            hidden = self.activation(self.fc1(z.flatten(1).to(self.fc1.weight.dtype)))
+            hidden = self.activation(self.fc1(z.flatten(1).to(weight_dtype(self.fc1, z.dtype))))
             return self.gate(self.fc2(hidden)).view(z.shape)
 
     def forward(
@@ -198,11 +226,19 @@ class SqueezeExcitation(nn.Module):
             ValueError: another number of channels or dimensions, a mask of another shape, or a
                 mask together with `squeeze="none"`.
         """
-        if not torch.jit.is_tracing():  # a trace would take the comparisons for constants
-            self._check(x, mask)
+        if not torch.jit.is_tracing() and not _symbolic(x):
+            self._check(x, mask)  # a trace would take the comparisons for constants
         if mask is None and not leaves_process(x) and fusable(self):
             return ops.squeeze_excite(x, *gate_parameters(self), self.gate_name)
         return x * self.excite(x, None if mask is None else mask != 0).to(x.dtype)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(no_script(self))
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels:
@@ -217,6 +253,19 @@ class SqueezeExcitation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, hidden={self.hidden}"
+
+
+def _symbolic(x: object) -> bool:
+    """Whether x stands for a tensor in a symbolic trace of torch.fx."""
+    return isinstance(x, fx.Proxy)
+
+
+def no_script(module: nn.Module) -> str:
+    """Why torch.jit.script cannot take a module, and what can."""
+    return (
+        f"torch.jit.script cannot compile senet's {type(module).__name__}: use "
+        "torch.jit.trace(model.eval(), example_input), or senet.export for a file"
+    )
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)

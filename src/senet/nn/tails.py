@@ -78,7 +78,7 @@ def residual_tail(
             out = se(out)
         if shortcut is not None:
             out = out + (shortcut if shortcut_bn is None else shortcut_bn(shortcut))
-        return F.relu(out, inplace=True)
+        return F.relu(out)
     assert isinstance(bn, _BatchNorm)
     shortcut_norm = None
     if isinstance(shortcut_bn, _BatchNorm) and shortcut is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from senet.errors import UserError
 from senet.ops.reference import GATES, BatchNorm
 
+_TENSORS = BatchNorm._fields[:4]
 GateParameters = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -40,8 +41,8 @@ def check_gate(
 def check_norm(name: str, x: Tensor, norm: BatchNorm) -> None:
     """Raise unless the tensors of a normalization, called `name` in messages, fit x."""
     C = x.shape[1]
-    for field, t in zip(norm._fields[:4], norm[:4], strict=True):
-        if isinstance(t, Tensor) and tuple(t.shape) != (C,):
+    for field, t in zip(_TENSORS, norm[:4], strict=True):
+        if t is not None and t.shape != (C,):
             raise UserError(f"{name}{field} has shape {tuple(t.shape)}; the input needs ({C},)")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise UserError(f"{name}running_mean and running_var: give both or neither")

@@ -1,211 +1,208 @@
-"""The closed form of SE behind joined branches, in pure PyTorch for any device.
+"""The operator `senet::join`: y = s ⊙ concat(relu(norm(x_i))), s the gate of the whole concat.
 
-A join is y = s ⊙ concat(relu(BN(x_i))), with gates s of the whole concat. A ReLU does not commute
-with the squeeze, so the activations are summed on their way: the joined map is written once,
-scaled, and never read. With m = [BN(x) > 0], g the gradient of y and d that of the squeeze divided
-by the number of pixels, the gradient of an activation is s·g + d; the sums of m·g, m and of both
-times x - mean give the gate's gradients and, once s and d are known, the norm's. So the backward
-pass reads x and g twice, as that of BN → ReLU alone does, and keeps no map but the branches' x.
-
-Shapes as in `senet.ops.algebra`, K branches of C_i channels, C of all together. `join` and
-`join_backward` have the signatures of the operators `senet::join` and `senet::join_backward`;
-`senet.ops.join_cpu` has the same two in C++.
+The end of an Inception module; without a gate, BN → ReLU of each branch and their concatenation. K
+branches of C_i channels, C of all together; N images, h the gate's hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from senet.ops.algebra import (
-    batch_statistics,
-    excite,
-    excite_backward,
-    map_gradient,
-    memory_format,
-    pixel_mean,
-    pixel_sum,
-    running_statistics,
-)
-from senet.ops.reference import accumulator, full_precision, spread
+from senet.ops.description import Again, Description, Momenta, move_running
+from senet.ops.maps import accumulator, common_format
 
-# What normalizes a branch, as cpu_types.h counts it. NONE: it goes in as it is, without ReLU.
+T = TypeVar("T")
+
+# What normalizes a branch, as the kernels count it. NONE: it goes in as it is, without ReLU.
 NONE, RUNNING, BATCH = 0, 1, 2
 ROWS = 5  # of the statistics: mean, inv_std, unbiased var, scale = weight * inv_std, shift = bias
 
-JoinOutput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+class Arguments(NamedTuple):
+    """What the join takes: lists have an entry a branch.
 
-def format_of(maps: Sequence[Tensor]) -> torch.memory_format:
-    """channels_last if one of the maps is, and not also contiguous."""
-    formats = {memory_format(x) for x in maps} - {torch.contiguous_format}
-    return formats.pop() if formats else torch.contiguous_format
-
-
-def empty_join(maps: Sequence[Tensor], hidden_width: int) -> JoinOutput:
-    """Uninitialized y (N,C,*), statistics (5,C), squeezed (N,C), hidden (N,h), gates (N,C)."""
-    x = maps[0]
-    N, C = x.shape[0], sum(m.shape[1] for m in maps)
-    gated = C if hidden_width else 0
-    y = torch.empty(
-        (N, C, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=format_of(maps)
-    )
-    shapes = ((ROWS, C), (N, gated), (N, hidden_width), (N, gated))
-    small = (torch.empty(s, dtype=accumulator(x.dtype), device=x.device) for s in shapes)
-    statistics, squeezed, hidden, gates = small
-    return y, statistics, squeezed, hidden, gates
-
-
-def empty_join_gradients(
-    maps: Sequence[Tensor], hidden_width: int, wanted: Sequence[bool]
-) -> list[Tensor]:
-    """Uninitialized gradients that are wanted, in the order of `join_backward`."""
-    layout, h = format_of(maps), hidden_width
-    C = sum(x.shape[1] for x in maps)
-    vectors = [(x.shape[1],) for x in maps]
-    shapes = [x.shape for x in maps] + 2 * vectors + [(h, C), (h,), (C, h), (C,)]
-    kinds = [(maps[0].dtype, layout)] * len(maps)
-    kinds += [(accumulator(maps[0].dtype), torch.contiguous_format)] * (2 * len(maps) + 4)
-    return [
-        torch.empty(shape, dtype=dtype, device=maps[0].device, memory_format=order)
-        for shape, (dtype, order), want in zip(shapes, kinds, wanted, strict=True)
-        if want
-    ]
-
-
-def _rows(
-    u: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    normalization: int,
-    eps: float,
-) -> Tensor:
-    """Statistics (5,C_i) of a branch u in the accumulation type."""
-    one, zero = u.new_ones(u.shape[1]), u.new_zeros(u.shape[1])
-    own = (zero, one, zero)
-    if normalization == BATCH:
-        own = batch_statistics(u, eps)[1]
-    elif normalization == RUNNING:
-        own = running_statistics(mean, variance, u.dtype, eps)
-    scale = own[1] if weight is None else own[1] * weight.to(u.dtype)
-    return torch.stack((*own, scale, zero if bias is None else bias.to(u.dtype)))
-
-
-def _activation(u: Tensor, rows: Tensor, normalization: int) -> Tensor:
-    if normalization == NONE:
-        return u
-    return F.relu((u - spread(rows[0], u)) * spread(rows[3], u) + spread(rows[4], u))
-
-
-def join(
-    maps: list[Tensor],
-    weights: list[Tensor | None],
-    biases: list[Tensor | None],
-    means: list[Tensor | None],
-    variances: list[Tensor | None],
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    normalizations: list[int],
-    eps: list[float],
-    gate: str,
-) -> JoinOutput:
-    """y = s ⊙ concat(relu(norm(x_i))) and what its backward pass needs.
-
-    Args:
-        maps: K maps (N,C_i,*) of one floating type; sums are kept in at least float32.
-        weights, biases: (C_i,) each, or None for 1 and 0.
+    Attributes:
+        maps: (N,C_i,*spatial), of one floating type.
+        weights, biases: (C_i,) or None for 1 and 0.
         means, variances: (C_i,), read where the normalization is RUNNING.
-        w1, b1, w2, b2: (h,C), (h,), (C,h), (C,); w1 and w2 None for no gate.
-        normalizations: of each map NONE, RUNNING or BATCH.
-        eps: added to the variances.
+        w1, b1, w2, b2: (h,C), (h,), (C,h), (C,); w1 and w2 None for no gate. Weights may be those
+            of 1x1 convolutions.
+        normalizations: NONE, RUNNING or BATCH.
+        eps: added to the variance.
         gate: one of `reference.GATES`.
-
-    Returns:
-        y (N,C,*); statistics (5,C); squeezed (N,C): mean of the activations; hidden (N,h); gates
-        (N,C). The last three are empty without a gate.
     """
-    x = maps[0]
-    if x.numel() == 0:
-        outputs = empty_join(maps, 0 if w1 is None else w1.shape[0])
-        for output in outputs:
-            output.zero_()
-        return outputs
-    parts = list(zip(weights, biases, means, variances, normalizations, eps, strict=True))
-    with full_precision(x.device.type):
-        inputs = [t.to(accumulator(x.dtype)) for t in maps]
-        rows = [_rows(u, *part) for u, part in zip(inputs, parts, strict=True)]
-        active = [
-            _activation(u, r, kind) for u, r, kind in zip(inputs, rows, normalizations, strict=True)
-        ]
-        absent = inputs[0].new_empty((x.shape[0], 0))
-        squeezed, hidden, gates = absent, absent.clone(), absent.clone()
-        if w1 is not None and w2 is not None:
-            squeezed = torch.cat([pixel_mean(v) for v in active], 1)
-            hidden, gates = excite(squeezed, w1, b1, w2, b2, gate)
-            shares = gates.split([v.shape[1] for v in active], 1)
-            active = [v * spread(s, v) for v, s in zip(active, shares, strict=True)]
-        y = torch.cat([v.to(x.dtype) for v in active], 1).contiguous(memory_format=format_of(maps))
-        return y, torch.cat(rows, 1), squeezed, hidden, gates
+
+    maps: list[Tensor]
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    means: list[Tensor | None]
+    variances: list[Tensor | None]
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+    normalizations: list[int]
+    eps: list[float]
+    gate: str
 
 
-def join_backward(
-    gradient: Tensor,
-    maps: list[Tensor],
-    w1: Tensor | None,
-    w2: Tensor | None,
-    statistics: Tensor,
-    squeezed: Tensor,
-    hidden: Tensor,
-    gates: Tensor,
-    normalizations: list[int],
-    gate: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """The `wanted` gradients: of K maps, K weights, K biases, w1, b1, w2, b2.
+class Outputs(NamedTuple):
+    """y and what the backward pass needs beside it.
 
-    Args:
-        gradient: (N,C,*) of y.
-        wanted: one flag for each of them.
-        others: as given to and returned by `join`.
+    Attributes:
+        y: (N,C,*spatial).
+        statistics: (ROWS,C).
+        squeezed: (N,C), mean of the concat over the pixels of an image; like the next two, empty
+            without a gate.
+        hidden: (N,h).
+        gates: (N,C).
     """
-    count, dtype = len(maps), accumulator(maps[0].dtype)
-    sizes = [x.shape[1] for x in maps]
-    layout = format_of(maps)
-    found: list[Any] = [None] * (3 * count + 4)
-    with full_precision(gradient.device.type):
-        rows = statistics.split(sizes, 1)
-        inputs = [x.to(dtype) for x in maps]
-        branches = list(zip(inputs, rows, normalizations, strict=True))
-        active = [_activation(*branch) for branch in branches]
-        inner = [g.to(dtype) for g in gradient.split(sizes, 1)]  # becomes that of the activations
-        if w1 is not None and w2 is not None:
-            ds = torch.cat([pixel_sum(g * v) for g, v in zip(inner, active, strict=True)], 1)
-            dz, dhidden, dt = excite_backward(ds, w1, w2, hidden, gates, gate)
-            found[3 * count :] = [
-                dhidden.t() @ squeezed,
-                dhidden.sum(0),
-                dt.t() @ hidden,
-                dt.sum(0),
-            ]
-            share = (dz / max(maps[0][:1, :1].numel(), 1)).split(sizes, 1)
-            scaled = zip(inner, gates.split(sizes, 1), share, strict=True)
-            inner = [spread(s, g) * g + spread(d, g) for g, s, d in scaled]
-        for i, (u, r, kind) in enumerate(branches):
-            g = inner[i]
-            if kind != NONE:
-                g = torch.where(active[i] <= 0, 0, g)
-                found[2 * count + i] = pixel_sum(g).sum(0)
-                found[count + i] = pixel_sum(g * (u - spread(r[0], u))).sum(0) * r[1]
-            dx = g * spread(r[3], u)
-            if kind == BATCH:
-                dx = map_gradient(g, u, r, r[3], found[count + i], found[2 * count + i])
-            found[i] = dx.to(maps[i].dtype).contiguous(memory_format=layout)
-    return [t for t, want in zip(found, wanted, strict=True) if want]
+
+    y: Tensor
+    statistics: Tensor
+    squeezed: Tensor
+    hidden: Tensor
+    gates: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward pass takes, as in `Arguments` and `Outputs`."""
+
+    maps: list[Tensor]
+    w1: Tensor | None
+    w2: Tensor | None
+    statistics: Tensor
+    squeezed: Tensor
+    hidden: Tensor
+    gates: Tensor
+    normalizations: list[int]
+    gate: str
+
+
+class Gradients(NamedTuple, Generic[T]):
+    """One T for each argument that is differentiated, or for each of its branches."""
+
+    maps: list[T]
+    weights: list[T]
+    biases: list[T]
+    w1: T
+    b1: T
+    w2: T
+    b2: T
+
+
+def _save(a: Arguments, out: Outputs) -> Saved:
+    return Saved(a.maps, a.w1, a.w2, *out[1:], a.normalizations, a.gate)
+
+
+def channels(maps: list[Tensor]) -> list[int]:
+    """C_i."""
+    return [x.shape[1] for x in maps]
+
+
+def empty_outputs(a: Arguments) -> Outputs:
+    """Uninitialized results."""
+    x, C = a.maps[0], sum(channels(a.maps))
+    N, h = x.shape[0], 0 if a.w1 is None else a.w1.shape[0]
+    gated = C if h else 0
+    y = torch.empty(
+        (N, C, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=common_format(a.maps)
+    )
+    shapes = ((ROWS, C), (N, gated), (N, h), (N, gated))
+    small = (torch.empty(s, dtype=accumulator(x.dtype), device=x.device) for s in shapes)
+    return Outputs(y, *small)
+
+
+def empty_gradients(saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:
+    """Uninitialized gradients, None where not wanted."""
+    maps, layout = saved.maps, common_format(saved.maps)
+    w1, w2, dtype, device = saved.w1, saved.w2, accumulator(maps[0].dtype), maps[0].device
+
+    def numbers(want: bool, *shape: int) -> Tensor | None:
+        return torch.empty(*shape, dtype=dtype, device=device) if want else None
+
+    C, h = sum(channels(maps)), 0 if w1 is None else w1.shape[0]
+    return Gradients(
+        [
+            torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            if want
+            else None
+            for x, want in zip(maps, wanted.maps, strict=True)
+        ],
+        [numbers(want, x.shape[1]) for x, want in zip(maps, wanted.weights, strict=True)],
+        [numbers(want, x.shape[1]) for x, want in zip(maps, wanted.biases, strict=True)],
+        None if w1 is None else numbers(wanted.w1, *w1.shape),
+        numbers(wanted.b1, h),
+        None if w2 is None else numbers(wanted.w2, *w2.shape),
+        numbers(wanted.b2, C),
+    )
+
+
+def _save_again(a: Arguments) -> tuple[Tensor | None, ...]:
+    return (*a.weights, *a.biases, a.b1, a.b2)
+
+
+def _again(
+    saved: Saved, kept: Sequence[Tensor | None], options: Sequence[Any], gradient: Tensor
+) -> Again:
+    K = len(saved.maps)
+    rows = saved.statistics.split(channels(saved.maps), 1)
+    normalizations, eps, gate = options
+    arguments = Arguments(
+        maps=saved.maps,
+        weights=list(kept[:K]),
+        biases=list(kept[K : 2 * K]),
+        means=[row[0] for row in rows],
+        variances=[row[2] for row in rows],
+        w1=saved.w1,
+        b1=kept[-2],
+        w2=saved.w2,
+        b2=kept[-1],
+        normalizations=normalizations,
+        eps=eps,
+        gate=gate,
+    )
+    return Again(arguments, (None,) * K, gradient)
+
+
+def _flops(a: Any) -> int:
+    """Of shapes: the gate's two products."""
+    if a.w1 is None:
+        return 0
+    return 2 * 2 * a.maps[0][0] * sum(shape[1] for shape in a.maps) * a.w1[0]
+
+
+def _backward_flops(saved: Any, wanted: Gradients[bool]) -> int:
+    """Each product has two gradients; those of unwanted weights are not computed."""
+    if saved.w1 is None:
+        return 0
+    product = 2 * saved.maps[0][0] * sum(shape[1] for shape in saved.maps) * saved.w1[0]
+    through = any(map(any, wanted[:3])) or any(wanted[3:])
+    return product * (2 * through + wanted.w1 + wanted.w2)
+
+
+def _move(a: Arguments, out: Outputs, momenta: Momenta) -> None:
+    rows = out.statistics.split(channels(a.maps), 1)
+    for mean, var, momentum, row in zip(a.means, a.variances, momenta, rows, strict=True):
+        move_running(mean, var, momentum, row)
+
+
+JOIN = Description(
+    name="join",
+    arguments=Arguments,
+    outputs=Outputs,
+    saved=Saved,
+    gradients=Gradients,
+    save=_save,
+    empty_outputs=empty_outputs,
+    empty_gradients=empty_gradients,
+    save_again=_save_again,
+    again=_again,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    move=_move,
+)

@@ -1,17 +1,22 @@
 """The equations of the paper in plain PyTorch: slow, obvious, the oracle of the other ways.
 
 Every map is computed in the accumulation type (float32 for 16-bit storage) and rounded once at the
-end; gradients come from autograd. Double backward works here and nowhere else in `senet.ops`.
+end; gradients of any order come from autograd.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from senet.ops.description import Momenta
+from senet.ops.join import BATCH, NONE
+from senet.ops.join import Arguments as JoinArguments
+from senet.ops.maps import accumulator, full_precision, spread
+from senet.ops.tail import Arguments as TailArguments
 
 GATES = ("sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid")
 
@@ -34,19 +39,6 @@ class BatchNorm(NamedTuple):
     running_var: Tensor | None
     momentum: float = 0.1
     eps: float = 1e-5
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums over elements of `dtype` are kept in: at least float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Context without autocast; nothing at all (also in a graph) where autocast is not on."""
-    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
-    if available and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def gate_value(t: Tensor, gate: str) -> Tensor:
@@ -77,28 +69,28 @@ def excitation(
         return gate_value(F.linear(hidden, w2.flatten(1).to(z.dtype), cast(b2)), gate)
 
 
-def spread(t: Tensor, like: Tensor) -> Tensor:
-    """Give t (N,C) or (C,) the trailing axes of `like` (N,C,*spatial), each of size 1."""
-    return t.reshape(*t.shape, *(1,) * (like.ndim - 2))
+def scaled(x: Tensor, a: TailArguments | JoinArguments) -> Tensor:
+    """s ⊙ x with s = excitation(mean of x over its pixels), eq. 2 to 4; without a gate x."""
+    if a.w1 is None or a.w2 is None:
+        return x
+    return x * spread(excitation(x.flatten(2).mean(2), a.w1, a.b1, a.w2, a.b2, a.gate), x)
 
 
-def squeeze_excite(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str = "sigmoid"
-) -> Tensor:
-    """y = s ⊙ x, s = excitation(mean of x over its pixels): eq. 2, 3 and 4."""
-    u = x.to(accumulator(x.dtype))
-    s = excitation(u.flatten(2).mean(2), w1, b1, w2, b2, gate)
-    return (spread(s, u) * u).to(x.dtype)
+def batch_norm(x: Tensor, norm: BatchNorm, own: bool, momentum: float | None) -> Tensor:
+    """Normalize x (N,C,*spatial) per channel.
 
-
-def batch_norm(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
-    """Normalize x (N,C,*spatial) per channel, by its own statistics in training."""
-    weight, bias, running_mean, running_var, momentum, eps = norm
-    if training or running_mean is None or running_var is None:
+    Args:
+        x: in the accumulation type.
+        norm: weight, bias, running statistics and eps.
+        own: by the statistics of x, and not by the running ones.
+        momentum: moves the running statistics, if there are any, by that; None leaves them.
+    """
+    weight, bias, running_mean, running_var, _, eps = norm
+    if own or running_mean is None or running_var is None:
         axes = (0, *range(2, x.ndim))
         mean = x.mean(axes)
         var = (x - spread(mean, x)).square().mean(axes)
-        if running_mean is not None and running_var is not None:
+        if momentum is not None and running_mean is not None and running_var is not None:
             count = x.numel() // x.shape[1]
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean), momentum)
@@ -111,50 +103,31 @@ def batch_norm(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
     return y if bias is None else y + spread(bias.to(x.dtype), x)
 
 
-def bn_se_add_relu(
-    x: Tensor,
-    shortcut: Tensor | None,
-    norm: BatchNorm,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    *,
-    training: bool,
-    gate: str,
-    relu: bool,
-    shortcut_norm: BatchNorm | None,
-) -> Tensor:
-    """relu(s ⊙ BN(x) + shortcut), s = excitation(mean of BN(x)); each part only where given."""
-    v = batch_norm(x.to(accumulator(x.dtype)), norm, training)
-    if w1 is not None and w2 is not None:
-        v = v * spread(excitation(v.flatten(2).mean(2), w1, b1, w2, b2, gate), v)
-    if shortcut is not None:
-        r = shortcut.to(v.dtype)
-        v = v + (r if shortcut_norm is None else batch_norm(r, shortcut_norm, training))
-    return (F.relu(v) if relu else v).to(x.dtype)
+def tail(a: TailArguments, momenta: Momenta) -> Tensor:
+    """relu(s ⊙ norm(x) + norm(shortcut)), each part only where given."""
+    v = a.x.to(accumulator(a.x.dtype))
+    own = a.normalization == "batch"
+    if a.normalization != "none":
+        norm = BatchNorm(a.weight, a.bias, a.running_mean, a.running_var, eps=a.eps)
+        v = batch_norm(v, norm, own, momenta[0])
+    v = scaled(v, a)
+    if a.shortcut is not None:
+        r = a.shortcut.to(v.dtype)
+        if a.normalize_shortcut:
+            parameters = (a.shortcut_weight, a.shortcut_bias, a.shortcut_mean, a.shortcut_var)
+            r = batch_norm(r, BatchNorm(*parameters, eps=a.shortcut_eps), own, momenta[1])
+        v = v + r
+    return (F.relu(v) if a.relu else v).to(a.x.dtype)
 
 
-def bn_relu_concat_se(
-    maps: list[Tensor],
-    norms: list[BatchNorm | None],
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    *,
-    training: list[bool],
-    gate: str,
-) -> Tensor:
-    """s ⊙ concat(relu(BN(x_i))), s = excitation(mean of the concat); no norm: no ReLU."""
-    wide = [x.to(accumulator(x.dtype)) for x in maps]
-    v = torch.cat(
-        [
-            x if norm is None else F.relu(batch_norm(x, norm, own))
-            for x, norm, own in zip(wide, norms, training, strict=True)
-        ],
-        1,
-    )
-    if w1 is not None and w2 is not None:
-        v = v * spread(excitation(v.flatten(2).mean(2), w1, b1, w2, b2, gate), v)
-    return v.to(maps[0].dtype)
+def join(a: JoinArguments, momenta: Momenta) -> Tensor:
+    """s ⊙ concat(relu(norm(x_i))); a branch without norm has no ReLU."""
+    norms = zip(a.weights, a.biases, a.means, a.variances, strict=True)
+    branches = zip(a.maps, norms, a.normalizations, a.eps, momenta, strict=True)
+    parts = []
+    for x, tensors, kind, eps, momentum in branches:
+        v = x.to(accumulator(x.dtype))
+        if kind != NONE:
+            v = F.relu(batch_norm(v, BatchNorm(*tensors, eps=eps), kind == BATCH, momentum))
+        parts.append(v)
+    return scaled(torch.cat(parts, 1), a).to(a.maps[0].dtype)

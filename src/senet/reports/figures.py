@@ -7,6 +7,7 @@ lines differ in their dashes as well.
 """
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from senet.reports.fonts import find_letters
 from senet.support.files import atomic_write
+from senet.support.text import visible
 
 Theme = Literal["light", "dark"]
 Row = Mapping[str, float]
@@ -42,6 +45,7 @@ _BASE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "svg.hashsalt": "senet",
 }
 _DARK: dict[Any, Any] = {
@@ -75,6 +79,12 @@ def _ink() -> str:
     return str(mpl.rcParams["text.color"])
 
 
+def _label(name: str) -> str:
+    """A name for a legend, which leaves out what begins with an underscore."""
+    shown = visible(name)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
     """Validation top-1 accuracy and losses by epoch, the mean over seeds with its spread.
 
@@ -86,7 +96,7 @@ def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
         Two panels: accuracy (%), and training (line) and validation loss (nats, faint line).
         The band reaches from the lowest to the highest seed.
     """
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.3), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for index, (label, runs) in enumerate(histories.items()):
         length = min(len(run) for run in runs)
@@ -114,12 +124,12 @@ def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
                 markersize=4.5,
                 linewidth=2,
                 color=_colour(index),
-                label=label + (count if axes is accuracy else suffix),
+                label=_label(label + (count if axes is accuracy else suffix)),
             )
     accuracy.set(title="Accuracy on the validation set", xlabel="epoch", ylabel="top-1 (%)")
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats, log scale)")
-    for axes, place in ((accuracy, "lower right"), (loss, "upper right")):
-        axes.legend(loc=place, fontsize=9.5)
+    for axes in (accuracy, loss):  # beneath: inside it would lie on a curve sooner or later
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5)
         axes.set_xlim(epochs[0] - 0.3, epochs[-1] + 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     # Before BN's running statistics have settled, a validation loss can be tens of times the rest.
@@ -137,7 +147,7 @@ def confusion_matrix(matrices: Mapping[str, NDArray[np.integer]], classes: Seque
         matrices: by network, counts (classes, classes): row true class, column predicted class.
         classes: names in the order of rows and columns.
     """
-    size = len(classes)
+    size, classes = len(classes), [visible(name) for name in classes]
     side = 5.2 if size <= MAX_LABELLED_CLASSES else 4.5
     figure = Figure(figsize=(0.9 + side * len(matrices), side + 0.6), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
@@ -147,7 +157,7 @@ def confusion_matrix(matrices: Mapping[str, NDArray[np.integer]], classes: Seque
         image = axes.imshow(percent, vmin=0, vmax=100, cmap="cividis")
         axes.grid(False)
         accuracy = 100 * np.trace(counts) / max(int(counts.sum()), 1)
-        axes.set_title(f"{label}: {accuracy:.1f}% correct")
+        axes.set_title(f"{visible(label)}: {accuracy:.1f}% correct")
         axes.set_xlabel("predicted class")
         if size <= MAX_LABELLED_CLASSES:
             fontsize = 9.5 if size <= MAX_NUMBERED_CLASSES else 6
@@ -180,6 +190,11 @@ def shown_layers(gates: Gates) -> list[str]:
         stages.setdefault(name.split(".")[0], []).append(name)
     *early, last = stages.values()
     return [layers[-1] for layers in early] + last
+
+
+def neutral_gate(gate: str) -> float | None:
+    """The value of a gate that leaves a channel unchanged, if the gate can lie on both sides."""
+    return 1.0 if gate in ("identity_sigmoid", "relu") else None
 
 
 def gates_per_stage(
@@ -223,10 +238,10 @@ def gates_per_stage(
                 color=_colour(index),
                 linestyle=DASHES[index],
                 linewidth=1.4,
-                label=classes[row],
+                label=_label(classes[row]),
             )
         spread = values.std(axis=0).mean()
-        title = f"{name.removesuffix('.se')}\nspread between classes {spread:.3f}"
+        title = f"{visible(name.removesuffix('.se'))}\nspread between classes {spread:.3f}"
         axes.set_title(title, fontsize=10.5)
 
     return _panels(layers, "mean gate", draw)
@@ -247,10 +262,10 @@ def gates_spread(means: Gates, spreads: Gates, classes: Sequence[str]) -> Figure
     def draw(axes: Axes, name: str) -> None:
         channels = np.arange(means[name].shape[1])
         for index, (mean, std) in enumerate(zip(means[name], spreads[name], strict=True)):
-            style, label = DASHES[index], classes[index]
+            style, label = DASHES[index], _label(classes[index])
             (line,) = axes.plot(channels, mean, linestyle=style, linewidth=1.4, label=label)
             axes.fill_between(channels, mean - std, mean + std, alpha=0.2, color=line.get_color())
-        axes.set_title(name.removesuffix(".se"), fontsize=10.5)
+        axes.set_title(visible(name.removesuffix(".se")), fontsize=10.5)
 
     return _panels(list(means), "mean gate ± spread", draw)
 
@@ -278,9 +293,12 @@ def _panels(layers: Sequence[str], label: str, draw: Callable[[Axes, str], None]
 
 def render(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     """The figure as the bytes of a PNG (150 dots an inch) or of an SVG without a date."""
+    find_letters(figure)
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {}
-    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one a letter; said above
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
 
 

@@ -1,8 +1,8 @@
 """The forms in which a network's SE blocks can be laid out for a runtime.
 
 - `plain`: as the network computes, mean of the block's map, scale, addition.
-- `squeeze_first`: the squeeze before the last convolution of the branch (algebra.md section 3),
-  batch norms folded.
+- `squeeze_first`: the squeeze before the last convolution of the branch (docs/algebra.md,
+  section 3), batch norms folded.
 - `expanded`: the same, the squeeze as AveragePool, both layers as 1×1 convolutions and the
   gates enlarged to the map's size, so that everything has a blocked (NCHWc) form in ONNX Runtime
   and no layout is changed around the scale. Needs fixed shapes.

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 from rich import progress as bars
 from rich.console import Console
+from rich.text import Text
 
-from senet.support.text import duration
+from senet.support.console import PlainColumn, PlainConsole
+from senet.support.text import duration, visible
 
 
 class Progress:
@@ -69,13 +71,12 @@ class EpochLines(Progress):
     def end_epoch(self, row: Mapping[str, float]) -> None:
         # Nothing was trained where a run is resumed after the last step of its epoch.
         rate = f"{self.images / max(self.stepped - self.began, 1e-9):.0f} images/s  "
-        self.console.print(
+        line = (
             f"{self.label}epoch {self.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
             f"val loss {row['val_loss']:.3f}  top-1 {row['top1']:.2f}%  top-5 {row['top5']:.2f}%  "
-            f"{rate if self.images else ''}{duration(time.monotonic() - self.began)}",
-            highlight=False,
-            soft_wrap=True,
+            f"{rate if self.images else ''}{duration(time.monotonic() - self.began)}"
         )
+        self.console.print(Text(visible(line)), soft_wrap=True)
 
     def note(self, message: str) -> None:
         print(f"senet: {message}", file=sys.stderr)
@@ -128,7 +129,7 @@ class EpochBars(EpochLines):
             self.bar.update(self.task, advance=1, rate=f"{rate:.0f} images/s")
 
     def note(self, message: str) -> None:
-        self.bar.console.print(f"senet: {message}", style="yellow", highlight=False)
+        self.bar.console.print(Text(visible(f"senet: {message}"), style="yellow"))
 
     def close(self) -> None:
         self.bar.remove_task(self.task)
@@ -143,16 +144,16 @@ def watch(label: str = "", runs_done: int = 0, runs: int = 1) -> Iterator[EpochL
         runs_done: runs that are finished.
         runs: all runs that follow each other.
     """
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
         yield EpochLines(console, label)
         return
     columns = (
         bars.SpinnerColumn(),
-        bars.TextColumn("{task.description}"),
+        PlainColumn("{task.description}"),
         bars.BarColumn(bar_width=None),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[rate]}"),
+        PlainColumn("{task.fields[rate]}"),
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=console, transient=True) as bar:

@@ -1,24 +1,41 @@
 """Everything that determines a run, as an object and as the config.toml of its folder."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tomli_w
 
-from senet.data import BadShards, Decoder
+from senet.data import BadShards, Decoder, absolute_data
 from senet.errors import UserError
 from senet.support.files import atomic_write
+from senet.support.text import decoded, printable
 from senet.training.recipe import Recipe
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Trained = Literal["all", "se", "se+head", "head"]
 Parallel = Literal["ddp", "fsdp"]
-CONFIG = "config.toml"
+RUN_CONFIG = "config.toml"
+# How data are read.
+DATA = (
+    "data_root",
+    "download",
+    "val_fraction",
+    "image_size",
+    "channels",
+    "skip_bad_images",
+    "image_column",
+    "label_column",
+    "shuffle_buffer",
+    "bad_shards",
+    "decode",
+    "epoch_size",
+)
 # Where and how fast a run happens, not what comes out of it (on CPU).
 MACHINE = (
     "out",
@@ -40,12 +57,15 @@ class RunConfig:
         model: name of the network, see `senet.list_models`.
         model_options: options of `senet.create_model` other than num_classes and in_channels,
             which the data give.
-        data: name of a data set, or a folder of images, see `senet.data.load_data`.
+        data: name of a data set, or a folder of images, see `senet.data.load_data`. A run keeps
+            the absolute path, so that it is found from any working directory.
         data_root: folder that holds named data sets.
         download: fetch a named data set that is missing.
         val_fraction: share of the training images kept for validation, for data without any.
         image_size: height and width of the network's input, pixels; None: the data's own.
+        channels: 1 or 3, what the network takes; None: what the images are.
         skip_bad_images: leave out images that cannot be read instead of stopping.
+        image_column, label_column: of tables with several, see `senet.data.load_data`.
         shuffle_buffer: of shards and streams, see `senet.data.load_data`.
         bad_shards: "fail" or "skip", likewise.
         decode: "pillow" (None) or "turbo", likewise.
@@ -54,6 +74,7 @@ class RunConfig:
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
         init: checkpoint to start from instead of fresh weights, as `open_checkpoint` takes it.
+            Images are prepared as it says, not as the data set does; `image_size` changes the side.
         train: with `init`, what is trained: "all", "se" (the SE blocks alone; everything else,
             batch-norm statistics included, stays as it is), "se+head" (and the classifier) or
             "head" (the classifier alone).
@@ -87,7 +108,10 @@ class RunConfig:
     download: bool = False
     val_fraction: float | None = None
     image_size: int | None = None
+    channels: int | None = None
     skip_bad_images: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
     shuffle_buffer: int | None = None
     bad_shards: BadShards | None = None
     decode: Decoder | None = None
@@ -107,6 +131,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "data_root", str(self.data_root))
+        for name in ("model", "data", "data_root", "out", "init", "image_column", "label_column"):
+            holdable(name, str(getattr(self, name)))
         for name in ("seed", "num_workers", "checkpoint_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -138,6 +164,18 @@ class RunConfig:
         if self.device not in get_args(Device):
             choices = ", ".join(get_args(Device))
             raise UserError(f"device must be one of {choices}, got {self.device!r}")
+
+    def in_place(self) -> "RunConfig":
+        """The same run with absolute paths of what it reads, for any working directory."""
+        init = self.init
+        if init is not None and Path(init).exists():
+            init = os.path.abspath(init)  # noqa: PTH100 - links stay links
+        return replace(
+            self,
+            data=absolute_data(self.data),
+            data_root=os.path.abspath(self.data_root),  # noqa: PTH100
+            init=init,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as TOML and JSON can hold them; None is left out."""
@@ -191,7 +229,7 @@ class RunConfig:
             UserError: it is not TOML, or see `from_dict`.
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = tomllib.loads(decoded(Path(path).read_bytes()))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a TOML file: {error}") from error
         try:
@@ -205,6 +243,20 @@ class RunConfig:
         if not self.compile:  # checkpoints of runs from before this option lack it
             del options["compile"]
         return options
+
+
+def holdable(name: str, text: str) -> str:
+    """The text, if config.toml can hold it.
+
+    Raises:
+        UserError: it has bytes that are not UTF-8; `name` is the option it belongs to.
+    """
+    if printable(text) != text:
+        raise UserError(
+            f"{name} {printable(text)} has bytes that are not UTF-8, which config.toml "
+            "cannot hold: rename it"
+        )
+    return text
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics import MaxMetric, MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.utilities import dim_zero_cat
 
 from senet.errors import UserError
 from senet.support.progress import Progress, Silent
@@ -26,7 +27,9 @@ class Evaluation:
         top5: images whose class is among the `k` highest logits, %.
         k: 5, or the number of classes where there are fewer (`top5` is 100 then).
         loss: mean cross-entropy, nats, without label smoothing.
-        confusion: (K,K) int64 counts by true class (row) and predicted class (column).
+        pairs: (M,2) int64, the pairs of true and predicted class that occurred.
+        counts: (M,) int64, how often each did.
+        classes: K, their number.
         n: images, of all processes together.
         images_per_second: with reading and preprocessing, of all processes together.
     """
@@ -35,9 +38,36 @@ class Evaluation:
     top5: float
     k: int
     loss: float
-    confusion: Tensor
+    pairs: Tensor
+    counts: Tensor
+    classes: int
     n: int
     images_per_second: float
+
+    @property
+    def confusion(self) -> Tensor:
+        """(K,K) int64 counts by true class (row) and predicted class (column), made when asked."""
+        matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        matrix[self.pairs[:, 0], self.pairs[:, 1]] = self.counts
+        return matrix
+
+
+class _Pairs(Metric):
+    """True and predicted class of each image, of all processes: a matrix would have K² entries."""
+
+    pairs: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("pairs", default=[], dist_reduce_fx="cat")
+
+    def update(self, labels: Tensor, logits: Tensor) -> None:
+        """Add (N,) labels and (N,K) logits."""
+        self.pairs.append(torch.stack([labels, logits.argmax(1)], 1))
+
+    def compute(self) -> Tensor:
+        """(n,2) int64."""
+        return dim_zero_cat(self.pairs)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the answer to a stop request
@@ -53,7 +83,7 @@ def evaluate(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Loss, top-1, top-5 and confusion matrix of a network.
+    """Loss, top-1, top-5 and confusions of a network.
 
     In several processes each goes through its own part of the images; the result is that of all
     and the same in each.
@@ -89,7 +119,10 @@ def _evaluate(
     device, classes_count = parameter.device, len(classes)
     k = min(5, classes_count)
     loss_metric = MeanMetric(nan_strategy="disable").to(device)
-    confusion = MulticlassConfusionMatrix(classes_count, validate_args=False).to(device)
+    judged = _Pairs().to(device)
+    judged.update(
+        torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, 1, device=device)
+    )
     top_k = MulticlassAccuracy(classes_count, top_k=k, average="micro", validate_args=False)
     top_k = top_k.to(device)
     training = model.training
@@ -112,7 +145,7 @@ def _evaluate(
                 continue
             logits = logits.float()
             loss_metric.update(F.cross_entropy(logits, labels, reduction="none"))
-            confusion.update(logits, labels)
+            judged.update(labels, logits)
             top_k.update(logits, labels)
             images_seen += len(images)
             progress.evaluated(len(images))
@@ -123,16 +156,19 @@ def _evaluate(
         release(model)
     if not images_seen:
         raise UserError("no validation images: give data with at least one, or fewer processes")
-    matrix = confusion.compute().cpu().long()
-    n = int(matrix.sum())
+    outcomes = judged.compute().cpu()
+    n = len(outcomes)
+    pairs, counts = outcomes.unique(dim=0, return_counts=True)
     slowest = MaxMetric().to(device)
     slowest.update(time.perf_counter() - began)
     return Evaluation(
-        top1=100 * int(matrix.diagonal().sum()) / n,
+        top1=100 * int((outcomes[:, 0] == outcomes[:, 1]).sum()) / n,
         top5=100 * round(float(top_k.compute()) * n) / n,  # the quotient of two counts, exactly
         k=k,
         loss=float(loss_metric.compute()),
-        confusion=matrix,
+        pairs=pairs,
+        counts=counts,
+        classes=classes_count,
         n=n,
         images_per_second=n / float(slowest.compute()),
     )

@@ -1,31 +1,55 @@
 """Starting from a checkpoint, and training its SE blocks, its classifier, or both."""
 
+import dataclasses
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet.anatomy import excitations
-from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.data import ImageData
+from senet.checkpoint.files import is_described, model_for_weights, open_checkpoint
+from senet.data import ImageData, Preprocessing
 from senet.errors import UserError
 from senet.models import Network
 from senet.networks.anywhere import head_of, new_head
 from senet.training.config import RunConfig, Trained
 
 
-def starting_checkpoint(config: RunConfig) -> Checkpoint:
-    """The checkpoint `config.init`.
+@dataclass(frozen=True)
+class Start:
+    """A network to start from.
+
+    Attributes:
+        model: the network with its weights.
+        preprocessing: how an image becomes its input; None where the weights do not tell.
+    """
+
+    model: Network
+    preprocessing: Preprocessing | None
+
+
+def starting_checkpoint(config: RunConfig) -> Start:
+    """The checkpoint `config.init`, or `config.model` with the weights in that file.
 
     Raises:
         UserError: it is another network than `config.model`, or has no SE blocks to train.
     """
     assert config.init is not None
-    start = open_checkpoint(config.init)
-    name = start.model.config["name"]
-    if name != config.model or config.model_options:
-        raise UserError(
-            f"init {config.init} holds {name} with options of its own: leave out model "
-            f"({config.model}) and options of the network"
+    if is_described(config.init):
+        opened = open_checkpoint(config.init)
+        start = Start(opened.model, opened.preprocessing)
+        name = start.model.config["name"]
+        if name != config.model or config.model_options:
+            raise UserError(
+                f"init {config.init} holds {name} with options of its own: leave out model "
+                f"({config.model}) and options of the network"
+            )
+    else:
+        model = model_for_weights(
+            config.model, config.init, fresh_head=True, **config.model_options
         )
+        told = model.preprocessing
+        start = Start(model, None if told is None else Preprocessing.from_dict(told))
     if config.train in ("se", "se+head") and not excitations(start.model):
         raise UserError(
             f"init {config.init} has no SE blocks to train: put some in with senet insert"
@@ -33,19 +57,35 @@ def starting_checkpoint(config: RunConfig) -> Checkpoint:
     return start
 
 
-def prepare_start(start: Checkpoint, data: ImageData, train: Trained) -> Network:
-    """The checkpoint's network in training mode, with a fresh classifier for other classes.
+def as_the_checkpoint_says(start: Start, data: ImageData, config: RunConfig) -> ImageData:
+    """The data with their images prepared as the checkpoint's network knows them.
+
+    Its side, resize, mean, deviation and order of colours hold, not those of the data set;
+    `config.image_size`, and a `normalisation` that is not the recipe's own, go before them. Where
+    the weights do not tell, the data set's hold.
 
     Raises:
-        UserError: other channels, or other classes where the classifier is not trained.
+        UserError: images of other channels.
     """
-    model = start.model
-    channels, classes = model.config["in_channels"], len(data.classes)
+    channels = start.model.config["in_channels"]
     if channels != data.preprocessing.channels:
         raise UserError(
             f"init takes images of {channels} channels, {data.name} has "
-            f"{data.preprocessing.channels}: use data of the same kind"
+            f"{data.preprocessing.channels}: use data of the same kind, or --channels {channels}"
         )
+    preprocessing = start.preprocessing or data.preprocessing
+    if config.image_size is not None:
+        preprocessing = preprocessing.resized(config.image_size)
+    return dataclasses.replace(data, preprocessing=preprocessing)
+
+
+def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
+    """The checkpoint's network in training mode, with a fresh classifier for other classes.
+
+    Raises:
+        UserError: other classes where the classifier is not trained.
+    """
+    model, classes = start.model, len(data.classes)
     if model.config["num_classes"] != classes:
         if train == "se":
             raise UserError(

@@ -3,10 +3,8 @@
 import errno
 import math
 import os
-import shutil
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,19 +17,18 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from senet.checkpoint.files import load_training_state, save_checkpoint
-from senet.data import StreamedImages
+from senet.data import DATA_SETS, ImageStream, absolute_data
 from senet.errors import SenetError, UserError
-from senet.support.device import choose_device
-from senet.support.files import atomic_write, sync_folder
+from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
-from senet.training.config import CONFIG, RunConfig, flatten
+from senet.training.config import RUN_CONFIG, RunConfig, flatten
 from senet.training.evaluation import Evaluation, Stopped
 from senet.training.machine import environment
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
 from senet.training.session import Position, Session
+from senet.training.state import load_training_state, save_training_state
 
-__all__ = ["Interrupted", "RunResult", "choose_device", "resume", "train"]
+__all__ = ["Interrupted", "RunResult", "resume", "train"]
 
 
 class Interrupted(SenetError):  # noqa: N818 - not an error: the answer to a signal
@@ -84,6 +81,7 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
         Interrupted: a signal came.
     """
     _check_new_folder(config.out)
+    config = config.in_place()
     session = Session(config)
     with ExitStack() as held:
         if session.accelerator.is_main_process:
@@ -108,7 +106,7 @@ def resume(
     Args:
         run: the run folder.
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
-            `parallel` alone may be another than the run's own.
+            `parallel` may be another than the run's own, and `data` where its images lie now.
         progress: see `train`.
 
     Raises:
@@ -117,18 +115,30 @@ def resume(
         SenetError: as `train`, or no checkpoint is intact.
     """
     run = Path(run)
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is no run folder: it has no {CONFIG}; start a run with --out")
+    if not (run / RUN_CONFIG).is_file():
+        raise UserError(f"{run} is no run folder: it has no {RUN_CONFIG}; start a run with --out")
     given = dict(options or {})
-    config = RunConfig.from_toml(run / CONFIG, out=run)
+    config = RunConfig.from_toml(run / RUN_CONFIG, out=run)
     config = replace(config, parallel=given.pop("parallel", config.parallel))
+    before = config.data
+    config = _moved(config, given)
     _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
-        return _resume(config, progress or Silent())
+        return _resume(config, progress or Silent(), moved=config.data != before)
 
 
-def _resume(config: RunConfig, progress: Progress) -> RunResult:
+def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
+    """The run with its data where the user says that they are now, taken out of `given`."""
+    if "data_root" in given:
+        config = replace(config, data_root=os.path.abspath(given.pop("data_root")))  # noqa: PTH100
+    if "data" in given and not {given["data"], config.data} & set(DATA_SETS):
+        config = replace(config, data=absolute_data(given.pop("data")))
+    return config
+
+
+def _resume(config: RunConfig, progress: Progress, *, moved: bool) -> RunResult:
+    """Go on; `moved`: config.toml names the place where the data were before."""
     run = config.out
     session = Session(config)
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
@@ -137,13 +147,20 @@ def _resume(config: RunConfig, progress: Progress) -> RunResult:
         # Runs from before these options had their defaults.
         was = flatten({"accumulate": 1, "sync_bn": False, **state["options"]})
         now = flatten(config.result_options())
+        if not {was["data"], now["data"]} & set(DATA_SETS):  # a place; what is there is compared
+            was["data"] = now["data"]
         changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         if changed:
             raise UserError(
-                f"{run / CONFIG} was changed since the run began ({', '.join(changed)}); "
+                f"{run / RUN_CONFIG} was changed since the run began ({', '.join(changed)}); "
                 "restore it, or start a new run from it: "
-                f"senet train --config {run / CONFIG} --out NEW_FOLDER"
+                f"senet train --config {run / RUN_CONFIG} --out NEW_FOLDER"
             )
+    if moved and session.accelerator.is_main_process:
+        if state is not None:
+            session.check_data(state)
+        place = {"data": config.data, "data_root": config.data_root}
+        RunConfig.from_toml(run / RUN_CONFIG, **place).to_toml(run / RUN_CONFIG)
     return _fit(session, state, progress)
 
 
@@ -192,7 +209,7 @@ def _epochs(
         content = session.state(at)
         for slot in slots if main else ():
             weights = session.judged_weights(content)
-            save_checkpoint(run, slot, weights, session.description(at), content)  # type: ignore[arg-type]
+            save_training_state(run, slot, weights, session.description(at), content)  # type: ignore[arg-type]
 
     def stop_here() -> Interrupted:
         save("last")
@@ -281,8 +298,14 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
         progress.note(f"images that cannot be read and are left out: {skipped}")
     if classes < 5:
         progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
+    if session.config.init is not None:
+        images = session.data.preprocessing
+        progress.note(
+            f"images are prepared as init says: {images.image_size}×{images.image_size} pixels, "
+            f"mean {_numbers(images.mean)}, std {_numbers(images.std)}"
+        )
     if (before := session.processes_before) is not None:
-        streamed = isinstance(session.data.train, StreamedImages)  # may share out its files anew
+        streamed = isinstance(session.data.train, ImageStream)  # may share out its files anew
         progress.note(
             f"the run was made by {before} processes, now {session.accelerator.num_processes}: "
             f"{'' if streamed else 'each step takes the same images, but '}batch statistics, "
@@ -296,6 +319,10 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
             f"the run began with {'; '.join(changed)}: its results may differ from those of an "
             "uninterrupted run in the last digits"
         )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _write_tables(run: Path, at: Position) -> None:
@@ -327,22 +354,14 @@ def _check_new_folder(out: Path) -> None:
 
 def _make_folder(config: RunConfig) -> None:
     """Make the run folder with its config.toml in it, both or neither."""
-    out = config.out
-    temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        temporary.chmod(0o755)
-        for name in ("checkpoints", "figures", "tensorboard"):
-            (temporary / name).mkdir()
-        config.to_toml(temporary / CONFIG)  # last: it makes the names of the others durable too
-        temporary.rename(out)
-        sync_folder(out.parent)
+        with atomic_folder(config.out) as folder:
+            config.to_toml(folder / RUN_CONFIG)
+            for name in ("checkpoints", "figures", "tensorboard"):
+                (folder / name).mkdir()
     except OSError as error:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot make run folder {out}: {error.strerror}; give a writable place by --out"
+            f"cannot make run folder {config.out}: {error.strerror}; give a writable place by --out"
         ) from error
 
 
@@ -359,7 +378,7 @@ def _refuse_changes(config: RunConfig, options: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--resume goes on with the run's own options, but {name} is {said} there and "
                 f"{given!r} here; leave it out, or start a new run from the old one: "
-                f"senet train --config {config.out / CONFIG} --out NEW_FOLDER and that option"
+                f"senet train --config {config.out / RUN_CONFIG} --out NEW_FOLDER and that option"
             )
 
 

@@ -13,14 +13,21 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from senet.data import ImageData, load_data, train_loader, val_loader
+from senet.data import train_loader, val_loader
 from senet.errors import SenetError, UserError
 from senet.models import build_model
+from senet.models.description import describe
 from senet.nn.sync_bn import convert
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
+from senet.training.data import open_run_data, without_deviation
 from senet.training.evaluation import Evaluation, evaluate
-from senet.training.finetuning import freeze, prepare_start, starting_checkpoint
+from senet.training.finetuning import (
+    as_the_checkpoint_says,
+    freeze,
+    prepare_start,
+    starting_checkpoint,
+)
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -31,6 +38,7 @@ from senet.training.fsdp import (
 )
 from senet.training.machine import accelerator_of, environment, random_state, set_random_state
 from senet.training.optimizer import Average, build_optimizer, build_schedule
+from senet.training.recipe import RECIPES, Recipe
 
 
 @dataclass
@@ -75,7 +83,13 @@ class Session:
                 least = build_model(config.model, **config.model_options).min_input_size
         else:
             least = start.model.min_input_size
-        self.data = _load(config)
+        own = None if start is None else start.model.config["in_channels"]
+        # Grey images serve a network for colours as they are; of colours something would be lost.
+        self.data = open_run_data(config, channels=3 if own == 3 else None)
+        if start is not None:
+            self.data = as_the_checkpoint_says(start, self.data, config)
+            if recipe.normalisation == "mean" and _asked_for(recipe):
+                self.data = without_deviation(self.data)
         size = self.data.preprocessing.image_size
         if size < least:
             raise UserError(
@@ -164,14 +178,14 @@ class Session:
 
     def description(self, position: Position) -> dict[str, Any]:
         """What the metadata of model.safetensors say."""
-        return {
-            "model": self.model.config,
-            "classes": list(self.data.classes),
-            "preprocessing": self.data.preprocessing.to_dict(),
-            "step": position.step,
-            "metrics": position.history[-1] if position.history and not position.done else {},
-            "run": self.config.result_options(),
-        }
+        return describe(
+            self.model.config,
+            self.data.preprocessing.to_dict(),
+            self.data.classes,
+            metrics=position.history[-1] if position.history and not position.done else None,
+            run={**self.config.result_options(), "data_root": self.config.data_root},
+            step=position.step,
+        )
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, or those that are left after `restore`."""
@@ -310,17 +324,25 @@ class Session:
         data = self.data
         return {"train": len(data.train), "val": len(data.val), "classes": list(data.classes)}
 
-    def restore(self, state: dict[str, Any]) -> Position:
-        """Go back to where `state` was taken; the random states follow in `restore_random`.
+    def check_data(self, state: dict[str, Any]) -> None:
+        """Refuse a state that was taken with other data.
 
         Raises:
-            UserError: it was taken with other data.
+            UserError: other classes, or other numbers of images.
         """
         if state["data"] != self._data_facts():
             raise UserError(
                 f"{self.config.data} is not what it was when the run began: it had "
                 f"{state['data']}, now {self._data_facts()}; restore it, or start a new run"
             )
+
+    def restore(self, state: dict[str, Any]) -> Position:
+        """Go back to where `state` was taken; the random states follow in `restore_random`.
+
+        Raises:
+            UserError: it was taken with other data.
+        """
+        self.check_data(state)
         processes, index = state["processes"], self.accelerator.process_index
         if len(processes) != self.accelerator.num_processes:
             self.processes_before = len(processes)
@@ -354,20 +376,7 @@ class Session:
             meter.reset()
 
 
-def _load(config: RunConfig) -> ImageData:
-    data = load_data(
-        config.data,
-        root=config.data_root,
-        download=config.download,
-        val_fraction=config.val_fraction,
-        image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images,
-        shuffle_buffer=config.shuffle_buffer,
-        bad_shards=config.bad_shards,
-        decode=config.decode,
-        epoch_size=config.epoch_size,
-    )
-    if config.recipe.normalisation == "mean":
-        plain = dataclasses.replace(data.preprocessing, std=(1.0,) * data.preprocessing.channels)
-        data = dataclasses.replace(data, preprocessing=plain)
-    return data
+def _asked_for(recipe: Recipe) -> bool:
+    """Whether its normalisation was given beside the recipe's name."""
+    named = RECIPES.get(recipe.name)
+    return named is None or recipe.normalisation != named.normalisation

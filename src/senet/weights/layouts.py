@@ -17,7 +17,6 @@ from senet.errors import UserError
 from senet.models import Network
 from senet.weights.files import State
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _INCEPTION = ("inception_v3", "inception_resnet_v2")
 
 
@@ -47,8 +46,8 @@ class Layout:
 def preprocessing(
     model: Network,
     *,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     interpolation: str = "bilinear",
     resize: int = 256,
     channel_order: str = "rgb",
@@ -56,10 +55,15 @@ def preprocessing(
 ) -> dict[str, Any] | None:
     """How images become the input of `model`, as plain values.
 
-    `mean` and `std` are in units of `value_range` (1 or 255), in `channel_order`. For networks of
-    one channel they are averaged. None for networks whose channels are not those of pictures, and
-    for CIFAR networks: no layout says how their images were prepared.
+    `mean` and `std` (by default ImageNet's) are in units of `value_range` (1 or 255), in
+    `channel_order`. For networks of one channel they are averaged. None for networks whose
+    channels are not those of pictures, and for CIFAR networks: no layout says how their images
+    were prepared.
     """
+    # Here, or every network would be made with torchvision and torchdata loaded.
+    from senet.data.image_data import IMAGENET_MEAN, IMAGENET_STD
+
+    mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
     channels = model.config["in_channels"]
     if channels not in (1, 3) or model.config["name"].endswith("_cifar"):
         return None

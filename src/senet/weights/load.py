@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from senet.errors import UserError
 from senet.models import Network, SEOptions
-from senet.models.registry import SE_OPTIONS
+from senet.models.options import SE_OPTIONS
 from senet.models.resnet import ResNet
 from senet.nn.block import SqueezeExcitation
-from senet.weights.files import State, read_with_description, unwrap
+from senet.weights.files import State, contents_of, read_contents
 from senet.weights.layouts import Layout, detect
+from senet.weights.select import select
+
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,13 @@ class LoadReport:
         loaded: number of tensors that were loaded.
         changed: options of the network that the weights asked for (`variant`, `bias`, `divisor`);
             its `config` holds them now.
-        dropped: names of tensors that the network has no place for (the classifier of a network
-            without one, an auxiliary classifier).
+        dropped: names of what the network has no place for (the classifier of a network without
+            one, an auxiliary classifier, the rest of a larger model, counters, losses).
         kept: names of tensors that the network kept as they were (a new classifier).
+        zeroed: names of biases that the weights lack and that are zero now.
+        taken: which part of a checkpoint was taken: `state_dict_ema`, `model`, …; "" where the
+            weights were all there was.
+        prefix: what stood before the network's names, such as `encoder_q.`.
         adapted: name of the first convolution, if it was adapted to another number of channels.
         preprocessing: how the weights want their images; None if the layout does not say.
     """
@@ -41,12 +48,20 @@ class LoadReport:
     kept: tuple[str, ...] = ()
     adapted: str | None = None
     preprocessing: dict[str, Any] | None = None
+    zeroed: tuple[str, ...] = ()
+    taken: str = ""
+    prefix: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors in the layout of {self.layout}"]
+        if self.taken:
+            parts[0] += f", taken from {self.taken}"
+        if self.prefix:
+            parts[0] += f", behind {self.prefix}"
         if self.changed:
             parts.append(f"set {', '.join(f'{k}={v}' for k, v in self.changed.items())}")
-        for verb, names in (("left out", self.dropped), ("kept", self.kept)):
+        said = (("left out", self.dropped), ("kept", self.kept), ("set to zero", self.zeroed))
+        for verb, names in said:
             if names:
                 parts.append(f"{verb} {_some(names)}")
         if self.adapted:
@@ -69,12 +84,16 @@ def load_weights(
     first convolution for another number of channels is adapted as timm does it: summed for one
     channel, repeated and rescaled for others. `model.preprocessing` becomes what the layout says.
 
+    Of a checkpoint an average of the weights is taken before the weights themselves. The network
+    may be part of a larger model there (`module.`, `model.`, `backbone.`, MoCo's `encoder_q.`, …):
+    the part whose names fit is taken. Counters of other tools and losses' weights are left out.
+
     Args:
         model: the model, changed in place; any module other than a network of this package must
             have the very names and shapes of the weights.
         weights: state dict or checkpoint, or a source as in `senet.weights.read_state_dict`.
         new_head: keep the model's last layer as it is if the weights' has another number of
-            classes.
+            classes or another form, or if they have none.
 
     Returns:
         What was loaded, dropped and changed.
@@ -83,15 +102,18 @@ def load_weights(
         UserError: names or shapes differ (the message names the first ones); the model is
             unchanged then.
     """
-    if isinstance(weights, Mapping):
-        state, description = unwrap(weights), dict[str, Any]()
-    else:
-        state, description = read_with_description(weights)
+    contents = contents_of(weights) if isinstance(weights, Mapping) else read_contents(weights)
+    selected = select(contents.state, model)
+    dropped = (*contents.left, *selected.dropped)
     if not isinstance(model, Network) or not hasattr(model, "config"):
+        state = selected.state
         _check({k: v.shape for k, v in model.state_dict().items()}, state, "its own")
         model.load_state_dict(state)
-        return LoadReport("its own", len(state))
-    return _Loading(model, state, description, new_head).run()
+        report = LoadReport("its own", len(state), dropped=dropped)
+    else:
+        report = _Loading(model, selected.state, contents.description, new_head).run()
+        report = replace(report, dropped=(*dropped, *report.dropped))
+    return replace(report, taken=contents.taken, prefix=selected.prefix)
 
 
 class _Loading:
@@ -109,6 +131,7 @@ class _Loading:
         self.changed: dict[str, Any] = {}
         self.dropped: list[str] = []
         self.kept: list[str] = []
+        self.zeroed: list[str] = []
         self.adapted: str | None = None
 
     def run(self) -> LoadReport:
@@ -137,6 +160,7 @@ class _Loading:
             tuple(self.kept),
             self.adapted,
             preprocessing,
+            tuple(self.zeroed),
         )
 
     def _check_description(self) -> None:
@@ -218,29 +242,53 @@ class _Loading:
             self.adapted = key
 
     def _plan_heads(self) -> None:
-        """Classifiers that only one side has, or for another number of classes."""
-        heads = [self.model.head, "AuxLogits.fc"]
-        for head in heads:
-            weight = f"{head}.weight"
-            if weight not in self.shapes or weight not in self.state:
-                continue
-            theirs, ours = self.state[weight].shape, self.shapes[weight]
-            if theirs == ours or theirs[1:] != ours[1:]:
-                continue
-            if not self.new_head:
-                raise UserError(
-                    f"the weights' {head} has {theirs[0]} classes and the model's {ours[0]}: make "
-                    f"the model with num_classes={theirs[0]}, or keep its own new layer with "
-                    "load_weights(…, new_head=True)"
-                )
-            for key in (weight, f"{head}.bias"):
-                self.state.pop(key)
-                self.shapes.pop(key)
-                self.kept.append(key)
+        """Classifiers that only one side has, of another form, or for other classes."""
+        for head in (self.model.head, "AuxLogits.fc"):
+            self._plan_head(head)
         if self.model.config["num_classes"] == 0:
             self._drop(self.model.head.split(".")[0] + ".")
         if not any(key.startswith("AuxLogits.") for key in self.shapes):
             self._drop("AuxLogits.")
+
+    def _plan_head(self, head: str) -> None:
+        ours = {key: shape for key, shape in self.shapes.items() if key.startswith(f"{head}.")}
+        theirs = {k: v.shape for k, v in self.state.items() if k.startswith(f"{head}.")}
+        weight, bias = f"{head}.weight", f"{head}.bias"
+        if not ours or theirs == ours:
+            return
+        if weight in theirs and theirs[weight][1:] != ours[weight][1:]:
+            return  # another network's: `_check` says so
+        if theirs.keys() == {weight} and theirs[weight] == ours[weight]:
+            self.state[bias] = self.state[weight].new_zeros(ours[bias])
+            self.zeroed.append(bias)
+            return
+        others = [k for k in self.shapes if k not in ours and not k.endswith(_COUNTER)]
+        if not theirs and any(key not in self.state for key in others):
+            return  # it is not the head alone that they lack
+        if not self.new_head:
+            raise UserError(self._head_differs(head, theirs, ours))
+        for key in theirs:
+            del self.state[key]
+            if key not in ours:
+                self.dropped.append(key)
+        for key in ours:
+            del self.shapes[key]
+            self.kept.append(key)
+
+    def _head_differs(
+        self, head: str, theirs: Mapping[str, torch.Size], ours: Mapping[str, torch.Size]
+    ) -> str:
+        keep = "keep its own new layer with load_weights(…, new_head=True)"
+        weight = f"{head}.weight"
+        if weight in theirs:
+            classes = theirs[weight][0]
+            return (
+                f"the weights' {head} has {classes} classes and the model's {ours[weight][0]}: "
+                f"make the model with num_classes={classes}, or {keep}"
+            )
+        if theirs:
+            return f"the weights' {head} has another form ({_some(list(theirs))}): {keep}"
+        return f"the weights have no last layer ({head}) for the model: {keep}"
 
     def _drop(self, prefix: str) -> None:
         for key in [key for key in self.state if key.startswith(prefix)]:
@@ -250,7 +298,7 @@ class _Loading:
     def _plan_counters(self) -> None:
         """Files older than PyTorch 0.4.1 lack batch norms' counters; nothing depends on them."""
         for key in list(self.shapes):
-            if key.endswith("num_batches_tracked") and key not in self.state:
+            if key.endswith(_COUNTER) and key not in self.state:
                 del self.shapes[key]
 
     def _adapt_model(self) -> None:

@@ -9,7 +9,8 @@ from safetensors.torch import save
 
 from senet.errors import UserError
 from senet.models import Network, SEOptions
-from senet.models.hub import metadata
+from senet.models.description import pack_described
+from senet.models.hub import description_of
 from senet.nn.block import SqueezeExcitation
 from senet.support.files import atomic_write
 from senet.weights.files import State
@@ -141,7 +142,8 @@ def save_weights(model: Network, path: str | PathLike[str], layout: str = "senet
         raise UserError(f"path must end in .safetensors or .pth, got {path}")
     state = convert(model, layout)
     if path.suffix == ".safetensors":
-        atomic_write(path, save(state, metadata(model) if layout == "senet" else None))
+        own = layout == "senet"
+        atomic_write(path, pack_described(state, description_of(model)) if own else save(state))
         return
     buffer = io.BytesIO()
     torch.save(state, buffer)

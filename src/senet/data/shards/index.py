@@ -10,7 +10,7 @@ import numpy.typing as npt
 from senet.data.transforms import Preprocessing
 from senet.errors import UserError
 
-INDEX, VERSION = "index.json", 1
+INDEX, PLAN, VERSION = "index.json", "plan.json", 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 
 
@@ -88,12 +88,12 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class Table:
-    """Where the images of one shard are; every array has one entry an image."""
+    """Where the images of one shard are; every array has one entry an image; None: unknown."""
 
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
-    crc32: npt.NDArray[np.int64]
+    crc32: npt.NDArray[np.int64] | None
 
     @classmethod
     def from_json(cls, text: bytes, shard: Shard, classes: int, where: str) -> "Table":

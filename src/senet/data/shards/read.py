@@ -75,7 +75,8 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
         self.starts = np.concatenate(([0], np.cumsum(counts)))
         self.offsets = np.concatenate([table.offsets for table in tables])
         self.sizes = np.concatenate([table.sizes for table in tables])
-        self.crc32 = np.concatenate([table.crc32 for table in tables])
+        sums = [table.crc32 for table in tables if table.crc32 is not None]
+        self.crc32 = np.concatenate(sums) if len(sums) == len(tables) else None
         self.targets: Tensor = torch.from_numpy(np.concatenate([t.labels for t in tables]))
         self.chosen: npt.NDArray[np.int64] | None = None  # of a subset
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -91,7 +92,15 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        label = int(self.targets[index])
+        name, data = self.content(index)
+        return decode_image(data, name, self.channels, self.decoder), int(self.targets[index])
+
+    def content(self, index: int) -> tuple[str, bytes]:
+        """What errors call an image, and its file.
+
+        Raises:
+            BadImageError: it cannot be read whole.
+        """
         if self.chosen is not None:
             index = int(self.chosen[index])
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -103,9 +112,9 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
             raise BadImageError(name, error.strerror or str(error)) from error
         if len(data) < size:
             raise BadImageError(name, "the shard is cut short")
-        if zlib.crc32(data) != self.crc32[index]:
+        if self.crc32 is not None and zlib.crc32(data) != self.crc32[index]:
             raise BadImageError(name, "the shard is damaged here (its CRC-32 differs)")
-        return decode_image(data, name, self.channels, self.decoder), label
+        return name, data
 
     def _file(self, number: int) -> int:
         """Descriptor of a shard's file; the files used last stay open."""
@@ -237,7 +246,7 @@ def defect(path: Path, shard: Shard, *, whole: bool) -> str | None:
     return None
 
 
-def load_shards(
+def open_shards(
     spec: str,
     *,
     cache: Path,
@@ -304,18 +313,31 @@ def load_shards(
     return index, splits[0], splits[1], tuple(skipped)
 
 
+def shard_names(pattern: str, spec: str) -> list[str]:
+    """The names that a name with a range in braces means.
+
+    Args:
+        pattern: such as `train-{000000..000099}.tar`.
+        spec: what errors call it.
+
+    Raises:
+        UserError: the range falls, or is enormous.
+    """
+    found = _BRACES.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if not 0 <= int(last) - int(first) < 10**6:
+        raise UserError(f"data {spec}: {found.group()} must rise, by less than a million")
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [f"{head}{n:0{len(first)}}{tail}" for n in range(int(first), int(last) + 1)]
+
+
 def _chosen(index: ShardIndex, pattern: str | None, spec: str) -> list[Shard]:
     """All shards, or the training shards that a name with braces means and those of val."""
     if pattern is None:
         return list(index.shards)
-    names = [pattern]
-    if found := _BRACES.search(pattern):
-        first, last = found.groups()
-        if not 0 <= int(last) - int(first) < 10**6:
-            raise UserError(f"data {spec}: {found.group()} must rise, by less than a million")
-        head, tail = pattern[: found.start()], pattern[found.end() :]
-        width = len(first)
-        names = [f"{head}{n:0{width}}{tail}" for n in range(int(first), int(last) + 1)]
+    names = shard_names(pattern, spec)
     known = {shard.name: shard for shard in index.shards if shard.split == "train"}
     for name in names:
         if name not in known:

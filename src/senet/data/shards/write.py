@@ -18,11 +18,10 @@ import torch
 
 from senet.data.image_data import ImageData, map_style
 from senet.data.images import FileImages, ImageSource, MemoryImages
-from senet.data.shards.index import INDEX, Shard, ShardIndex
+from senet.data.shards.index import INDEX, PLAN, Shard, ShardIndex
 from senet.errors import UserError
 from senet.support.files import atomic_write, sync_folder
 
-PLAN = "plan.json"
 _BLOCK = tarfile.BLOCKSIZE
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

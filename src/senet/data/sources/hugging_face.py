@@ -1,8 +1,9 @@
 """Data sets of Hugging Face's `datasets` library (an extra: `pip install senet[datasets]`)."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from senet.data.decoders import Decoder
-from senet.data.images import GREY_MODES, BadImageError, decode_image, to_mode
+from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
+from senet.data.images import BadImageError, Header, decode_image, read_header
+from senet.data.probe import Kind, kind_of, probed
+from senet.data.splits import LABELS, Split, evaluated, known_splits, stratified_split
 from senet.errors import UserError
+from senet.support.text import natural_order
 
 PREFIX = "hf:"
-_TRAIN, _VAL = ("train",), ("validation", "val", "test")
+_PROBED_BYTES = 2**30  # of rows that are looked at, each a whole file
+_LISTED = 100_000  # classes of a column of values: more are no classes
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a column.
+
+    Attributes:
+        names: in the order of their numbers.
+        numbers: of the column's values, as text; None: it holds the numbers themselves.
+    """
+
+    names: tuple[str, ...]
+    numbers: Mapping[str, int] | None = None
+
+    def number(self, value: Any) -> int:
+        """The number of a value of the column; -1: of no class."""
+        if self.numbers is not None:
+            return -1 if value is None else self.numbers.get(str(value), -1)
+        return value if value is not None and 0 <= value < len(self.names) else -1
 
 
 class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
@@ -26,6 +51,7 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
         rows: a `datasets.Dataset`; its image column is left undecoded.
         image: name of the image column.
         label: name of the class column.
+        labels: its classes.
         name: what errors call it.
         channels: 1 (grey) or 3 (RGB).
         decoder: as for `senet.data.load_image`.
@@ -40,42 +66,26 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
         rows: Any,
         image: str,
         label: str,
+        labels: Labels,
         name: str,
         channels: int,
         decoder: Decoder = "pillow",
     ) -> None:
         self.rows, self.image, self.name, self.channels = rows, image, name, channels
         self.decoder = decoder
-        labels = [-1 if value is None else value for value in rows[label][:]]
-        self.targets: Tensor = torch.tensor(labels, dtype=torch.int64)
-        wrong = (self.targets < 0) | (self.targets >= len(rows.features[label].names))
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise no_class(f"{name}, split {rows.split or 'unnamed'}, row {row}", labels[row])
+        values = rows[label][:]
+        self.targets: Tensor = torch.tensor(list(map(labels.number, values)), dtype=torch.int64)
+        if (self.targets < 0).any():
+            row = int((self.targets < 0).nonzero()[0])
+            raise no_class(f"{name}, split {rows.split or 'unnamed'}, row {row}", values[row])
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._open(index, self.channels), int(self.targets[index])
-
-    def _open(self, index: int, channels: int) -> Image.Image:
-        value = self.rows[index][self.image]
         name = f"{self.name}, row {index}"
-        if isinstance(value, Image.Image):
-            return to_mode(value, channels)
-        data = value["bytes"]
-        if data is None:
-            try:
-                data = Path(value["path"]).read_bytes()
-            except (OSError, TypeError) as error:
-                raise BadImageError(name, str(error)) from error
-        return decode_image(data, name, channels, self.decoder)
-
-    @property
-    def first_size(self) -> tuple[int, int]:
-        """Width and height of the first image, pixels."""
-        return self._open(0, self.channels).size
+        data = content_of(self.rows[index][self.image], name)
+        return decode_image(data, name, self.channels, self.decoder), int(self.targets[index])
 
     def subset(self, indices: Sequence[int]) -> "HuggingFaceImages":
         """The data set of these images, in this order."""
@@ -103,42 +113,90 @@ def _offline(unless: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
-def open_hugging_face(
-    name: str, *, download: bool, decoder: Decoder = "pillow"
-) -> tuple[HuggingFaceImages, HuggingFaceImages | None, tuple[str, ...]]:
-    """Training and evaluation images (or None) and classes of a data set.
+def content_of(value: Mapping[str, Any] | bytes | None, name: str) -> bytes:
+    """The image file in an undecoded cell, which holds its bytes or its path.
 
-    The splits are `train`, and `validation`, `val` or `test`; the columns are found by their
-    types: one `Image`, one `ClassLabel`. Code in a data set's repository is never run.
+    Raises:
+        BadImageError: there is none.
+    """
+    if isinstance(value, bytes):
+        return value
+    data: bytes | None = None if value is None else value["bytes"]
+    if data is None:
+        try:
+            data = Path((value or {})["path"]).read_bytes()
+        except (OSError, TypeError, KeyError) as error:
+            raise BadImageError(name, str(error)) from error
+    if not data:
+        raise BadImageError(name, "the file is empty")
+    return data
 
-    Args:
-        name: a folder that `save_to_disk` wrote, or what `load_dataset` takes: a repository
-            (`owner/name`, with `:CONFIGURATION` where there are several) or a local folder.
-        download: whether it may be fetched; otherwise it must be in the local cache.
-        decoder: as for `senet.data.load_image`.
+
+def load_hugging_face(data: str, reading: Reading) -> ImageData:
+    """`senet.data.load_data` for hf:NAME.
+
+    NAME is a folder that `save_to_disk` wrote (of all splits, or of one), or what `load_dataset`
+    takes: a repository (`owner/name`, with `:CONFIGURATION` where there are several) or a local
+    folder. The columns are found by their types, one `Image`, one `ClassLabel` (or one of texts or
+    whole numbers with a usual name), or named. Code in a data set's repository is never run.
 
     Raises:
         UserError: `datasets` is not installed, it is not there, or its columns are others.
     """
-    where = f"{PREFIX}{name}"
-    train, val = open_splits(where, name, download=download, streaming=False)
-    image, label = find_columns(train.features, where)
-    classes = tuple(train.features[label].names)
-    probe = train[0][image]  # decoded by the library, which tells the mode as it is stored
-    channels = 1 if probe.mode in GREY_MODES else 3
+    train, val = open_splits(data, data.removeprefix(PREFIX), reading, streaming=False)
+    if val is not None and reading.val_fraction is not None:
+        raise UserError(
+            f"{data} has a split of its own: leave out val_fraction {reading.val_fraction}"
+        )
+    if val is None and reading.val_fraction is None and not reading.whole:
+        raise UserError(
+            f"{data} has one split only: set aside a part of it with --val-fraction 0.1"
+        )
+    if val is not None and val is not train:
+        reading = replace(reading, classes=None)
+    image, label = find_columns(train.features, data, reading)
+    labels = find_labels(train, label, data, reading)
+    raw = [undecoded(part, image) for part in (train, val) if part is not None]
+    kind = kind_of(_headers(raw[0], image)) if len(raw[0]) else Kind(3, None)
+    channels = reading.channels or kind.channels
+    train, *others = (
+        HuggingFaceImages(part, image, label, labels, data, channels, reading.decode)
+        for part in raw
+    )
+    if others:
+        (val,) = others
+    elif reading.val_fraction is not None:
+        fraction = reading.val_fraction
+        kept, aside = stratified_split(train.targets, labels.names, fraction, reading.seed)
+        train, val = train.subset(kept), train.subset(aside)
+    else:
+        val = train
+    size = reading.image_size or kind.side or IMAGENET_SIZE
+    return ImageData(data, train, val, labels.names, natural_preprocessing(size, channels))
 
-    def opened(part: Any) -> HuggingFaceImages:
-        return HuggingFaceImages(undecoded(part, image), image, label, where, channels, decoder)
 
-    return opened(train), None if val is None else opened(val), classes
+def _headers(rows: Any, image: str) -> Iterator[Header]:
+    """Of many rows; a broken one is named when it is used."""
+    read = 0
+    for index in probed(len(rows)):
+        try:
+            data = content_of(rows[index][image], "")
+            yield read_header(data, f"row {index}")
+        except BadImageError:
+            continue
+        read += len(data)
+        if read > _PROBED_BYTES:
+            return
 
 
-def open_splits(where: str, name: str, *, download: bool, streaming: bool) -> tuple[Any, Any]:
+def open_splits(where: str, name: str, reading: Reading, *, streaming: bool) -> tuple[Any, Any]:
     """The library's own objects of the training split, and of the evaluation split or None.
 
     Args:
         where: what errors call it.
-        name, download: as for `open_hugging_face`.
+        name: as for `load_hugging_face`.
+        reading: says which splits, and whether they may be fetched; otherwise they must be in the
+            local cache.
         streaming: `datasets.IterableDataset` instead of `Dataset`; what `save_to_disk` wrote is a
             `Dataset` in any case.
 
@@ -155,21 +213,25 @@ def open_splits(where: str, name: str, *, download: bool, streaming: bool) -> tu
     if not repository:
         raise UserError(f"data {where} lacks a name: give {where}NAME")
     try:
-        with _offline(unless=download):
+        with _offline(unless=reading.download):
             if (Path(repository) / "dataset_dict.json").exists():
                 splits = datasets.load_from_disk(repository)
+            elif (Path(repository) / "dataset_info.json").exists():
+                splits = {"train": datasets.load_from_disk(repository)}
             else:
                 splits = datasets.load_dataset(
                     repository, configuration or None, streaming=streaming
                 )
     except Exception as error:  # the library raises many kinds for a name that it cannot open
-        remedy = "" if download or os.path.isdir(repository) else "; --download fetches it"  # noqa: PTH112
+        remedy = "" if reading.download or os.path.isdir(repository) else "; --download fetches it"  # noqa: PTH112
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot open data {where}: {reason}{remedy}") from error
-    train = next((splits[key] for key in _TRAIN if key in splits), None)
+    known: dict[Split, tuple[str, Any]] = known_splits(splits, f"data {where}")
+    val = evaluated(known, reading.split, f"data {where}")
+    train = known.get("train") or (val if reading.whole else None)
     if train is None:
         raise UserError(f"data {where} has no split train, only {', '.join(splits)}")
-    return train, next((splits[key] for key in _VAL if key in splits), None)
+    return train[1], None if val is None else val[1]
 
 
 def no_class(where: str, label: object) -> UserError:
@@ -180,24 +242,88 @@ def no_class(where: str, label: object) -> UserError:
     )
 
 
-def find_columns(features: Any, where: str) -> tuple[str, str]:
-    """Names of the image column and of the class column, by their types.
+def find_columns(features: Any, where: str, reading: Reading) -> tuple[str, str]:
+    """Names of the image column and of the class column: those asked for, or by their types.
 
     Raises:
-        UserError: there is not one of each.
+        UserError: no such column, or there is not one of each.
     """
     import datasets
 
-    kinds = features or {}
+    kinds = dict(features or {})
+    described = ", ".join(f"{key} ({_type_of(kind)})" for key, kind in kinds.items())
+    for option in ("image_column", "label_column"):
+        wanted = getattr(reading, option)
+        if wanted is not None and wanted not in kinds:
+            raise UserError(f"data {where} has no column {wanted!r} ({option}), it has {described}")
     images = [key for key, kind in kinds.items() if isinstance(kind, datasets.Image)]
     labels = [key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    if not labels:
+        plain = [key for key, kind in kinds.items() if _is_plain(kind)]
+        labels = [key for key in plain if key.casefold() in LABELS]
+    images = [reading.image_column] if reading.image_column else images
+    labels = [reading.label_column] if reading.label_column else labels
     if len(images) != 1 or len(labels) != 1:
-        found = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in kinds.items())
         raise UserError(
-            f"data {where} must have one column of images and one of classes (ClassLabel), "
-            f"it has {found or 'none that say their type'}"
+            f"data {where} must have one column of images and one of classes (ClassLabel, texts or "
+            f"whole numbers), or --image-column and --label-column name them; it has "
+            f"{described or 'none that say their type'}"
         )
     return images[0], labels[0]
+
+
+def _type_of(kind: Any) -> str:
+    return str(getattr(kind, "dtype", None) or type(kind).__name__)
+
+
+def _is_plain(kind: Any) -> bool:
+    import datasets
+
+    words = ("string", "large_string", "bool", "int8", "int16", "int32", "int64", "uint8",
+             "uint16", "uint32", "uint64")  # fmt: skip
+    return isinstance(kind, datasets.Value) and kind.dtype in words
+
+
+def find_labels(train: Any, label: str, where: str, reading: Reading) -> Labels:
+    """The classes of a column; where it holds texts or whole numbers, all that occur in it.
+
+    Args:
+        train: the training split, of either kind.
+        label: name of the column.
+        where: what errors call the data.
+        reading: may give the classes.
+
+    Raises:
+        UserError: a column of something else, or of as many values as no classes have.
+    """
+    import datasets
+
+    kind = train.features[label]
+    if isinstance(kind, datasets.ClassLabel):
+        return Labels(tuple(kind.names))
+    if not _is_plain(kind):
+        raise UserError(
+            f"data {where}: the column {label!r} holds {_type_of(kind)}, no classes (ClassLabel, "
+            "texts or whole numbers): name another by --label-column"
+        )
+    names = reading.classes
+    if names is None:
+        found: set[str] = set()
+        values: Iterable[Any] = (
+            train.unique(label)
+            if isinstance(train, datasets.Dataset)
+            else (row[label] for row in train.select_columns([label]))
+        )
+        for value in values:
+            if value is not None:
+                found.add(str(value))
+            if len(found) > _LISTED:
+                raise UserError(
+                    f"data {where}: the column {label!r} has more than {_LISTED:,} values, which "
+                    "are no classes: name another by --label-column"
+                )
+        names = tuple(sorted(found, key=natural_order))
+    return Labels(names, {name: number for number, name in enumerate(names)})
 
 
 def undecoded(part: Any, image: str) -> Any:

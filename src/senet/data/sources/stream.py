@@ -9,23 +9,34 @@ workers; and a resumed run reads its epoch again from the start, without decodin
 the library's own `state_dict` forgets what the shuffle buffer held.
 """
 
-import io
 import itertools
 import warnings
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from senet.data.decoders import Decoder
-from senet.data.images import GREY_MODES, BadImageError, decode_image
+from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
+from senet.data.images import BadImageError, Header, decode_image, read_header
+from senet.data.probe import kind_of
 from senet.data.samplers import EpochBatchSampler
-from senet.data.sources.hugging_face import find_columns, no_class, open_splits, undecoded
+from senet.data.sources.hugging_face import (
+    Labels,
+    content_of,
+    find_columns,
+    find_labels,
+    no_class,
+    open_splits,
+    undecoded,
+)
 from senet.data.sources.read_ahead import read_ahead
 from senet.errors import SenetError, UserError
 
 PREFIX = "hf-stream:"
+_FILES_PROBED, _ROWS_PROBED = 16, 64
 SHUFFLE_BUFFER = 1000
 """Images in the shuffle buffer, the library's own default; they are held as files, undecoded."""
 
@@ -54,6 +65,7 @@ class StreamedImages:
         rows: a `datasets.IterableDataset`; its image column is left undecoded.
         image: name of the image column.
         label: name of the class column.
+        labels: its classes.
         name: what errors call it.
         channels: 1 (grey) or 3 (RGB).
         images: how many there are, or how many make an epoch; None: not known.
@@ -66,6 +78,7 @@ class StreamedImages:
         rows: Any,
         image: str,
         label: str,
+        labels: Labels,
         name: str,
         channels: int,
         images: int | None,
@@ -75,7 +88,8 @@ class StreamedImages:
         self.stream, self.image, self.label, self.name = rows, image, label, name
         self.channels, self.images, self.buffer = channels, images, buffer
         self.decoder = decoder
-        self.classes = len(rows.features[label].names)
+        self.labels = labels
+        self.guessed = False  # grey, as the first images of some files are
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"stream": None}  # loader workers decode, they do not read
@@ -96,6 +110,16 @@ class StreamedImages:
     def whole_files(self, world_size: int) -> bool:
         """Whether ranks read whole files of their own, instead of each world_size-th image."""
         return world_size > 1 and self.stream.num_shards % world_size == 0
+
+    def train_batches(
+        self, batch_size: int, seed: int, rank: int, world_size: int, drop_last: bool
+    ) -> "StreamedBatchSampler":
+        """See `senet.data.image_data.ImageStream`."""
+        return StreamedBatchSampler(self, batch_size, seed, rank, world_size, drop_last)
+
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> "StreamBatches":
+        """See `senet.data.image_data.ImageStream`."""
+        return StreamBatches(self, batch_size, rank, world_size)
 
     def rows(
         self, *, rank: int = 0, world_size: int = 1, seed: int | None = None, epoch: int = 0
@@ -131,11 +155,14 @@ class StreamedImages:
             ) from error
 
     def _row(self, row: Mapping[str, Any]) -> Row:
-        value, label = row[self.image], row[self.label]
-        if label is None or not 0 <= label < self.classes:
-            raise no_class(f"{self.name}, split {self.stream.split or 'unnamed'}", label)
+        value, label = row[self.image], self.labels.number(row[self.label])
+        if label < 0:
+            where = f"{self.name}, split {self.stream.split or 'unnamed'}"
+            raise no_class(where, row[self.label])
         if value is None:
             return Row(label, b"", None)  # an error when it is opened, as for an empty file
+        if isinstance(value, bytes):
+            return Row(label, value, None)
         content, path = value["bytes"], value["path"]
         if content is None and path is not None and "://" in path:
             from datasets.utils.file_utils import xopen  # addresses, members of archives
@@ -160,45 +187,75 @@ class StreamedImages:
                 raise BadImageError(name, error.strerror or str(error)) from error
         if not content:
             raise BadImageError(name, "the file is empty")
+        if self.guessed and not read_header(content, name).grey:
+            warnings.warn(
+                f"{self.name} was taken as grey, as the first images of its files are, but {name} "
+                "is not: --channels 3 keeps the colours",
+                stacklevel=2,
+            )
+            self.guessed = False
         return decode_image(content, name, self.channels, self.decoder), key.row.label
 
+    def headers(self) -> Iterator[Header]:
+        """Of the first images of several files; a broken one is named when it is used."""
+        found = False
+        files = min(self.stream.num_shards, _FILES_PROBED)
+        for index in range(files):
+            part = self.stream.shard(num_shards=files, index=index)
+            for row in itertools.islice(part, _ROWS_PROBED):
+                found = True
+                picture = self._row(row)
+                try:
+                    value = {"bytes": picture.content, "path": picture.path}
+                    yield read_header(content_of(value, self.name), self.name)
+                except BadImageError:
+                    continue
+        if not found:
+            raise UserError(f"{self.name} has no images in its split train")
 
-def open_stream(
-    name: str,
-    *,
-    download: bool,
-    epoch_size: int | None = None,
-    buffer: int | None = None,
-    decoder: Decoder = "pillow",
-) -> tuple[StreamedImages, StreamedImages, tuple[str, ...], tuple[int, int]]:
-    """Training and evaluation streams, classes, and width and height of the first image.
+
+def load_stream(
+    data: str, reading: Reading, *, epoch_size: int | None = None, buffer: int | None = None
+) -> ImageData:
+    """`senet.data.load_data` for hf-stream:NAME, NAME as for `load_hugging_face`.
+
+    With `reading.download` it may be read over the network, each epoch anew.
 
     Args:
-        name: as for `open_hugging_face`.
-        download: whether it may be read over the network, each epoch anew.
+        data: with the prefix.
+        reading: how it is read.
         epoch_size: training images of an epoch; None: what the data set's card or
             `save_to_disk` says (num_examples), all of them.
         buffer: images in the shuffle buffer; None: 1000.
-        decoder: as for `senet.data.load_image`.
 
     Raises:
-        UserError: as for `open_hugging_face`, or there is no evaluation split.
+        UserError: as for `load_hugging_face`, or there is no evaluation split.
         SenetError: it is there but cannot be read.
     """
     for option, value in (("epoch_size", epoch_size), ("shuffle_buffer", buffer)):
         if value is not None and value < 1:
             raise UserError(f"{option} must be at least 1 image, got {value}")
-    where = f"{PREFIX}{name}"
-    parts = open_splits(where, name, download=download, streaming=True)
+    name = data.removeprefix(PREFIX)
+    parts = open_splits(data, name, reading, streaming=True)
     if parts[1] is None:
         raise UserError(
-            f"{where} has no split validation, val or test, and a stream is not divided: use "
+            f"{data} has no split validation, val or test, and a stream is not divided: use "
             f"hf:{name} with --val-fraction"
         )
-    image, label = find_columns(parts[0].features, where)
+    image, label = find_columns(parts[0].features, data, reading)
+    own = None if parts[0] is not parts[1] else reading.classes
+    labels = find_labels(parts[0], label, data, replace(reading, classes=own))
     train, val = (
         StreamedImages(
-            undecoded(rows, image), image, label, where, 3, count, buffer or SHUFFLE_BUFFER, decoder
+            undecoded(rows, image),
+            image,
+            label,
+            labels,
+            data,
+            reading.channels or 3,
+            count,
+            buffer or SHUFFLE_BUFFER,
+            reading.decode,
         )
         for rows, count in map(_stream_and_count, parts)
     )
@@ -207,15 +264,15 @@ def open_stream(
     if val.images is None:  # evaluation takes all of them: counted, by their classes alone
         classes_only = val.stream.select_columns([label])
         val.images = sum(1 for _ in classes_only)
-    first = next(train.rows(), None)
-    if first is None or val.images == 0:
-        raise UserError(f"{where} has no images in its split {'validation' if first else 'train'}")
-    picture, _ = train.open(StreamKey(0, 0, 0, first))
-    content = first.content
-    with Image.open(str(first.path) if content is None else io.BytesIO(content)) as header:
-        if header.mode in GREY_MODES:
-            train.channels = val.channels = 1
-    return train, val, tuple(parts[0].features[label].names), picture.size
+    if val.images == 0:
+        raise UserError(f"{data} has no images in its split validation")
+    kind = kind_of(train.headers())
+    if reading.channels is None and kind.channels == 1:
+        train.channels = val.channels = 1
+        train.guessed = val.guessed = True
+    size = reading.image_size or kind.side or IMAGENET_SIZE
+    preprocessing = natural_preprocessing(size, train.channels)
+    return ImageData(data, train, val, labels.names, preprocessing)
 
 
 def _stream_and_count(part: Any) -> tuple[Any, int | None]:

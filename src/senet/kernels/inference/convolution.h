@@ -118,7 +118,8 @@ void convolution(const Step& s, int64_t task, float* scratch) {
   }
 }
 
-// Depthwise: weights [kernel_h * kernel_w][weights_ld], a task is one output row. OC may be a multiple of C.
+// Depthwise: weights [kernel_h * kernel_w][weights_ld], a task is one output row. OC may be a multiple
+// of C.
 void depthwise(const Step& s, int64_t task) {
   const int64_t n = task / s.OH, top = task % s.OH * s.stride_h - s.pad_h;
   for (int64_t ow = 0; ow < s.OW; ++ow) {

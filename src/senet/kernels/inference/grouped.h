@@ -64,8 +64,8 @@ void grouped_row(const Step& s, int64_t task) {
       SENET_UNROLL(7)
       for (int t = 0; t < kGroupedTile; ++t) sum[t] = bias;
       for (int i = 0; i < 3; ++i)
-        add_grouped_row<kStride, g>(pixels[i], c, s.weights + i * 3 * g * s.weights_ld + c, s.weights_ld,
-                                    sum, std::make_integer_sequence<int, g>{});
+        add_grouped_row<kStride, g>(pixels[i], c, s.weights + i * 3 * g * s.weights_ld + c,
+                                    s.weights_ld, sum, std::make_integer_sequence<int, g>{});
       for (int64_t t = 0; t < outputs; ++t) {
         V value = sum[t];
         if (s.activation == kPositive) value = relu(value);

@@ -14,7 +14,7 @@ namespace senet {
 namespace {
 
 // Squares of a and b for m = 4. With a·b = 1 all coefficients stay near 1, which keeps the rounding
-// error about as low as that of a direct convolution (measured in tests/test_inference_kernels.py).
+// error about as low as that of a direct convolution (measured in tests/inference/test_kernels.py).
 constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
 constexpr float kAA = 0.5f, kBB = 2.0f;
 

@@ -261,10 +261,12 @@ struct JoinBackward {
   const int64_t N, C, H, kinds;
   const int threads;
   const A* const statistics;
-  const Norm<A> norm;  // what the gate's gradient sees: a map with gain kScale and offset kShift, centred
+  // What the gate's gradient sees: a map with gain kScale and offset kShift, centred.
+  const Norm<A> norm;
   const Excitation<A> excitation;
   std::vector<JoinPart<A>> parts;
-  A *sums[4], *coefficients[4];  // coefficients: scale, inside (N, C), slope, outside (C,) of JoinGradient
+  A *sums[4];          // of join_parameters, as are the coefficients
+  A *coefficients[4];  // scale, inside (N, C), slope, outside (C,) of JoinGradient
   A *mask_p, *mask_q;
   ExcitationBuffers<A> b;
 

@@ -112,7 +112,7 @@
       traces.push({
         x, y: order.map((c) => b.mean[k][c]), name, mode: "lines",
         line: { color: main[slot], width: 1.8, dash: slot ? "dash" : "solid" }, customdata: order,
-        hovertemplate: `channel %{customdata}: %{y:.3f}<extra>${name}</extra>`,
+        hovertemplate: `channel %{customdata}: %{y:.3f}<extra>${name.replaceAll("%{", "%&#123;")}</extra>`,
       });
     }
     draw("channels", traces, { xaxis: { title: { text: at("sorted").checked ? "channels by mean gate" : "channel" } }, yaxis: { title: { text: "mean gate" } } });

@@ -1,7 +1,7 @@
 """The passes over maps as Triton kernels: moments, the tail, and both passes of its gradient.
 
-`senet.ops.triton` launches them; `senet.ops.triton_gate` has those of (N,C) size. No kernel adds
-into memory that another program writes: every program stores partial sums of its own, which a
+`senet.ops.triton.tail` launches them; `senet.ops.triton.gate` has those of (N,C) size. No kernel
+adds into memory that another program writes: every program stores partial sums of its own, which a
 second kernel merges in a fixed order.
 
 Layout: a map is (N,P,C) in memory where CHANNELS_LAST, else (N,C,P). A program has a tile of

@@ -9,7 +9,7 @@ the gate. Each program owns what it writes and loops over what it sums.
 import triton
 import triton.language as tl
 
-from senet.ops.triton_kernels import affine
+from senet.ops.triton.kernels import affine
 
 
 @triton.jit

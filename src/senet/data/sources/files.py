@@ -1,0 +1,191 @@
+"""Labelled image files, from wherever their names and classes come, as a data set."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from senet.data.image_data import (
+    IMAGENET_SIZE,
+    ImageData,
+    Reading,
+    natural_preprocessing,
+)
+from senet.data.images import (
+    FileImages,
+    Header,
+    MemoryImages,
+    endings,
+    read_all,
+    read_header,
+)
+from senet.data.probe import SMALL, probed
+from senet.data.splits import stratified_split
+from senet.errors import UserError
+
+MEMORY_LIMIT = 256 * 2**20
+"""Bytes of decoded pixels up to which a split of equally large images is held in memory."""
+CHECKED_LIMIT = 64 * 2**20
+"""Bytes of image files up to which a split is decoded (so checked) before the start."""
+
+
+class Labelled(NamedTuple):
+    """Image files and the names of their classes.
+
+    Attributes:
+        where: what errors call them.
+        paths: the files.
+        labels: the class of each.
+    """
+
+    where: str
+    paths: list[str]
+    labels: list[str]
+
+
+def load_files(
+    name: str, train: Labelled, val: Labelled | None, reading: Reading, classes: Sequence[str]
+) -> ImageData:
+    """A data set of image files.
+
+    Args:
+        name: of the data set.
+        train: the training images.
+        val: the evaluation images; None: `reading` says what to take of `train`.
+        reading: how they are read.
+        classes: names in the order of their numbers.
+
+    Raises:
+        UserError: a class without images, or of `val` that `train` does not have; neither `val`
+            nor a way to do without.
+        BadImageError: a broken image.
+    """
+    targets = _numbers(train, classes)
+    if reading.classes is None:  # others are not for training
+        _check_no_empty_class(train.where, classes, targets)
+    if val is None and reading.val_fraction is None and not reading.whole:
+        raise UserError(
+            f"{name} has no train/ with a val/ (or test/): make them, or set aside a part of its "
+            "images with --val-fraction 0.1"
+        )
+    channels = reading.channels or _channels(train, val, skip=reading.skip_bad_images)
+    source, skipped = _read(train, classes, targets, channels, reading)
+    if val is not None:
+        val_targets = _numbers(val, classes)
+        _tell_missing(val, classes, val_targets)
+        val_source, more = _read(val, classes, val_targets, channels, reading)
+        skipped = (*skipped, *more)
+    elif reading.val_fraction is not None:
+        parts = stratified_split(source.targets, classes, reading.val_fraction, reading.seed)
+        source, val_source = (source.subset(part) for part in parts)
+    else:
+        val_source = source
+    own = _own_size(source)
+    size = reading.image_size or (own if own == _own_size(val_source) else IMAGENET_SIZE)
+    preprocessing = natural_preprocessing(size, channels)
+    return ImageData(name, source, val_source, tuple(classes), preprocessing, skipped)
+
+
+def _numbers(part: Labelled, classes: Sequence[str]) -> Tensor:
+    """Class number of each image: (N,) int64."""
+    index = {name: number for number, name in enumerate(classes)}
+    if unknown := sorted(set(part.labels) - index.keys()):
+        raise UserError(
+            f"the classes differ: {shortened(unknown)} only in {part.where}, which should have "
+            f"no others than {shortened(classes)}"
+        )
+    return torch.tensor([index[label] for label in part.labels], dtype=torch.int64)
+
+
+def _channels(train: Labelled, val: Labelled | None, *, skip: bool) -> int:
+    """1 if all images are grey, of many looked at; a bad one raises unless `skip`."""
+    paths = train.paths + (val.paths if val else [])
+
+    def headers() -> Iterator[Header]:
+        for index in probed(len(paths)):
+            try:
+                yield read_header(paths[index])
+            except UserError:
+                if not skip:
+                    raise
+
+    found = False
+    for header in headers():
+        found = True
+        if not header.grey:
+            return 3
+    return 1 if found else 3
+
+
+def _own_size(source: MemoryImages | FileImages) -> int:
+    """Height of small square images in memory, otherwise ImageNet's."""
+    if isinstance(source, MemoryImages):
+        height, width = source.images.shape[-2:]
+        if height == width <= SMALL:
+            return int(height)
+    return IMAGENET_SIZE
+
+
+def _empty(classes: Sequence[str], targets: Tensor) -> list[str]:
+    counts = torch.bincount(targets, minlength=len(classes)).tolist()
+    return [name for name, count in zip(classes, counts, strict=True) if count == 0]
+
+
+def _check_no_empty_class(where: str, classes: Sequence[str], targets: Tensor) -> None:
+    if empty := _empty(classes, targets):
+        raise UserError(
+            f"class {shortened(empty)} without readable images in {where}: add images "
+            f"({' '.join(sorted(endings()))}) or remove the class"
+        )
+
+
+def _tell_missing(val: Labelled, classes: Sequence[str], targets: Tensor) -> None:
+    """The numbers are those of training, so that a class without evaluation images does no harm."""
+    if not len(targets):
+        raise UserError(f"{val.where} has no images of the classes {shortened(classes)}")
+    if empty := _empty(classes, targets):
+        warnings.warn(
+            f"class {shortened(empty)} has no images in {val.where}: nothing is said about it",
+            stacklevel=4,
+        )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """A few of many names, for a message."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more
+
+
+def _read(
+    part: Labelled, classes: Sequence[str], targets: Tensor, channels: int, reading: Reading
+) -> tuple[MemoryImages | FileImages, tuple[str, ...]]:
+    """One split, in memory if it is small, and a line for each image that was skipped."""
+    paths, skip, decode = part.paths, reading.skip_bad_images, reading.decode
+    if not skip and not _files_within(paths, CHECKED_LIMIT):
+        return FileImages(paths, targets, channels, decode), ()
+    images, bad = read_all(paths, channels, memory_limit=MEMORY_LIMIT, decoder=decode)
+    if bad and not skip:
+        raise next(iter(bad.values()))
+    good = [i for i in range(len(paths)) if i not in bad]
+    before, targets = targets, targets[good]
+    if lost := [name for name in _empty(classes, targets) if name not in _empty(classes, before)]:
+        raise UserError(
+            f"class {shortened(lost)} without readable images in {part.where}: add images, or "
+            "remove the class"
+        )
+    skipped = tuple(str(error) for error in bad.values())
+    if images is not None:
+        return MemoryImages(images, targets), skipped
+    return FileImages([paths[i] for i in good], targets, channels, decode), skipped
+
+
+def _files_within(paths: Sequence[str], limit: int) -> bool:
+    total = 0
+    for path in paths:
+        total += Path(path).stat().st_size
+        if total > limit:
+            return False
+    return True

@@ -1,0 +1,51 @@
+"""Another module, or none, in the place of an SE block, wherever the block stands."""
+
+from functools import partial
+
+from torch import nn
+
+from senet.models.vgg import ReLUSE
+
+
+def replace_block(model: nn.Module, name: str, by: nn.Module | None) -> None:
+    """Put another module in the place of an SE block, or take it out.
+
+    Args:
+        model: changed in place.
+        name: of the SE block, or of what stands in its place.
+        by: the other module; None for nothing: the slot in a network of this package becomes
+            empty, the hook of an inserted block goes, elsewhere an identity takes the place.
+    """
+    holder_name, _, child = name.rpartition(".")
+    holder = model.get_submodule(holder_name)
+    block = getattr(holder, child)
+    hooked = [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in list(module._forward_hooks.items())
+        if isinstance(hook, partial) and hook.args and hook.args[0] is block
+    ]
+    for module, key, hook in hooked:
+        if by is None:
+            del module._forward_hooks[key]
+        else:
+            module._forward_hooks[key] = partial(hook.func, by, *hook.args[1:])
+    if by is not None:
+        setattr(holder, child, by.train(block.training))
+    elif hooked:
+        delattr(holder, child)
+    elif isinstance(holder, ReLUSE):
+        model.set_submodule(holder_name, nn.ReLU().train(holder.training))
+    elif child == "se" and _is_ours(holder):
+        delattr(holder, child)
+        # Plain attributes again, as in a network that never had a block.
+        object.__setattr__(holder, "se", None)
+        if hasattr(holder, "integration"):
+            object.__setattr__(holder, "integration", None)
+    else:
+        setattr(holder, child, nn.Identity().train(block.training))
+
+
+def _is_ours(holder: nn.Module) -> bool:
+    """Whether the module does without an SE block where its `se` is None."""
+    return any(base.__module__.startswith("senet.models.") for base in type(holder).__mro__)

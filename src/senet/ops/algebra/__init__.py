@@ -1,0 +1,1 @@
+"""The closed form of the operators in pure PyTorch, for any device: docs/algebra.md derives it."""

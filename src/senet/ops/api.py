@@ -1,0 +1,228 @@
+"""The functions that layers call: arguments checked, an implementation chosen, the operator run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from senet.ops import checks, join, tail
+from senet.ops.choice import resolve
+from senet.ops.operators import JOIN, TAIL
+from senet.ops.reference import BatchNorm
+
+_NO_NORM = BatchNorm(None, None, None, None)
+
+
+def squeeze_excite(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str = "sigmoid"
+) -> Tensor:
+    """y = s ⊙ x with s = gate(W2 relu(W1 mean(x) + b1) + b2): equations 2 to 4 of the paper.
+
+    The mean and the gate are computed in at least float32, also under autocast.
+
+    Args:
+        x: (N,C,*spatial) with one to three spatial axes; channels_last is the fast layout.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution.
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1).
+        b2: (C,) or None.
+        gate: "sigmoid", "tanh", "relu", "hard_sigmoid" or "identity_sigmoid" (2 * sigmoid).
+
+    Returns:
+        (N,C,*spatial), dtype and layout of x.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
+            that cannot take x.
+    """
+    if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
+        checks.check_maps(x, None)
+        checks.check_gate(x.shape[1], w1, b1, w2, b2, gate)
+    arguments = tail.Arguments(x, w1=w1, b1=b1, w2=w2, b2=b2, gate=gate)
+    return TAIL.run(resolve(x), arguments, (None, None))
+
+
+def bn_se_add_relu(
+    x: Tensor,
+    shortcut: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    gate: str = "sigmoid",
+    relu: bool = True,
+    shortcut_norm: BatchNorm | None = None,
+) -> Tensor:
+    """y = relu(s ⊙ BN(x) + shortcut), s the squeeze-and-excitation gate of BN(x).
+
+    Parts are left out by None or False: no gate (w1, b1, w2, b2 None) gives BN → add → ReLU, no
+    shortcut BN → SE → ReLU, `relu=False` no ReLU. For the backward pass only x and y are kept
+    (without a shortcut or with a normalized one, x and the shortcut).
+
+    Args:
+        x: (N,C,*spatial) with one to three spatial axes; channels_last is the fast layout.
+        shortcut: like x, or None.
+        bn_weight: (C,), or None for 1.
+        bn_bias: (C,), or None for 0.
+        running_mean: (C,) or None; updated in training, used otherwise.
+        running_var: (C,) or None; updated in training with the unbiased variance.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution; None for no gate.
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1); None for no gate.
+        b2: (C,) or None.
+        training: normalize by the batch's statistics. Without running statistics this is done
+            always, as `torch.nn.BatchNorm2d` does.
+        momentum: weight of the batch in the running statistics (the cumulative average of
+            `BatchNorm2d(momentum=None)` is the caller's to resolve).
+        eps: added to the variance.
+        gate: as in `squeeze_excite`; not used without w1 and w2.
+        relu: whether the ReLU is applied.
+        shortcut_norm: normalization of the shortcut (a projection's), in the same pass.
+
+    Returns:
+        (N,C,*spatial), layout of x, dtype that x + shortcut has.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
+            that cannot take x.
+        ValueError: batch statistics of a single value per channel.
+    """
+    norm = BatchNorm(bn_weight, bn_bias, running_mean, running_var, momentum, eps)
+    batch = training or running_mean is None
+    if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
+        checks.check_maps(x, shortcut)
+        checks.check_gate(x.shape[1], w1, b1, w2, b2, gate)
+        checks.check_norms(x, shortcut, norm, shortcut_norm, batch, training)
+    if shortcut is not None and shortcut.dtype != x.dtype:
+        common = torch.promote_types(x.dtype, shortcut.dtype)
+        x, shortcut = x.to(common), shortcut.to(common)
+    other = shortcut_norm or _NO_NORM
+    arguments = tail.Arguments(
+        x,
+        shortcut,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        other.weight,
+        other.bias,
+        other.running_mean,
+        other.running_var,
+        w1,
+        b1,
+        w2,
+        b2,
+        normalization="batch" if batch else "running",
+        normalize_shortcut=shortcut_norm is not None,
+        eps=eps,
+        shortcut_eps=other.eps,
+        gate=gate,
+        relu=relu,
+    )
+    moved = shortcut_norm.momentum if training and shortcut_norm is not None else None
+    return TAIL.run(resolve(x), arguments, (momentum if training else None, moved))
+
+
+def bn_relu_concat_se(
+    maps: Sequence[Tensor],
+    norms: Sequence[BatchNorm | None],
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    training: Sequence[bool],
+    gate: str = "sigmoid",
+) -> Tensor:
+    """y = s ⊙ concat(relu(BN(x_i))), s the squeeze-and-excitation gate of the concat.
+
+    The sums of the squeeze are taken before the concat is written, which is written once and never
+    read. For the backward pass only the maps are kept.
+
+    Args:
+        maps: (N,C_i,*spatial) each, with one to three spatial axes; channels_last is the fast
+            layout. C = ΣC_i.
+        norms: batch norm of each map, a ReLU behind it; None takes a map as it is, without ReLU.
+            Running statistics are updated in training, used otherwise.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution; None for no gate (s = 1).
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1); None for no gate.
+        b2: (C,) or None.
+        training: of each map whether to normalize by the batch's statistics. Without running
+            statistics this is done always, as `torch.nn.BatchNorm2d` does.
+        gate: as in `squeeze_excite`; not used without w1 and w2.
+
+    Returns:
+        (N,C,*spatial), dtype that the concatenated maps have.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
+            that cannot take the maps.
+        ValueError: batch statistics of a single value per channel.
+    """
+    if not torch.jit.is_tracing():
+        checks.check_join(maps, norms, training, (w1, b1, w2, b2), gate)
+    common = functools.reduce(torch.promote_types, (x.dtype for x in maps))
+    maps = [x.to(common) for x in maps]
+    implementation = resolve(maps[0])
+    if implementation == "triton":
+        return _joined_by_tails(maps, norms, training, (w1, b1, w2, b2), gate)
+    given = [norm or _NO_NORM for norm in norms]
+    kinds = [
+        join.NONE
+        if norm is None
+        else join.BATCH
+        if train or norm.running_mean is None
+        else join.RUNNING
+        for norm, train in zip(norms, training, strict=True)
+    ]
+    arguments = join.Arguments(
+        maps,
+        weights=[norm.weight for norm in given],
+        biases=[norm.bias for norm in given],
+        means=[norm.running_mean for norm in given],
+        variances=[norm.running_var for norm in given],
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        b2=b2,
+        normalizations=kinds,
+        eps=[norm.eps for norm in given],
+        gate=gate,
+    )
+    momenta = [
+        norm.momentum if train else None for norm, train in zip(given, training, strict=True)
+    ]
+    return JOIN.run(implementation, arguments, momenta)
+
+
+def _joined_by_tails(
+    maps: Sequence[Tensor],
+    norms: Sequence[BatchNorm | None],
+    training: Sequence[bool],
+    gate_parameters: checks.GateParameters,
+    gate: str,
+) -> Tensor:
+    """`bn_relu_concat_se` by the other two operators: three more passes, on kernels for GPUs."""
+    parts = [
+        x
+        if norm is None
+        else bn_se_add_relu(
+            x, None, *norm[:4], training=train, momentum=norm.momentum, eps=norm.eps
+        )
+        for x, norm, train in zip(maps, norms, training, strict=True)
+    ]
+    y = torch.cat(parts, 1)
+    w1, b1, w2, b2 = gate_parameters
+    return y if w1 is None or w2 is None else squeeze_excite(y, w1, b1, w2, b2, gate)

@@ -1,0 +1,45 @@
+"""Feature maps (N,C,*spatial): how they lie in memory and in which type sums over them are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over elements of `dtype` are kept in: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Context without autocast; nothing at all (also in a graph) where autocast is not on."""
+    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
+    if available and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def spread(t: Tensor, like: Tensor) -> Tensor:
+    """Give t (N,C) or (C,) the trailing axes of `like` (N,C,*spatial), each of size 1."""
+    return t.reshape(*t.shape, *(1,) * (like.ndim - 2))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format whose order of axes x has: channels_last where channels are adjacent."""
+    if x.ndim in (4, 5) and not x.is_contiguous() and x.stride(1) == 1:
+        return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def common_format(maps: Sequence[Tensor]) -> torch.memory_format:
+    """channels_last if one of the maps is, and not also contiguous."""
+    formats = {memory_format(x) for x in maps} - {torch.contiguous_format}
+    return formats.pop() if formats else torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself when it is contiguous or channels_last, otherwise a copy that is."""
+    return x.contiguous(memory_format=memory_format(x))
