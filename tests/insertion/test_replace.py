@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import senet
-from senet.anatomy.recognition import excitations
+from senet.anatomy import excitations
 from senet.gates.blocks import ConstantScale
 from senet.insertion.replace import replace_block
 
@@ -48,8 +48,8 @@ def inserted() -> nn.Module:
 def without_gates(model: nn.Module) -> nn.Module:
     """The gates of all blocks at 1, to the bit."""
     for block in excitations(model).values():
-        nn.init.zeros_(block.fc2.weight)
-        nn.init.zeros_(block.fc2.bias)
+        nn.init.zeros_(block.module.fc2.weight)
+        nn.init.zeros_(block.module.fc2.bias)
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from senet import SqueezeExcitation, create_model, optimize
+from senet.anatomy import excitations
 from senet.commands.summary import summarize_block
 from senet.errors import UserError
 from senet.gates.blocks import PartialExcitation, PartialShape, as_partial
@@ -76,8 +77,9 @@ def test_a_wrapped_layer_in_every_block(wrapper: Any, layer: str, squeeze: str) 
         wrapped = wrapper(getattr(block, layer))
         setattr(block, layer, wrapped)
         setattr(other, layer, wrapped.merged())
-        assert as_partial(block, block.channels) is None
         assert summarize_block(block, (8, 8)).rows
+    found = excitations(model)
+    assert [as_partial(each) for each in found.values()] == [None] * 3
     x = torch.randn(2, 3, 32, 32)
     wanted = merged(x)
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
@@ -104,7 +106,7 @@ def test_quantized_layers_in_every_block() -> None:
         quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     block = quantized.layer1[0].se
     assert not isinstance(block.fc1, nn.Linear)
-    assert as_partial(block, block.channels) is None
+    assert as_partial(excitations(quantized)["layer1.0.se"]) is None
     assert summarize_block(block, (8, 8)).rows
     x = torch.randn(2, 3, 32, 32)
     wanted, exact = quantized(x), model(x)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from senet.anatomy.recognition import excitations
+from senet.anatomy import excitations
 from senet.errors import UserError
 from senet.insertion.insert import attach, inserted_places
 from senet.insertion.report import Place
@@ -71,18 +71,20 @@ def _outline(model: nn.Module, without: Sequence[str], head: str | None) -> str:
 
 def _own_places(model: nn.Module) -> tuple[Place, ...]:
     """The places of a registered network with SE, as `insert` finds them in its plain twin."""
+    if not isinstance(model, Network):
+        return ()
     return tuple(
         Place(
             module=name.rpartition(".")[0],
             block=name,
             kind="twin",
             stage=None,
-            channels=block.channels,
-            hidden=block.hidden,
-            dims=block.dims,
+            channels=block.module.channels,
+            hidden=block.module.hidden,
+            dims=block.module.dims,
         )
         for name, block in excitations(model).items()
-        if isinstance(model, Network) and isinstance(block, SqueezeExcitation)
+        if isinstance(block.module, SqueezeExcitation)
     )
 
 

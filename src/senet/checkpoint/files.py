@@ -120,7 +120,7 @@ def rebuild(config: Mapping[str, Any]) -> nn.Module:
         inserted = config["inserted"]
         attach(model, [Place(**place) for place in inserted["places"]], gate=inserted["gate"])
     if "folded" in config:
-        restructure(model, config["folded"])
+        model = restructure(model, config["folded"])
         former = model.config
         assert isinstance(former, dict)
         model.config = {**former, "folded": config["folded"]}  # type: ignore[assignment]

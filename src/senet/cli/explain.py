@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
-from senet.cli.options import NO_EVALUATION, EvaluationFlags, Whole
+from senet.cli.options import (
+    NO_EVALUATION,
+    EvaluationFlags,
+    OptionalWhole,
+    Whole,
+    given_network,
+)
 from senet.cli.tables import new_table, print_table
+from senet.errors import UserError
 from senet.support.progress import watch
 
 if TYPE_CHECKING:
@@ -17,9 +24,12 @@ Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")
 
 
 def explain(
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     /,
     *,
+    model: str | None = None,
+    weights: Path | None = None,
+    num_classes: OptionalWhole = None,
     flags: EvaluationFlags = NO_EVALUATION,
     out: Path | None = None,
     classes: Names = (),
@@ -32,6 +42,9 @@ def explain(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
+        model: instead of a checkpoint: torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
+        weights: the model's own state dict as .safetensors or .pth (default: fresh weights).
+        num_classes: outputs of the model, where they are not the classes of --data.
         out: folder to make (default: gates inside the run folder); it must not exist.
         classes: names of the classes to draw (default: evenly chosen).
         images: most images in the report.
@@ -39,11 +52,17 @@ def explain(
     flags.prepare_process()
     from senet.commands.explain import explain as explain_checkpoint
 
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = given_network(checkpoint, model, weights)
+    if out is None:
+        if model is not None or path is None:
+            raise UserError("--model has no run folder: give one to make by --out")
+        out = (path if path.is_dir() else path.parent) / "gates"
     with watch() as progress:
         result = explain_checkpoint(
-            checkpoint,
-            folder / "gates" if out is None else out,
+            path,
+            out,
+            model=model,
+            num_classes=num_classes,
             classes=classes,
             images=images,
             **flags.arguments(),
@@ -56,15 +75,27 @@ def explain(
 def _table(statistics: "GateStatistics") -> Table:
     """A row a block."""
     right = (
-        *("channels", "mean gate", "spread", "between classes (%)", "near 0/low (%)"),
+        *(
+            "stage",
+            "channels",
+            "hidden",
+            "mean gate",
+            "spread",
+            "between classes (%)",
+            "near 0/low (%)",
+        ),
         "near 1/high (%)",
     )
-    table = new_table("block", right=right)
+    table = new_table("block", "gate", right=right)
+    stage_of = {name: stage for stage, names in statistics.stages().items() for name in names}
     for block in statistics.blocks.values():
         ends = block.saturation
         table.add_row(
             block.name,
+            block.gate,
+            f"{stage_of[block.name]}",
             f"{block.channels:,}",
+            "" if block.hidden is None else f"{block.hidden:,}",
             f"{float(block.mean.mean()):.3f}",
             f"{float(block.variance.mean().sqrt()):.3f}",
             f"{100 * block.between_share:.1f}",

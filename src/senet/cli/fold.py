@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
+from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch, given_network
 from senet.cli.tables import new_table, print_table
 from senet.support.progress import watch
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def fold(
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     /,
     *,
+    model: str | None = None,
+    weights: Path | None = None,
     out: Path,
     flags: EvaluationFlags = NO_EVALUATION,
     tolerance: float = 0.01,
@@ -30,6 +32,8 @@ def fold(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
+        model: instead of a checkpoint: torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
+        weights: the model's own state dict as .safetensors or .pth (default: fresh weights).
         out: checkpoint folder to make; it must not exist.
         tolerance: largest standard deviation over the images of a gate that is folded.
         max_drop: most top-1 accuracy that may be lost, in percentage points.
@@ -42,8 +46,9 @@ def fold(
 
     with watch() as progress:
         result = fold_checkpoint(
-            checkpoint,
+            given_network(checkpoint, model, weights),
             out,
+            model=model,
             tolerance=tolerance,
             max_drop=max_drop,
             partial=not whole_blocks,

@@ -359,3 +359,14 @@ def prepare_process(*, tune_allocator: bool) -> None:
         from senet.support.allocator import tune_allocator as tune
 
         tune()
+
+
+def given_network(checkpoint: Path | None, model: str | None, weights: Path | None) -> Path | None:
+    """The file of a command that takes a checkpoint, or a model with weights or without.
+
+    Raises:
+        UserError: none or both of them.
+    """
+    if (checkpoint is None) == (model is None) or (checkpoint is not None and weights is not None):
+        raise UserError("give either a checkpoint, or --model and perhaps --weights")
+    return weights if checkpoint is None else checkpoint

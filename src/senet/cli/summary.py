@@ -14,22 +14,27 @@ from senet.cli.options import (
     NetworkFlags,
     OptionalWhole,
     SEFlags,
+    Switch,
     WholeNumbers,
     given,
     named,
 )
 from senet.cli.tables import new_table, print_table, table_width
+from senet.errors import UserError
 from senet.support.text import count
 
 if TYPE_CHECKING:
+    from senet.anatomy import Description
     from senet.commands.summary import BlockSummary
     from senet.models.paper import StageCost
 
 
 def summary(
-    name: str,
+    name: str | None = None,
     /,
     *,
+    model: str | None = None,
+    se_blocks: Annotated[Switch, Parameter(name="--se")] = False,
     input_shape: Annotated[WholeNumbers, Parameter(name="--input")] = None,
     num_classes: OptionalWhole = None,
     channels: OptionalWhole = None,
@@ -38,18 +43,35 @@ def summary(
 ) -> None:
     """Show layers, output shapes, parameters and multiply-adds of a network, or of an SE block.
 
-    Below the layers of a network: the same by stage, and what SE adds to each.
+    Below the layers of a network: the same by stage, and what SE adds to each. With --se the SE
+    blocks of any network, found by what they compute: what each squeezes, its layers and gates,
+    and its share of the multiply-adds and of the time of one image, run operation by operation.
 
     Args:
         name: a network (`senet models` lists them), or 'block' for one SE block.
+        model: the same; with --se also torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
+        se_blocks: show the SE blocks of the network and nothing else.
         input_shape: channels, height and width of the input (default: the network's own).
         num_classes: classes of the network (default: 1000, 10 for CIFAR networks).
         channels: channels of the block; only with 'block'.
     """
-    from senet.commands.summary import summarize_network, summary_of_block
+    from senet.commands.summary import (
+        summarize_excitations,
+        summarize_network,
+        summary_of_block,
+    )
 
+    if (name is None) == (model is None):
+        raise UserError("give one network: by its name, or by --model")
+    name = str(name or model)
     options = given(se) | given(network)
-    if name == "block":
+    if se_blocks:
+        options |= named(channels=channels)
+        blocks = summarize_excitations(name, input_shape, num_classes, options)
+        if blocks:
+            print_table(_excitation_table(blocks))
+        print(_sums(name, blocks))
+    elif name == "block":
         options |= named(num_classes=num_classes)
         print_table(_block_table(summary_of_block(channels, input_shape, options)))
     else:
@@ -121,6 +143,41 @@ def _block_table(summary: "BlockSummary") -> Table:
         f"input {_megabytes(summary.input_bytes)}"
     )
     return table
+
+
+def _excitation_table(blocks: "Sequence[Description]") -> Table:
+    """A row an SE block."""
+    right = ["stage", "parameters", "of multiply-adds (%)", "of time (%)"]
+    table = new_table("block", "scales", "map", "squeeze", "program", "gate", right=right)
+    for block in blocks:
+        table.add_row(
+            f"{block.name} × {block.calls}" if block.calls > 1 else block.name,
+            block.scales,
+            " × ".join(map(str, (block.channels, *block.places))),
+            block.squeeze,
+            block.program or "–",
+            block.gate if block.limits is None else f"{block.gate} {_interval(block.limits)}",
+            f"{block.stage}",
+            f"{block.parameters:,}",
+            f"{100 * block.multiply_adds_share:.3f}",
+            "" if block.time_share is None else f"{100 * block.time_share:.2f}",
+        )
+    return table
+
+
+def _interval(limits: tuple[float, float]) -> str:
+    return f"{limits[0]:g}…{limits[1]:g}"
+
+
+def _sums(name: str, blocks: "Sequence[Description]") -> str:
+    """What all SE blocks of a network take together."""
+    parameters = sum(block.parameters for block in blocks)
+    adds = sum(block.multiply_adds_share for block in blocks)
+    text = f"{name}: {len(blocks)} SE blocks"
+    if blocks:
+        text += f", {parameters:,} parameters, {100 * adds:.2f}% of the multiply-adds"
+        text += f", {100 * sum(block.time_share or 0 for block in blocks):.1f}% of the time"
+    return text
 
 
 def _stage_table(name: str, stages: "Sequence[StageCost]") -> Table:

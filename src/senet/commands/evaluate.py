@@ -94,7 +94,7 @@ _OF_THE_TRAINING = (
 
 
 def open_data(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     data_name: str | None,
     data_options: Mapping[str, Any],
     *,
@@ -105,7 +105,8 @@ def open_data(
 
     Args:
         checkpoint: says what it was trained on, and its classes: those of data without a split of
-            their own get its numbers by their names, and may be only some of them.
+            their own get its numbers by their names, and may be only some of them; None where a
+            network comes by name.
         data_name: data set or folder.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
         split: as for `load_data`.
@@ -116,6 +117,8 @@ def open_data(
     """
     options: dict[str, Any] = {"split": split, **data_options}
     if data_name is None:
+        if checkpoint is None:
+            raise UserError("a network by name does not say what it was trained on: give --data")
         data_name = checkpoint.config.get("data")
         if data_name is None:
             raise UserError(f"{checkpoint.path} does not say what it was trained on: give --data")
@@ -129,7 +132,7 @@ def open_data(
             )
     else:
         options["whole"] = whole
-    if checkpoint.model.classes is not None:
+    if checkpoint is not None and checkpoint.model.classes is not None:
         names = (unicodedata.normalize("NFC", name) for name in checkpoint.classes)
         options["classes"] = tuple(names)
     return open_named(data_name, options)

@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.checkpoint.files import Checkpoint
 from senet.checkpoint.write import check_new
 from senet.commands.evaluate import check_classes, open_data
+from senet.commands.network import open_network
 from senet.data import ImageData, map_style, val_loader
 from senet.errors import UserError
 from senet.gates.record import record_gates
@@ -54,22 +55,36 @@ class Explanation:
 
 
 def open_for_gates(
-    path: Path, data_name: str | None, data_options: Mapping[str, Any], image_size: int | None
+    path: Path | None,
+    data_name: str | None,
+    data_options: Mapping[str, Any],
+    image_size: int | None,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
 ) -> tuple[Checkpoint, ImageData]:
-    """A checkpoint and the images to watch or judge it on, prepared as the checkpoint says.
+    """A network and the images to watch or judge it on, prepared as the network's are.
 
     Args:
-        path: run folder, checkpoint folder or model.safetensors.
+        path: run folder, checkpoint folder or model.safetensors; with `model` its own state dict
+            as .safetensors or .pth, or None for fresh weights.
         data_name: data set or folder; by default that of the training.
         data_options: further fields of `RunConfig` that say how data are read.
         image_size: side of the input instead of the checkpoint's.
+        model: name for `senet.networks.anywhere.open_source`.
+        num_classes: of that model; by default as many as the data have.
 
     Raises:
         UserError: unknown data, or classes that are not the checkpoint's.
     """
-    checkpoint = open_checkpoint(path)
-    data = open_data(checkpoint, data_name, data_options)
-    check_classes(checkpoint, data)
+    if model is None:
+        checkpoint = open_network(None, path)
+        data = open_data(checkpoint, data_name, data_options)
+    else:
+        data = open_data(None, data_name, data_options)
+        checkpoint = open_network(model, path, num_classes=num_classes, classes=data.classes)
+    if num_classes is None:
+        check_classes(checkpoint, data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
@@ -77,7 +92,7 @@ def open_for_gates(
 
 
 def explain(
-    path: Path,
+    path: Path | None,
     out: Path,
     data_name: str | None = None,
     data_options: Mapping[str, Any] | None = None,
@@ -88,16 +103,18 @@ def explain(
     batch_size: int = 256,
     workers: int = 0,
     device: str = "auto",
+    model: str | None = None,
+    num_classes: int | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
-    """Record the gates of a checkpoint over the validation images and write what they show.
+    """Record the gates of a network over the validation images and write what they show.
 
     The folder `out` gets report.html, figures/gates_by_class and figures/gates_spread (figures 6
     and 7 of the paper) as PNG and SVG, gates.csv (a row a channel), gates_by_class.csv (a row a
     channel and class) and statistics.safetensors (for `senet fold`).
 
     Args:
-        path: run folder, checkpoint folder or model.safetensors.
+        path: checkpoint, or weights of `model`, see `open_for_gates`.
         out: folder to make; it must not exist.
         data_name: data set or folder; by default that of the training.
         data_options: how data are read, see `open_for_gates`.
@@ -107,6 +124,9 @@ def explain(
         batch_size: images at a time.
         workers: processes that read images.
         device: "auto", "cpu", "cuda" or "mps".
+        model: a network by name, see `open_for_gates`.
+        num_classes: its outputs, where they are not the classes of the data; gates are shown by
+            the data's classes all the same.
         progress: hears of each batch.
 
     Raises:
@@ -117,17 +137,18 @@ def explain(
     if images < 0:
         raise UserError(f"images must be at least 0, got {images}")
     options = dict(data_options or {})
-    checkpoint, data = open_for_gates(path, data_name, options, options.get("image_size"))
+    checkpoint, data = open_for_gates(
+        path, data_name, options, options.get("image_size"), model=model, num_classes=num_classes
+    )
     map_style(data.val, "senet explain")
-    named = GateStatistics({}, checkpoint.classes, 0)
+    names = tuple(data.classes)
+    named = GateStatistics({}, names, 0)
     picked = [named.class_number(name) for name in classes]
     loader = val_loader(data, batch_size=batch_size, num_workers=workers)
-    model = checkpoint.model.to(choose_device(device))
+    network = checkpoint.model.to(choose_device(device))
     progress = progress or Silent()
     progress.begin_evaluation(len(loader))
-    statistics = record_gates(
-        model, loader, classes=checkpoint.classes, top=top, seen=progress.evaluated
-    )
+    statistics = record_gates(network, loader, classes=names, top=top, seen=progress.evaluated)
     explanation = Explanation(out, statistics, data, checkpoint)
     _write(explanation, picked, images)
     return explanation

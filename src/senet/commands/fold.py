@@ -32,7 +32,7 @@ class Folded:
 
 
 def fold_checkpoint(
-    path: Path,
+    path: Path | None,
     out: Path,
     data_name: str | None,
     data_options: Mapping[str, Any],
@@ -44,12 +44,13 @@ def fold_checkpoint(
     batch_size: int = 256,
     workers: int = 0,
     device: str = "auto",
+    model: str | None = None,
     progress: Progress | None = None,
 ) -> Folded:
     """Fold the gates of a checkpoint that hardly move, and write what is left.
 
     Args:
-        path: run folder, checkpoint folder or model.safetensors.
+        path: checkpoint, or weights of `model`, see `open_for_gates`.
         out: folder to make; it must not exist.
         data_name: data set or folder; by default that of the training.
         data_options: how data are read, see `open_for_gates`.
@@ -60,6 +61,7 @@ def fold_checkpoint(
         batch_size: images at a time.
         workers: processes that read images.
         device: "auto", "cpu", "cuda" or "mps".
+        model: a network by name, see `open_for_gates`.
         progress: hears of each batch.
 
     Raises:
@@ -69,17 +71,19 @@ def fold_checkpoint(
     check_new(out)
     options = dict(data_options)
     known = None if statistics is None else GateStatistics.load(statistics)
-    checkpoint, data = open_for_gates(path, data_name, options, options.get("image_size"))
+    checkpoint, data = open_for_gates(
+        path, data_name, options, options.get("image_size"), model=model
+    )
     loader = val_loader(data, batch_size=batch_size, num_workers=workers)
-    model = checkpoint.model.to(choose_device(device))
+    network = checkpoint.model.to(choose_device(device))
     progress = progress or Silent()
     if known is None:
         progress.begin_evaluation(len(loader))
         known = record_gates(
-            model, loader, classes=checkpoint.classes, top=1, seen=progress.evaluated
+            network, loader, classes=checkpoint.classes, top=1, seen=progress.evaluated
         )
     report = fold_gates(
-        model, known, tolerance=tolerance, loader=loader, max_drop=max_drop, partial=partial
+        network, known, tolerance=tolerance, loader=loader, max_drop=max_drop, partial=partial
     )
     metrics = {"top1": report.after.top1, "val_loss": report.after.loss}
     folded, config = report.model.cpu(), report.model.config

@@ -9,12 +9,16 @@ import torch
 import torchinfo
 from torch import Tensor, nn
 
+from senet.anatomy import Description, describe
 from senet.errors import UserError
 from senet.models import list_models
 from senet.models.cost import count_multiply_adds, count_parameters, meta_model
 from senet.models.paper import StageCost, stage_costs
+from senet.networks.anywhere import PREFIXES, open_source
 from senet.nn.block import SqueezeExcitation
 from senet.nn.hooks import expected_hooks
+
+TIMED_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,33 @@ class NetworkSummary:
     multiply_adds: int
 
 
+def summarize_excitations(
+    name: str,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    options: Mapping[str, Any],
+) -> tuple[Description, ...]:
+    """The SE blocks of any network, with fresh weights, and the time that they take on the CPU.
+
+    Args:
+        name: as for `senet.networks.anywhere.open_source`.
+        input_shape: (C,*); the network's own by default.
+        num_classes: classes; by default 1000, 10 for CIFAR networks.
+        options: options of `senet.create_model`; networks from elsewhere have none.
+
+    Raises:
+        UserError: unknown name or option, or an input that the network does not take.
+    """
+    if name == "block" or "channels" in options:
+        raise UserError("--se shows the SE blocks of a network: give its name, no --channels")
+    if input_shape is not None:
+        options = {**options, "in_channels": input_shape[0]}
+    count = num_classes or (10 if name.endswith("_cifar") else 1000)
+    model = open_source(name, num_classes=count, **options)
+    shape = input_shape or model.input_size
+    return describe(model, torch.zeros(1, *shape), runs=TIMED_RUNS)  # type: ignore[misc]
+
+
 def summarize_network(
     name: str,
     input_shape: tuple[int, ...] | None,
@@ -189,6 +220,10 @@ def summarize_network(
         if len(input_shape) != 3 or min(input_shape) < 1:
             raise UserError(f"--input must be C,H,W, got {_commas(input_shape)}")
         options = {**options, "in_channels": input_shape[0]}
+    if name.startswith(PREFIXES) or ".py:" in name:
+        raise UserError(
+            f"layers are shown of the networks of `senet models`; of {name} --se shows SE blocks"
+        )
     model = meta_model(name, num_classes=num_classes, **options).eval()
     shape = input_shape or model.input_size
     if min(shape[1:]) < model.min_input_size:

@@ -186,6 +186,7 @@ class CompareConfig:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a TOML file: {error}") from error
+        values.setdefault("processes", 1)  # comparisons from before it was an option
         missing = [name for name in cls.OWN if name not in values]
         if missing or ("ablation" in values) != ("ablation" in cls.OWN):
             raise UserError(

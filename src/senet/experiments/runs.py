@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from senet.anatomy.recognition import excitations
+from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import ImageData, val_loader
 from senet.gates.record import record_gates

@@ -47,6 +47,13 @@ class Moments:
         self.mean += delta * share
         self.count = total
 
+    def grow(self, classes: int) -> None:
+        """Room for more classes, without values."""
+        more = Moments.zeros(classes - len(self.count), self.mean.shape[1])
+        self.count = torch.cat([self.count, more.count])
+        self.mean = torch.cat([self.mean, more.mean])
+        self.squares = torch.cat([self.squares, more.squares])
+
     def overall(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """Mean and variance (of the population) over all classes together, (C,) each."""
         total = self.count.sum().clamp(min=1)
@@ -86,6 +93,11 @@ class Histogram:
         flat = (row * bins + index).flatten()
         ones = torch.ones(len(flat), dtype=self.counts.dtype)
         self.counts.view(-1).index_add_(0, flat, ones)
+
+    def grow(self, classes: int) -> None:
+        """Room for more classes, without values."""
+        more = self.counts.new_zeros((classes - len(self.counts), *self.counts.shape[1:]))
+        self.counts = torch.cat([self.counts, more])
 
     def _reach(self, smallest: float, largest: float) -> None:
         """Double the range, two bins becoming one, until it holds both values."""

@@ -8,20 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 
+from senet.anatomy import Excitation
+from senet.anatomy.graph import Node, argument
+from senet.gates.inline import Product, replace_product
 from senet.insertion.replace import replace_block
-from senet.nn.block import GATES, GlobalSqueeze, SqueezeExcitation, weight_dtype
+from senet.nn.block import GATES, GlobalSqueeze, weight_dtype
 
-ACTIVATIONS = {"ReLU": nn.ReLU, "SiLU": nn.SiLU, "Hardswish": nn.Hardswish}
-_GATES_BY_CLASS = {
-    "sigmoid": "sigmoid",
-    "hardsigmoid": "hard_sigmoid",
-    "tanh": "tanh",
-    "relu": "relu",
-    "identitysigmoid": "identity_sigmoid",
-}
-_LAYERS = (("fc1", "fc2"), ("conv_reduce", "conv_expand"))
-_ACTIVATION_NAMES = ("activation", "act", "act1", "relu")
-_GATE_NAMES = ("gate", "scale_activation", "sigmoid")
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish}
+_LAYERS = ("conv", "linear")
 
 
 class ConstantScale(nn.Module):
@@ -48,7 +42,7 @@ class PartialShape:
         channels: C.
         hidden: hidden width.
         kept: channels that still have a gate.
-        activation: class name of the activation, a key of `ACTIVATIONS`.
+        activation: name of the activation, a key of `ACTIVATIONS`.
         gate: name of the gate, a key of `senet.nn.block.GATES`.
         bias: whether the layers have biases.
     """
@@ -81,7 +75,8 @@ class PartialExcitation(nn.Module):
         self.shape = shape
         self.squeeze = GlobalSqueeze("avg")
         self.fc1 = nn.Linear(shape.channels, shape.hidden, shape.bias)
-        self.activation = ACTIVATIONS[shape.activation]()
+        # Checkpoints of former versions name the class: ReLU, SiLU, Hardswish.
+        self.activation = ACTIVATIONS[shape.activation.lower()]()
         self.fc2 = nn.Linear(shape.hidden, shape.kept, shape.bias)
         self.gate = GATES[shape.gate]()
         self.kept: Int[Tensor, " k"]
@@ -96,47 +91,45 @@ class PartialExcitation(nn.Module):
         return f"channels={self.shape.channels}, kept={self.shape.kept}"
 
 
-def as_partial(block: nn.Module, channels: int) -> PartialExcitation | None:
+def as_partial(block: Excitation) -> PartialExcitation | None:
     """The block as a `PartialExcitation` that keeps all gates; None where it has another form.
 
     Compared on random maps with the block itself, so that a look-alike is not mistaken.
     """
-    layers = next(
-        (
-            (getattr(block, a), getattr(block, b))
-            for a, b in _LAYERS
-            if hasattr(block, a) and hasattr(block, b)
-        ),
-        None,
-    )
-    activation = next((getattr(block, n) for n in _ACTIVATION_NAMES if hasattr(block, n)), None)
-    gate = next((getattr(block, n) for n in _GATE_NAMES if hasattr(block, n)), None)
-    gate_name = _GATES_BY_CLASS.get(type(gate).__name__.lower())
-    if layers is None or gate_name is None or type(activation).__name__ not in ACTIVATIONS:
+    module, channels = block.module, block.channels
+    first = block.occurrences[0]
+    layers = [node for node in first.program if node.kind in ("conv", "linear")]
+    kinds = [step.kind for step in block.program]
+    scalar = [step.function.rstrip("_") for step in block.program if step.kind not in _LAYERS]
+    if module is None or block.shift or block.squeeze != "avg" or block.gate not in GATES:
         return None
-    fc1, fc2 = layers
-    if not all(isinstance(getattr(layer, "weight", None), Tensor) for layer in layers):
-        return None  # quantized, or wrapped
+    if [kind in _LAYERS for kind in kinds] != [True, False, True] or scalar[0] not in ACTIVATIONS:
+        return None
+    (w1, b1), (w2, b2) = (_weights_of(node) for node in layers)
+    if w1 is None or w2 is None or w1[0].numel() != channels or w2.shape[0] != channels:
+        return None
     shape = PartialShape(
         channels=channels,
-        hidden=fc1.weight.shape[0],
+        hidden=w1.shape[0],
         kept=channels,
-        activation=type(activation).__name__,
-        gate=gate_name,
-        bias=fc1.bias is not None and fc2.bias is not None,
+        activation=scalar[0],
+        gate=block.gate,
+        bias=b1 is not None and b2 is not None,
     )
-    if fc1.weight.shape[:2] != (shape.hidden, channels) or fc2.weight.shape[0] != channels:
-        return None
-    made = PartialExcitation(shape).to(fc1.weight.device, fc1.weight.dtype)
+    made = PartialExcitation(shape).to(w1.device, w1.dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for mine, theirs in ((made.fc1, fc1), (made.fc2, fc2)):
-            mine.weight.copy_(theirs.weight.flatten(1))
-            if shape.bias:
-                mine.bias.copy_(theirs.bias)
-        dims = block.dims if isinstance(block, SqueezeExcitation) else 2
-        x = torch.randn(2, channels, *(3,) * dims).to(fc1.weight)
-        alike = torch.allclose(made(x), copy.deepcopy(block).eval()(x), rtol=1e-4, atol=1e-5)
+        for mine, weight, bias in ((made.fc1, w1, b1), (made.fc2, w2, b2)):
+            mine.weight.copy_(weight.flatten(1))
+            if shape.bias and bias is not None:
+                mine.bias.copy_(bias)
+        x = torch.randn(2, channels, *(3,) * len(block.places)).to(w1)
+        alike = torch.allclose(made(x), copy.deepcopy(module).eval()(x), rtol=1e-4, atol=1e-5)
     return made if alike else None
+
+
+def _weights_of(node: Node) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
+    return tuple(n.tensor if isinstance(n, Node) else None for n in (weight, bias))  # type: ignore[return-value]
 
 
 def keep_channels(made: PartialExcitation, kept: Int[Tensor, " k"]) -> PartialExcitation:
@@ -153,17 +146,25 @@ def keep_channels(made: PartialExcitation, kept: Int[Tensor, " k"]) -> PartialEx
     return smaller
 
 
-def restructure(model: nn.Module, folded: dict[str, dict[str, Any]]) -> None:
+def restructure(model: nn.Module, folded: dict[str, dict[str, Any]]) -> nn.Module:
     """Give a fresh model the structure of a folded one, so that it can load its weights.
 
     Args:
         model: as it was before `fold_gates`; changed in place.
         folded: `FoldReport.structure`.
+
+    Returns:
+        The model; another object where blocks were folded in its own code.
     """
     for name, about in folded.items():
-        if about["kind"] == "removed":
+        if about["kind"] == "inline":
+            shape = about["scale"]
+            scale = None if shape is None else torch.ones(shape)
+            model = replace_product(model, Product(**about["product"]), scale)
+        elif about["kind"] == "removed":
             replace_block(model, name, None)
         elif about["kind"] == "constant":
             replace_block(model, name, ConstantScale(about["channels"]))
         else:
             replace_block(model, name, PartialExcitation(PartialShape(**about["shape"])))
+    return model

@@ -7,24 +7,33 @@ the gates of an already trained network are measured, folded and judged by the n
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from senet.anatomy.recognition import excitations
-from senet.anatomy.tracing import Trace, record
+from senet.anatomy import Anatomy, Excitation
+from senet.anatomy.example import attempt, guessed_arguments
+from senet.anatomy.excitations import anatomy, read
+from senet.anatomy.graph import Trace, evaluating, record, run
 from senet.errors import UserError
+from senet.gates.batches import split_batch
 from senet.gates.blocks import ConstantScale, as_partial, keep_channels
+from senet.gates.inline import Product, product_of, replace_product
+from senet.gates.listening import Listening
 from senet.gates.record import fingerprint
 from senet.gates.statistics import BlockStatistics, GateStatistics
 from senet.gates.targets import edits_after, edits_before
 from senet.insertion.replace import replace_block
 from senet.models.cost import count_multiply_adds, count_parameters
 
+# Of what a network with constants in the place of its gates gives, by dtype: the rounding of some
+# hundred layers whose weights were multiplied. A factor in the wrong place is far beyond.
+PROOF = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 SMALLEST_FACTOR = 1e-3  # a partly folded block divides its first layer's weights by the constants
 
 
@@ -144,13 +153,14 @@ def fold_gates(
         raise UserError("max_drop needs data to measure the accuracy on: pass loader=…")
     if max_drop is not None and not max_drop >= 0:
         raise UserError(f"max_drop must be at least 0 percentage points, got {max_drop}")
-    present = excitations(model)
-    if list(present) != list(statistics.blocks) or statistics.fingerprint != fingerprint(model):
+    example = _example(model, example_input, loader)
+    present = anatomy(model, example).excitations
+    same = list(present) == list(statistics.blocks)
+    if not same or statistics.fingerprint != fingerprint(present):
         raise UserError(
             "the statistics are of another model, or of this one before it was trained further; "
             "record them anew with senet.record_gates"
         )
-    example = _example(model, example_input, loader)
     candidates = [
         name
         for name, block in statistics.blocks.items()
@@ -161,7 +171,7 @@ def fold_gates(
     chosen = sorted(candidates, key=lambda name: harm[name])
     restored: list[str] = []
     while True:
-        folded, blocks, structure = _fold(model, statistics, tolerance, chosen, example)
+        folded, blocks, structure = _proven(model, present, statistics, tolerance, chosen, example)
         first, second = _measure(model, folded, loader, example)
         drop = 0.0 if first.top1 is None or second.top1 is None else first.top1 - second.top1
         if tried is not None:
@@ -193,13 +203,74 @@ def _example(model: nn.Module, example: Tensor | None, loader: Iterable[Any] | N
     parameter = next(model.parameters())
     if loader is not None:
         for batch in loader:
-            if len(batch[0]):
-                return batch[0][:1].to(parameter)
+            images, _ = split_batch(batch)
+            if len(images):
+                return images[:1].to(parameter)
         raise UserError("the loader gives no images to judge the folded network on")
-    size = getattr(model, "input_size", None)
-    if size is None:
-        raise UserError("example_input is needed, for instance torch.zeros(1, 3, 224, 224)")
-    return torch.zeros(1, *size).to(parameter)
+    (first,) = guessed_arguments(model, None)[0]
+    return first
+
+
+def _proven(
+    model: nn.Module,
+    present: dict[str, Excitation],
+    statistics: GateStatistics,
+    tolerance: float,
+    chosen: list[str],
+    example: Tensor,
+) -> tuple[nn.Module, list[FoldedBlock], dict[str, dict[str, Any]]]:
+    """The folded copy, whose output on the example is that of the model with constant gates.
+
+    Where it is not, the blocks at fault are found one by one and kept.
+    """
+    result = _fold(model, statistics, tolerance, chosen, example, {})
+    if _agrees(model, present, statistics, tolerance, result, example):
+        return result
+    faults = {}
+    for name in chosen:
+        alone = _fold(model, statistics, tolerance, [name], example, {})
+        if not _agrees(model, present, statistics, tolerance, alone, example):
+            faults[name] = "folding it would change the output on the example"
+    result = _fold(model, statistics, tolerance, chosen, example, faults)
+    if not _agrees(model, present, statistics, tolerance, result, example):
+        together = dict.fromkeys(chosen, "folding it would change the output on the example")
+        return _fold(model, statistics, tolerance, chosen, example, together)
+    return result
+
+
+def _agrees(
+    model: nn.Module,
+    present: dict[str, Excitation],
+    statistics: GateStatistics,
+    tolerance: float,
+    result: tuple[nn.Module, list[FoldedBlock], dict[str, dict[str, Any]]],
+    example: Tensor,
+) -> bool:
+    """Whether a folded model computes what the model does with constants in the gates' place."""
+    folded, blocks, _ = result
+    kinds = {block.name: block for block in blocks if block.kind != "kept"}
+
+    def constants(name: str, _map: Tensor, gates: Tensor) -> Tensor | None:
+        about = statistics.blocks[name]
+        if name not in kinds:
+            return None
+        still = about.variance.sqrt() <= tolerance
+        if kinds[name].kind == "partial":
+            still &= about.mean.abs() > SMALLEST_FACTOR
+        mean = about.mean.to(gates.device, gates.dtype)
+        return torch.where(still.to(gates.device), mean, gates)
+
+    with evaluating(model), torch.no_grad(), Listening(model, present, constants):
+        wanted = tree_leaves(model(example))
+    got = tree_leaves(run(folded, (example,)))
+    pairs = [
+        (a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, Tensor) and b.numel()
+    ]
+    return all(
+        float((a - b).abs().max()) <= PROOF[b.dtype] * max(float(b.abs().max()), 1e-6)
+        for a, b in pairs
+        if b.is_floating_point()
+    )
 
 
 def _fold(
@@ -208,21 +279,28 @@ def _fold(
     tolerance: float,
     chosen: list[str],
     example: Tensor,
+    faults: dict[str, str],
 ) -> tuple[nn.Module, list[FoldedBlock], dict[str, dict[str, Any]]]:
-    """A copy of the model with the chosen blocks folded."""
+    """A copy of the model with the chosen blocks folded, but for those with a fault."""
     folded = copy.deepcopy(model)
     # Factors of different blocks go into weights of their own or commute, so one trace serves all.
-    trace = record(folded, (example,))
+    seen = read(folded, attempt(lambda: record(folded, (example,)), (example,)))
     blocks: list[FoldedBlock] = []
     structure: dict[str, dict[str, Any]] = {}
+    inline: list[tuple[str, Product, Tensor | None]] = []
     for name, about in statistics.blocks.items():
-        if name not in chosen:
-            blocks.append(FoldedBlock(name, about.channels, 0, "kept", "", 0.0))
+        if name not in chosen or name in faults:
+            why = faults.get(name, "")
+            blocks.append(FoldedBlock(name, about.channels, 0, "kept", "", 0.0, why))
             continue
-        result, entry = _fold_block(folded, about, tolerance, trace)
+        result, entry = _fold_block(folded, about, tolerance, seen, inline)
         blocks.append(result)
         if entry is not None:
             structure[name] = entry
+    for name, product, scale in reversed(inline):  # a product's number counts those before it
+        folded = replace_product(folded, product, scale)
+        shape = None if scale is None else list(scale.shape)
+        structure[name] = {"kind": "inline", "product": asdict(product), "scale": shape}
     config = getattr(folded, "config", None)
     if isinstance(config, dict):  # what a checkpoint of the model is rebuilt from
         former = config.get("folded", {})
@@ -230,60 +308,71 @@ def _fold(
     return folded, blocks, structure
 
 
+def _kept(about: BlockStatistics, why: str) -> FoldedBlock:
+    return FoldedBlock(about.name, about.channels, 0, "kept", "", 0.0, why)
+
+
 def _fold_block(
-    model: nn.Module, about: BlockStatistics, tolerance: float, trace: Trace
+    model: nn.Module,
+    about: BlockStatistics,
+    tolerance: float,
+    seen: Anatomy,
+    inline: list[tuple[str, Product, Tensor | None]],
 ) -> tuple[FoldedBlock, dict[str, Any] | None]:
-    block = model.get_submodule(about.name)
+    block = seen.excitations[about.name]
     constant = about.variance.sqrt() <= tolerance
-    calls = trace.calls_of(block)
-    alone = len(calls) == 1 and len(calls[0].inputs) == 1
-    if bool(constant.all()):
-        factor = about.mean
-        edits, into = None, ""
-        if alone:
-            into, edits = "before", edits_before(trace, calls[0], factor)
-            if edits is None:
-                into, edits = "after", edits_after(trace, calls[0], factor)
-        bound = _loss_bound(about, tolerance)
+    if block.shift:
+        return _kept(about, "it also adds something"), None
+    if not bool(constant.all()):
+        return _fold_part(model, about, constant, seen.trace, block)
+    factor, first = about.mean, block.occurrences[0]
+    product = None if block.module is not None else product_of(model, seen.trace, first)
+    if isinstance(product, str):
+        return _kept(about, product), None
+    edits, into = None, ""
+    if len(block.occurrences) == 1:
+        into, edits = "before", edits_before(seen.trace, first, factor)
         if edits is None:
-            scale = ConstantScale(about.channels)
-            scale.scale.copy_(factor)
-            replace_block(model, about.name, scale.to(next(model.parameters()).device))
-            why = "no layer around it could take the factors"
-            kind = "constant"
-            done = FoldedBlock(about.name, about.channels, about.channels, kind, "", bound, why)
-            return done, {"kind": kind, "channels": about.channels}
-        for edit in edits:
-            edit()
+            into, edits = "after", edits_after(seen.trace, first, factor)
+    for edit in edits or ():
+        edit()
+    bound = _loss_bound(about, tolerance)
+    kind, into, why = "removed", into, ""
+    if edits is None:
+        kind, into, why = "constant", "", "no layer around it could take the factors"
+    done = FoldedBlock(about.name, about.channels, about.channels, kind, into, bound, why)
+    if product is not None:
+        scale = None if edits is not None else first.constants(factor)
+        inline.append((about.name, product, scale))
+        return done, None
+    if edits is not None:
         replace_block(model, about.name, None)
-        done = FoldedBlock(about.name, about.channels, about.channels, "removed", into, bound)
-        return done, {"kind": "removed"}
-    return _fold_part(model, about, constant, trace, alone)
+        return done, {"kind": kind}
+    scale_ = ConstantScale(about.channels)
+    scale_.scale.copy_(factor)
+    replace_block(model, about.name, scale_.to(next(model.parameters()).device))
+    return done, {"kind": kind, "channels": about.channels}
 
 
 def _fold_part(
-    model: nn.Module, about: BlockStatistics, constant: Tensor, trace: Trace, alone: bool
+    model: nn.Module, about: BlockStatistics, constant: Tensor, trace: Trace, block: Excitation
 ) -> tuple[FoldedBlock, dict[str, Any] | None]:
-    block = model.get_submodule(about.name)
-
-    def kept(why: str) -> tuple[FoldedBlock, None]:
-        return FoldedBlock(about.name, about.channels, 0, "kept", "", 0.0, why), None
-
-    made = as_partial(block, about.channels)
+    made = as_partial(block)
     if made is None:
-        return kept(f"{type(block).__name__} folds as a whole only")
-    if not alone:
-        return kept("it runs more than once")
+        kind = type(block.module).__name__ if block.module is not None else "a block in other code"
+        return _kept(about, f"{kind} folds as a whole only"), None
+    if len(block.occurrences) > 1:
+        return _kept(about, "it runs more than once"), None
     constant = constant & (about.mean.abs() > SMALLEST_FACTOR)
     if not bool(constant.any()):
-        return kept("the constants are 0")
+        return _kept(about, "the constants are 0"), None
     factor = torch.where(constant, about.mean, 1)
-    call = trace.calls_of(block)[0]
-    into, edits = "before", edits_before(trace, call, factor)
+    first = block.occurrences[0]
+    into, edits = "before", edits_before(trace, first, factor)
     if edits is None:
-        into, edits = "after", edits_after(trace, call, factor)
+        into, edits = "after", edits_after(trace, first, factor)
     if edits is None:
-        return kept("no layer around it could take the factors")
+        return _kept(about, "no layer around it could take the factors"), None
     for edit in edits:
         edit()
     smaller = keep_channels(made, torch.nonzero(~constant)[:, 0])
@@ -303,7 +392,10 @@ def _measure(
     """Both networks over the same batches, alternately, so that their speeds compare."""
     models = (original, folded)
     sizes = [
-        (count_parameters(model), count_multiply_adds(model, tuple(example.shape[1:])))
+        (
+            count_parameters(model),
+            count_multiply_adds(model, tuple(example.shape[1:]), batch=len(example)),
+        )
         for model in models
     ]
     if loader is None:
@@ -316,12 +408,13 @@ def _measure(
     try:
         with torch.no_grad():
             for batch in loader:
-                if isinstance(batch, Tensor) or len(batch) < 2:
+                x, labels = split_batch(batch)
+                if labels is None:
                     raise UserError("the loader gives no class numbers to judge the accuracy by")
-                x, labels = batch[0].to(device), batch[1].to(device)
+                x, labels = x.to(device), labels.to(device)
                 for index, model in enumerate(models):
                     began = time.perf_counter()
-                    logits = model(x).float()
+                    logits = _logits(model(x)).float()
                     seconds[index] += time.perf_counter() - began
                     loss[index] += float(F.cross_entropy(logits, labels, reduction="sum"))
                     correct[index] += int((logits.argmax(1) == labels).sum())
@@ -336,3 +429,13 @@ def _measure(
         for i in (0, 1)
     )
     return first, second
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits (N,K): what a network returns, or what Hugging Face's output names so."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits")
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise UserError("the accuracy needs a network that returns logits (N, classes)")
+    return logits

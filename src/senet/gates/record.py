@@ -1,25 +1,23 @@
 """Record what the gates of SE blocks do over a data set, in constant memory."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from senet.anatomy.recognition import excitations
+from senet.anatomy import Excitation, excitations
+from senet.anatomy.graph import evaluating
 from senet.errors import SenetError, UserError
 from senet.gates.accumulators import Histogram, Moments, TopImages
+from senet.gates.batches import split_batch
+from senet.gates.listening import Listening
 from senet.gates.statistics import BlockStatistics, GateStatistics
-from senet.nn.block import IdentitySigmoid, SqueezeExcitation
-from senet.nn.hooks import expected_hooks
 
 BINS, CLASS_BINS = 256, 64
 CLASS_HISTOGRAM_BYTES = 2**28
 SATURATED = 0.05  # share of the gate's range that counts as its end
-# Submodules that give the gates in other libraries' blocks, else the last one of the block.
-_GATE_NAMES = ("gate", "scale_activation", "sigmoid", "hsigmoid", "hard_sigmoid")
 
 
 def record_gates(
@@ -32,16 +30,18 @@ def record_gates(
 ) -> GateStatistics:
     """Run a model over a data set and gather statistics of all gates.
 
-    SE blocks are those of this package, of torchvision and of timm, and modules named alike. The
+    SE blocks are whatever `senet.anatomy.excitations` finds, of any library, with the first image
+    as example. A gate is what the map is multiplied by, checked once against output ÷ input. The
     memory needed does not depend on the number of images.
 
     Args:
         model: the network; runs where it is, in evaluation mode, its mode is restored.
-        loader: batches (images, labels, …), images (N,C,*) and class numbers (N,); or images
-            alone, which count as one class. It must not shuffle, for the images that open a
-            channel most are named by their position.
+        loader: batches (images, labels, …), images (N,C,*) and class numbers (N,); dicts of
+            `pixel_values` or `image`, `images` with `labels` or `label`; or images alone, which
+            count as one class. It must not shuffle, for the images that open a channel most are
+            named by their position.
         classes: names of the classes; by default `loader.dataset.classes`, else "all" for one
-            class, else the numbers up to the model's outputs.
+            class, else the numbers up to the model's outputs or the largest label.
         top: images kept for each channel.
         seen: hears of the images of each batch.
 
@@ -49,41 +49,46 @@ def record_gates(
         UserError: the model has no SE blocks, or the loader no images, or a label has no class.
         SenetError: a block does not show its gates.
     """
-    blocks = excitations(model)
+    if top < 1:
+        raise UserError(f"top must be at least 1, got {top}")
+    names = tuple(classes) if classes is not None else _class_names(loader)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    recorder: _Recorder | None = None
+    listening: Listening | None = None
+    for batch in loader:
+        images, labels = split_batch(batch)
+        if not len(images):
+            continue
+        images = images.to(device)
+        if recorder is None or listening is None:
+            blocks = _blocks(model, images)
+            recorder = _Recorder(blocks, names, _outputs(model), top)
+            listening = Listening(model, blocks, recorder.seen)
+        recorder.begin(len(images), labels)
+        with evaluating(model), torch.no_grad(), listening:
+            model(images)
+        if seen is not None:
+            seen(len(images))
+    if recorder is None:
+        raise UserError("the loader gives no images; gates need at least one")
+    return GateStatistics(
+        recorder.finished(), recorder.classes, recorder.images, fingerprint(recorder.blocks)
+    )
+
+
+def _blocks(model: nn.Module, images: Tensor) -> dict[str, Excitation]:
+    try:
+        blocks = excitations(model, images[:1])
+    except UserError:  # an exported program may take batches of one size only
+        if len(images) == 1:
+            raise
+        blocks = excitations(model, images)
     if not blocks:
         raise UserError(
             f"{type(model).__name__} has no SE blocks whose gates could be recorded; "
             "senet.insert puts some into it"
         )
-    if top < 1:
-        raise UserError(f"top must be at least 1, got {top}")
-    names = tuple(classes) if classes is not None else _class_names(loader)
-    recorder = _Recorder(blocks, names, top)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with recorder.listening(), torch.no_grad(), expected_hooks():
-            for batch in loader:
-                images, labels = _split(batch)
-                recorder.begin(len(images), labels, model)
-                model(images.to(device))
-                if seen is not None:
-                    seen(len(images))
-    finally:
-        model.train(training)
-    if not recorder.images:
-        raise UserError("the loader gives no images; gates need at least one")
-    return GateStatistics(
-        recorder.finished(), recorder.classes, recorder.images, fingerprint(model)
-    )
-
-
-def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch, None
-    images, labels = batch[0], batch[1] if len(batch) > 1 else None
-    return images, labels
+    return blocks
 
 
 def _class_names(loader: Iterable[Any]) -> tuple[str, ...]:
@@ -91,130 +96,112 @@ def _class_names(loader: Iterable[Any]) -> tuple[str, ...]:
     return tuple(map(str, names)) if names is not None else ()
 
 
-def fingerprint(model: nn.Module) -> str:
+def _outputs(model: nn.Module) -> int:
+    """Number of classes that a model says it tells apart; 0 where it says nothing."""
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return int(config.get("num_classes") or 0)
+    return int(getattr(config, "num_labels", 0) or getattr(model, "num_classes", 0) or 0)
+
+
+def fingerprint(blocks: Mapping[str, Excitation]) -> str:
     """A digest of the names and weights of all SE blocks: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, block in excitations(model).items():
+    for name, block in blocks.items():
         digest.update(name.encode())
-        for key, tensor in block.state_dict().items():
+        module = block.module
+        weights = block.weights if module is None else module.state_dict()
+        for key, tensor in weights.items():
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def gate_of(block: nn.Module) -> nn.Module:
-    """The submodule of an SE block whose output are its gates.
-
-    Raises:
-        SenetError: the block has no submodules.
-    """
-    for name in _GATE_NAMES:
-        gate = getattr(block, name, None)
-        if isinstance(gate, nn.Module):
-            return gate
-    leaves = [m for m in block.modules() if m is not block and not list(m.children())]
-    if not leaves:
-        raise SenetError(f"{type(block).__name__} has no submodule that gives its gates")
-    return leaves[-1]
-
-
-def gate_limits(gate: nn.Module) -> tuple[float, float] | None:
-    """Smallest and largest value of a gate function; None where it is unbounded or unknown."""
-    if isinstance(gate, IdentitySigmoid):
-        return 0.0, 2.0
-    name = type(gate).__name__.lower()
-    if "tanh" in name and "hard" not in name:
-        return -1.0, 1.0
-    return (0.0, 1.0) if "sigm" in name else None
-
-
 class _Recorder:
-    """Forward hooks on all SE blocks, and what they have seen."""
+    """What all SE blocks have shown.
 
-    def __init__(self, blocks: dict[str, nn.Module], classes: tuple[str, ...], top: int) -> None:
+    Args:
+        blocks: the SE blocks.
+        classes: names of the classes; empty where the labels tell them.
+        outputs: number of classes then, as far as known.
+        top: images kept for each channel.
+    """
+
+    def __init__(
+        self, blocks: dict[str, Excitation], classes: tuple[str, ...], outputs: int, top: int
+    ) -> None:
         self.blocks, self.classes, self.top = blocks, classes, top
+        self.named, self.outputs = bool(classes), outputs
         self.images = 0
         self.labels = torch.empty(0, dtype=torch.long)
         self.statistics: dict[str, BlockStatistics] = {}
-        self.maps: dict[str, Tensor] = {}
-        self.places: dict[str, tuple[int, ...]] = {}
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hooks on while the context is open."""
-        handles = []
-        for name, block in self.blocks.items():
-            handles += [
-                block.register_forward_pre_hook(
-                    lambda _module, inputs, name=name: self._map(name, inputs[0])
-                ),
-                gate_of(block).register_forward_hook(
-                    lambda _module, _inputs, output, name=name: self._gates(name, output)
-                ),
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def begin(self, images: int, labels: Tensor | None, model: nn.Module) -> None:
+    def begin(self, images: int, labels: Tensor | None) -> None:
         """A batch is about to go through the model."""
         if labels is None:
             labels = torch.zeros(images, dtype=torch.long)
             self.classes = self.classes or ("all",)
-        if not self.classes:
-            count = getattr(model, "config", {}).get("num_classes") or int(labels.max()) + 1
-            self.classes = tuple(str(number) for number in range(count))
-        self.labels = labels.cpu()
-        if images and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            self.named = True
+        self.labels = labels.cpu().long()
+        if self.labels.shape != (images,):
             raise UserError(
-                f"label {int(self.labels.max())} has no class: there are {len(self.classes)}; "
+                f"labels must be class numbers ({images},), got shape {tuple(self.labels.shape)}"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if not self.named:
+            self._grow(max(high + 1, self.outputs))
+        if low < 0 or high >= len(self.classes):
+            raise UserError(
+                f"label {high if low >= 0 else low} has no class: there are {len(self.classes)}; "
                 "name all classes by classes=[…]"
             )
         self.images += images
 
-    def _map(self, name: str, x: Tensor) -> None:
-        self.places[name] = tuple(x.shape[2:])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.maps[name] = x.abs().to(wide).flatten(2).mean(2).double().cpu()
+    def _grow(self, count: int) -> None:
+        """Numbers as names up to `count` classes: data sorted by class tell them bit by bit."""
+        if count <= len(self.classes):
+            return
+        self.classes = tuple(str(number) for number in range(count))
+        for block in self.statistics.values():
+            block.moments.grow(count)
+            if block.class_histogram is not None and self._fits():
+                block.class_histogram.grow(count)
+            else:
+                block.class_histogram = None
 
-    def _gates(self, name: str, output: Tensor) -> None:
-        gates = output.detach().double().cpu()
-        magnitude = self.maps.get(name)
-        if magnitude is None or gates.shape[0] != len(self.labels):
-            raise SenetError(f"{name} does not show its gates: no map and gates for each image")
-        if gates.ndim > 2 and isinstance(self.blocks[name], SqueezeExcitation):
-            gates = gates.flatten(1, -2).mean(1)  # squeeze="none": a gate for each position
-        elif gates.ndim > 2:
-            gates = gates.flatten(2).mean(2)
-        if gates.shape != magnitude.shape:
+    def seen(self, name: str, map_: Tensor, gates: Tensor) -> None:
+        """Gates (N,C) of a block, and the map (N,C,*) that they scale."""
+        wide = torch.promote_types(map_.dtype, torch.float32)
+        magnitude = map_.abs().to(wide).flatten(2).mean(2).double().cpu()
+        gates = gates.double().cpu()
+        if len(gates) != len(self.labels):
             raise SenetError(
-                f"{name} does not show its gates: expected {tuple(magnitude.shape)} of "
-                f"{type(gate_of(self.blocks[name])).__name__}, got {tuple(output.shape)}"
+                f"{name} does not show its gates: {len(gates)} for {len(self.labels)} images"
             )
         if name not in self.statistics:
-            self.statistics[name] = self._empty(name, magnitude.shape[1])
+            self.statistics[name] = self._empty(name, tuple(map_.shape[2:]))
         self._add(self.statistics[name], gates, magnitude)
 
-    def _empty(self, name: str, channels: int) -> BlockStatistics:
-        block, gate = self.blocks[name], gate_of(self.blocks[name])
-        limits, count = gate_limits(gate), len(self.classes)
-        span = limits or (0.0, 1.0)
-        everything = sum(_channels(module) for module in self.blocks.values())
-        fits = count * everything * CLASS_BINS * 4 <= CLASS_HISTOGRAM_BYTES
+    def _fits(self) -> bool:
+        """Whether histograms by class fit the memory."""
+        everything = sum(block.channels for block in self.blocks.values())
+        return len(self.classes) * everything * CLASS_BINS * 4 <= CLASS_HISTOGRAM_BYTES
+
+    def _empty(self, name: str, places: tuple[int, ...]) -> BlockStatistics:
+        block, count = self.blocks[name], len(self.classes)
+        channels, span = block.channels, block.limits or (0.0, 1.0)
         zeros = torch.zeros(channels, dtype=torch.float64)
+        by_class = Histogram.zeros((count, channels, CLASS_BINS), span) if self._fits() else None
         return BlockStatistics(
             name=name,
             channels=channels,
-            gate=block.gate_name
-            if isinstance(block, SqueezeExcitation)
-            else type(gate).__name__.lower(),
-            limits=limits,
-            places=self.places[name],
+            gate=block.gate,
+            limits=block.limits,
+            hidden=block.hidden,
+            places=places,
             moments=Moments.zeros(count, channels),
             histogram=Histogram.zeros((channels, BINS), span),
-            class_histogram=Histogram.zeros((count, channels, CLASS_BINS), span) if fits else None,
+            class_histogram=by_class,
             low=zeros.clone(),
             high=zeros.clone(),
             smallest=torch.full_like(zeros, torch.inf),
@@ -248,8 +235,3 @@ class _Recorder:
             if name not in self.statistics:
                 raise SenetError(f"the gates of {name} were not computed in the forward pass")
         return {name: self.statistics[name] for name in self.blocks}
-
-
-def _channels(block: nn.Module) -> int:
-    """Number of gates of a block, as far as its layers tell: the largest dimension of a weight."""
-    return max((max(p.shape) for p in block.parameters() if p.ndim > 1), default=1)

@@ -35,6 +35,7 @@ class BlockStatistics:
         channels: C.
         gate: name of the gate function, as far as known.
         limits: smallest and largest value of the gate function; None for an unbounded one.
+        hidden: hidden width of the block; None where there is one layer or none.
         places: spatial size of the map that is scaled, of the first batch.
         moments: count, mean and variance of each gate by class, (K,C).
         histogram: of each gate over all images, for quantiles, (C,B).
@@ -50,6 +51,7 @@ class BlockStatistics:
     channels: int
     gate: str
     limits: tuple[float, float] | None
+    hidden: int | None
     places: tuple[int, ...]
     moments: Moments
     histogram: Histogram
@@ -191,6 +193,7 @@ class GateStatistics:
                     "channels": block.channels,
                     "gate": block.gate,
                     "limits": block.limits,
+                    "hidden": block.hidden,
                     "places": block.places,
                     "range": block.histogram.range,
                     "class_range": block.class_histogram and block.class_histogram.range,
@@ -255,6 +258,7 @@ def _block(about: dict[str, Any], tensors: dict[str, Tensor]) -> BlockStatistics
         channels=about["channels"],
         gate=about["gate"],
         limits=None if limits is None else (limits[0], limits[1]),
+        hidden=about.get("hidden"),
         places=tuple(about["places"]),
         moments=Moments(*(tensors[f"moments.{key}"] for key in ("count", "mean", "squares"))),
         histogram=Histogram(tensors["histogram"], tuple(about["range"])),

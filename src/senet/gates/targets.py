@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from senet.anatomy.tracing import Call, Node, Trace
+from senet.anatomy.excitations import Occurrence
+from senet.anatomy.graph import Node, Trace
+from senet.anatomy.layers import layer_of
 
 Edit = Callable[[], None]
 """Changes weights in place; made only where all edits of a factor are possible."""
@@ -15,28 +17,28 @@ _PASSED = ("permute", "reshape", "same", "dropout", "average_pool")
 _HOMOGENEOUS = ("leaky_relu", "leaky_relu_", "prelu")  # f(k·x) = k·f(x) for k > 0
 
 
-def edits_before(trace: Trace, call: Call, factor: Float[Tensor, " c"]) -> list[Edit] | None:
-    """Edits that multiply the channels of what a module call reads by `factor`, or None.
+def edits_before(trace: Trace, block: Occurrence, factor: Float[Tensor, " c"]) -> list[Edit] | None:
+    """Edits that multiply the channels of the map that a block scales by `factor`, or None.
 
     The map must be read by nothing else, for others would see it scaled.
 
     Args:
         trace: the forward pass.
-        call: of the SE block.
+        block: the SE block in it.
         factor: one number a channel.
     """
-    source = call.inputs[0]
-    if source.is_output or any(call not in user.calls for user in source.users):
+    source = block.map
+    if source.is_output or not block.inside.issuperset(source.users):
         return None
-    return _before(trace, source, factor)
+    return _before(trace, source, factor) if _same_channels(source, factor) else None
 
 
-def edits_after(trace: Trace, call: Call, factor: Float[Tensor, " c"]) -> list[Edit] | None:
-    """Edits of what reads a module call's output that multiply its channels by `factor`, or None.
+def edits_after(trace: Trace, block: Occurrence, factor: Float[Tensor, " c"]) -> list[Edit] | None:
+    """Edits of what reads a block's output that multiply its channels by `factor`, or None.
 
     Convolutions and linear layers take a factor into the weights of their input channels.
     """
-    return None if call.output is None else _after(trace, call.output, factor)
+    return _after(trace, block.end, factor) if _same_channels(block.end, factor) else None
 
 
 def _before(trace: Trace, node: Node, factor: Tensor) -> list[Edit] | None:
@@ -79,32 +81,20 @@ def _same_channels(node: Node, factor: Tensor) -> bool:
     return node.channel_dim is not None and node.channels == len(factor)
 
 
-def _module_of(trace: Trace, node: Node) -> nn.Module | None:
-    """The layer that computes a node from its own weight and runs only there."""
-    if not node.calls:
-        return None
-    module = node.calls[-1].module
-    weight = getattr(module, "weight", None)
-    own = isinstance(weight, nn.Parameter) and any(n.tensor is weight for n in node.inputs)
-    return module if own and len(trace.calls_of(module)) == 1 else None
-
-
 def _own_weights(trace: Trace, node: Node, factor: Tensor) -> Edit | None:
     """The edit of the layer whose output this is: convolution, linear layer or affine norm."""
-    if node.kind not in ("conv", "linear", "norm", "norm_last"):
+    layer = layer_of(trace, node)
+    if layer is None or not _same_channels(node, factor):
         return None
-    module = _module_of(trace, node)
-    if module is None or not _same_channels(node, factor):
-        return None
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    if weight.shape[0] != len(factor) or (node.kind.startswith("norm") and bias is None):
+    weight, bias = layer.weight, layer.bias
+    norm = node.kind.startswith("norm")
+    if weight.shape[0] != len(factor) or (norm and bias is None):
         return None
 
     @torch.no_grad()
     def edit() -> None:
         weight.mul_(factor.to(weight).view(-1, *(1,) * (weight.ndim - 1)))
-        if isinstance(bias, Tensor):
+        if bias is not None:
             bias.mul_(factor.to(bias))
 
     return edit
@@ -145,11 +135,10 @@ def _flattened(node: Node, user: Node, factor: Tensor) -> bool:
 
 
 def _input_weights(trace: Trace, node: Node, factor: Tensor) -> Edit | None:
-    module = _module_of(trace, node)
-    if module is None:
+    layer = layer_of(trace, node)
+    if layer is None:
         return None
-    weight, groups = module.weight, node.groups
-    assert isinstance(weight, Tensor)
+    weight, groups = layer.weight, node.groups
     if weight.ndim < 2 or weight.shape[1] * groups != len(factor):
         return None
 
@@ -163,17 +152,16 @@ def _input_weights(trace: Trace, node: Node, factor: Tensor) -> Edit | None:
 
 def _input_statistics(trace: Trace, node: Node, factor: Tensor) -> Edit | None:
     """A batch norm of k·x in evaluation mode is one of x with weight·k and mean/k."""
-    module = _module_of(trace, node)
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+    layer = layer_of(trace, node)
+    if layer is None or layer.mean is None:
         return None
-    if len(factor) != module.num_features or not bool((factor.abs() > 1e-6).all()):
+    weight, mean = layer.weight, layer.mean
+    if len(factor) != len(weight) or not bool((factor.abs() > 1e-6).all()):
         return None
 
     @torch.no_grad()
     def edit() -> None:
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-        assert module.running_mean is not None
-        module.weight.mul_(factor.to(module.weight))
-        module.running_mean.div_(factor.to(module.running_mean))
+        weight.mul_(factor.to(weight))
+        mean.div_(factor.to(mean))
 
     return edit

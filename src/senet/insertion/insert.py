@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from senet.anatomy.tracing import Trace, record, run
+from senet.anatomy.example import attempt, example_arguments
+from senet.anatomy.graph import Trace, record, run
 from senet.errors import SenetError, UserError
 from senet.insertion.places import (
     Refused,
@@ -94,15 +95,15 @@ def insert(
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     chosen = None if stages is None else tuple(stages)
-    arguments = _example_arguments(model, example_input)
+    arguments = example_arguments(model, example_input)
     own = isinstance(model, Network) and isinstance(where, str) and where in ("auto", "residual")
     skipped: tuple[tuple[str, str], ...] = ()
     if own:
         assert isinstance(model, Network)
-        before = _attempt(lambda: run(model, arguments), arguments)
+        before = attempt(lambda: run(model, arguments), arguments)
         places = twin_places(model, reduction, gate, chosen)
     else:
-        trace = _attempt(lambda: record(model, arguments), arguments)
+        trace = attempt(lambda: record(model, arguments), arguments)
         before = trace.result
         places, skipped = _traced_places(model, trace, where, reduction, chosen)
     attach(model, places, gate=gate)
@@ -167,48 +168,6 @@ def _check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None
                 f"{type(optimizer).__name__} trains no parameter of this model; pass the "
                 "optimizer that was made from model.parameters()"
             )
-
-
-def _example_arguments(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    """What the model is called with: the example, or zeros of the model's own input size.
-
-    Raises:
-        UserError: there is no example, and the model says no size.
-    """
-    if isinstance(example, tuple):
-        return example
-    if example is not None:
-        return (example,)
-    size = getattr(model, "input_size", None)
-    if size is None:
-        for name in ("pretrained_cfg", "default_cfg"):  # timm
-            config = getattr(model, name, None)
-            if isinstance(config, Mapping) and "input_size" in config:
-                size = config["input_size"]
-    if size is None:
-        raise UserError(
-            f"example_input is needed for {type(model).__name__}, for instance "
-            "torch.zeros(1, 3, 224, 224)"
-        )
-    parameter = next(model.parameters(), torch.empty(0))
-    return (torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype),)
-
-
-def _attempt(action: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-    """The result of an action that runs the model on `arguments`.
-
-    Raises:
-        UserError: the model does not take them.
-    """
-    try:
-        return action()
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"the model does not take example_input of shape {', '.join(map(str, shapes))}: "
-            f"{reason[0]}"
-        ) from error
 
 
 def attach(model: nn.Module, places: Sequence[Place], *, gate: str) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from senet.anatomy.recognition import is_channel_attention
-from senet.anatomy.tracing import Call, Node, Trace
+from senet.anatomy.excitations import BRANCHES, Occurrence, name_of, products
+from senet.anatomy.graph import Call, Node, Trace
 
 _PASSED = ("dropout", "permute", "reshape", "same", "part")
 _MOVED = ("permute", "reshape", "same")
@@ -81,6 +81,7 @@ class _Finder:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.masks = trace.ancestors()
+        self.products = products(trace)
         self.convs = sum(1 << node.index for node in trace.nodes if node.kind == "conv")
         self.resizes = sum(1 << n.index for n in trace.nodes if n.kind in ("resize", "deconv"))
 
@@ -123,16 +124,13 @@ class _Finder:
         )
 
     def attention_in(self, nodes: Iterable[Node]) -> str | None:
-        """Name of an SE block (or other channel attention) among these nodes."""
+        """Name of an SE block (or a choice between branches by channel) among these nodes."""
         for node in nodes:
-            for call in node.calls:
-                if is_channel_attention(call.module):
-                    return f"{call.name} ({type(call.module).__name__})"
-            if node.kind == "mul" and len(node.sources) == 2 and _is_gated(node):
-                call = node.calls[-1]
-                if "norm" in type(call.module).__name__.lower():
-                    continue  # GlobalResponseNorm divides by what the map itself measures
-                return f"{call.name or 'the model'} ({type(call.module).__name__})"
+            seen = self.products.get(node)
+            if isinstance(seen, Occurrence):
+                return name_of(seen)
+            if seen == BRANCHES:
+                return f"{node.calls[-1].name} ({type(node.calls[-1].module).__name__})"
         return None
 
     def owner(self, nodes: Iterable[Node], wanted: set[Node]) -> tuple[Call, Node] | str:
@@ -147,27 +145,6 @@ class _Finder:
                     return call, node
                 why = f"{call.name} is called {len(others) + 1} times, also where no SE belongs"
         return why
-
-
-def _is_gated(node: Node) -> bool:
-    """Whether this product scales a map's channels by numbers made of a map."""
-    for gate, scaled in (node.sources, node.sources[::-1]):
-        source = gate
-        while len(source.sources) == 1 and source.kind in ("same", "other", *_ACTIVATIONS):
-            if source.is_map and set(source.places) == {1}:
-                break
-            source = source.sources[0]
-        if (
-            scaled.is_map
-            and scaled.channel_dim is not None
-            and source.is_map
-            and source.channel_dim is not None
-            and set(source.places) == {1}
-            and set(scaled.places) != {1}
-            and source.channels == scaled.channels
-        ):
-            return True
-    return False
 
 
 def _described(node: Node) -> str:
@@ -310,6 +287,7 @@ def automatic_sites(trace: Trace) -> Sites:
 
 def named_sites(trace: Trace, modules: Mapping[str, nn.Module]) -> Sites:
     """The outputs of these modules, by name; the reason for each that returns no map."""
+    finder = _Finder(trace)
     found, skipped = [], []
     for name, module in modules.items():
         calls = trace.calls_of(module)
@@ -318,8 +296,8 @@ def named_sites(trace: Trace, modules: Mapping[str, nn.Module]) -> Sites:
             skipped.append((name, "it is not called in a forward pass"))
         elif node is None or not node.is_map:
             skipped.append((name, "it does not return one feature map (N,C,*)"))
-        elif is_channel_attention(calls[0].module):
-            raise Refused(f"{name} ({type(calls[0].module).__name__})")
+        elif (present := finder.attention_in([node])) is not None:
+            raise Refused(present)
         else:
             found.append(Site(calls[0], node, "named"))
     return Sites(tuple(found), tuple(skipped))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from senet.anatomy.recognition import excitations
+from senet.anatomy.excitations import excitations
 from senet.errors import UserError
 from senet.insertion.report import Place
 from senet.models import Network, build_model
@@ -49,7 +49,8 @@ def twin_places(
         )
     twin = _twin(model, **_options(model, reduction, gate, chosen))
     places = []
-    for name, se in excitations(twin).items():
+    for name, excitation in excitations(twin).items():
+        se = excitation.module
         assert isinstance(se, SqueezeExcitation)
         holder, _, child = name.rpartition(".")
         slot = model.get_submodule(holder)

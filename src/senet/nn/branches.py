@@ -44,10 +44,11 @@ def joined(
         maps.append(x)
         norms.append(norm)
         training.append(own)
-    if apart:
+    fused = se is not None and not apart and fusable(se)
+    if apart or not (fused or any(norms)):  # nothing is left for the operator
         y = torch.cat(maps, 1)
         return y if se is None else se(y)
-    if se is None or not fusable(se):
+    if se is None or not fused:
         y = ops.bn_relu_concat_se(maps, norms, training=training)
         return y if se is None else se(y)
     gate = gate_parameters(se)

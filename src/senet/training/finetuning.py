@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from senet.anatomy.recognition import excitations
+from senet.anatomy import excitations
 from senet.checkpoint.files import is_described, model_for_weights, open_checkpoint
 from senet.data import ImageData, Preprocessing
 from senet.errors import UserError
@@ -104,11 +104,18 @@ def freeze(model: nn.Module, train: Trained) -> list[nn.Module]:
     """
     if train == "all":
         return []
-    trained = [] if train == "head" else list(excitations(model).values())
+    trained: dict[int, Tensor] = {}
+    if train != "head":
+        for block in excitations(model).values():
+            trained |= {id(tensor): tensor for tensor in block.weights.values()}
     if train in ("se+head", "head"):
-        trained.append(head_of(model)[1])
-    kept = {id(module) for each in trained for module in each.modules()}
+        trained |= {id(parameter): parameter for parameter in head_of(model)[1].parameters()}
     model.requires_grad_(False)
-    for each in trained:
-        each.requires_grad_(True)
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in kept]
+    for tensor in trained.values():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and not any(id(t) in trained for t in (*module.parameters(), *module.buffers()))
+    ]

@@ -1,27 +1,29 @@
 """What a model does in one forward pass: its operations, who feeds whom, in which module.
 
-torch.fx cannot follow control flow, and what it gives has no shapes; recording one real pass works
-for any model. The functions that PyTorch is asked for become nodes, and hooks tell in which module
-call each one happened.
+torch.fx cannot follow control flow, and what it gives has no shapes; recording one pass works for
+any model, graph modules and exported programs among them. The functions that PyTorch is asked for
+become nodes, and hooks tell in which module call each one happened.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from senet.anatomy.positions import moved_order, reads_positions
 from senet.nn.hooks import expected_hooks
 
 # Names of torch functions and Tensor methods, by what they do to a map.
 _KINDS = {
-    "conv": ("conv1d", "conv2d", "conv3d"),
+    "conv": ("conv1d", "conv2d", "conv3d", "convolution", "_conv_forward"),
     "deconv": ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    "linear": ("linear", "matmul", "__matmul__", "bmm"),
+    "linear": ("linear", "matmul", "__matmul__", "bmm", "addmm", "mm"),
     "norm": ("batch_norm", "group_norm", "instance_norm"),
     "norm_last": ("layer_norm", "rms_norm"),
     "add": ("add", "add_", "__add__", "__radd__", "__iadd__"),
@@ -32,9 +34,13 @@ _KINDS = {
         *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
         *("feature_dropout", "feature_alpha_dropout"),
     ),
-    "permute": ("permute", "transpose", "movedim", "swapaxes"),
-    "reshape": ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    "same": ("contiguous", "clone", "to", "type", "float", "half", "type_as", "detach", "alias"),
+    "permute": ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "T", "mT", "t"),
+    "reshape": ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"),
+    "expand": ("expand", "expand_as", "broadcast_to", "repeat", "tile"),
+    "same": (
+        *("contiguous", "clone", "to", "_to_copy", "type", "float", "half", "type_as", "detach"),
+        *("alias", "double", "bfloat16", "data", "lift_fresh_copy", "identity"),
+    ),
     "part": ("__getitem__", "chunk", "split", "narrow", "unbind", "tensor_split", "select"),
     "relu": ("relu", "relu_"),
     "activation": (
@@ -55,6 +61,24 @@ _KINDS = {
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 # Methods that may give back the very tensor they got.
 _NOTHING = ("to", "contiguous", "type", "float", "type_as", "requires_grad_")
+# What takes nothing but shape, dtype and device of its tensor: its result is a constant.
+_LIKE_SECOND = ("expand_as", "view_as", "reshape_as", "type_as")  # nor this of its second tensor
+_SHAPED_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a product of two tensors happens; the same in each forward pass.
+
+    Attributes:
+        module: dotted name of the innermost module around it.
+        call: which call of this module, from 0.
+        product: which product in this call, from 0, those in submodules counted.
+    """
+
+    module: str
+    call: int
+    product: int
 
 
 @dataclass(eq=False)
@@ -73,6 +97,13 @@ class Node:
         users: operations that read it.
         channel_dim: position of the channels, None where unknown.
         arguments: its arguments that are no tensors.
+        function: what was called.
+        args: its positional arguments, nodes in the place of tensors.
+        kwargs: its other arguments, likewise.
+        positions: dimensions that hold the positions of a map; () once they were reduced.
+        reduced: whether it depends on maps only through a reduction over all their positions.
+        site: where a product happens, see `Site`; None for anything else.
+        seconds: how long the call took.
         stride: of a convolution, the largest; 1 otherwise.
         groups: of a convolution; 1 otherwise.
         is_output: whether the model returns it.
@@ -93,6 +124,16 @@ class Node:
     groups: int = 1
     is_output: bool = False
     tensor: Tensor | None = None
+    function: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    positions: tuple[int, ...] = ()
+    reduced: bool = False
+    site: "Site | None" = None
+    seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"{self.name or self.kind}_{self.index} {self.shape}"  # not the graph around it
 
     @property
     def moving(self) -> bool:
@@ -134,12 +175,19 @@ class Call:
         name: its dotted name, "" for the model itself.
         inputs: tensors among its arguments.
         output: what it returned where that is one tensor.
+        number: which call of this module, from 0.
+        products: products of two tensors so far, those in submodules counted.
     """
 
     module: nn.Module
     name: str
     inputs: tuple[Node, ...] = ()
     output: Node | None = None
+    number: int = 0
+    products: int = 0
+
+    def __repr__(self) -> str:
+        return f"{self.name or 'the model'} ({type(self.module).__name__})"
 
 
 @dataclass
@@ -150,11 +198,13 @@ class Trace:
         nodes: tensors in the order of execution.
         calls: module calls in the order of their end (inner before outer).
         result: what the model returned.
+        unread: what could not be looked into, by name, with the reason.
     """
 
     nodes: list[Node]
     calls: list[Call]
     result: Any
+    unread: dict[str, str] = field(default_factory=dict)
 
     def owners(self, node: Node) -> list[Call]:
         """Module calls that returned exactly this tensor, innermost first."""
@@ -178,11 +228,15 @@ class Trace:
 class _Recorder(TorchFunctionMode):
     """Turns what PyTorch is asked for into nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
         super().__init__()
+        leaves = tree_leaves(arguments)
+        self.synchronize = any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves)
         self.nodes: list[Node] = []
         self.calls: list[Call] = []
         self.stack: list[Call] = []
+        self.counts: dict[str, int] = {}
+        self.unread: dict[str, str] = {}
         # Nodes by id of the tensor; `alive` keeps ids from being used again.
         self.known: dict[int, Node] = {}
         self.alive: list[Tensor] = []
@@ -192,28 +246,30 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        began = time.perf_counter()
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
+        if self.synchronize:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        name = function_name(func)
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if name in _SHAPED_LIKE or name.startswith("new_"):
+            self.node(result)
+            return result
+        if name in _LIKE_SECOND:
+            tensors = tensors[:1]
         if name == "__setitem__" and isinstance(args[0], Tensor):
-            self.add(args[0], name, tensors, ())
+            self.add(args[0], name, tensors, func, args, kwargs)
             return result
         # A property such as x.shape gives no tensor and leaves no node.
         for output in tree_leaves(result):
             if isinstance(output, Tensor):
-                same = any(output is tensor for tensor in tensors)
-                if same and name in (
-                    "to",
-                    "contiguous",
-                    "type",
-                    "float",
-                    "type_as",
-                    "requires_grad_",
-                ):
+                if name in _NOTHING and any(output is tensor for tensor in tensors):
                     continue  # nothing happened
-                plain = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-                self.add(output, name, tensors, plain, kwargs, args)
+                self.add(output, name, tensors, func, args, kwargs)
+                if output is self.alive[-1]:
+                    self.nodes[-1].seconds, seconds = seconds, 0.0  # once for several results
         return result
 
     def node(self, tensor: Tensor) -> Node:
@@ -233,14 +289,19 @@ class _Recorder(TorchFunctionMode):
         output: Tensor,
         name: str,
         tensors: list[Tensor],
-        plain: tuple[Any, ...],
-        kwargs: Any = None,
+        function: Any = None,
         args: tuple[Any, ...] = (),
+        kwargs: Any = None,
         kind: str | None = None,
     ) -> None:
         inputs = tuple(self.node(tensor) for tensor in tensors)
         if kind is None and not any(node.moving for node in inputs):
-            return  # a function of parameters only, such as a standardised weight
+            self.node(output)  # a function of parameters only, such as a standardised weight
+            return
+        args, kwargs = tree_map(
+            lambda leaf: self.node(leaf) if isinstance(leaf, Tensor) else leaf,
+            (tuple(args), dict(kwargs or {})),
+        )
         node = Node(
             index=len(self.nodes),
             kind=kind or _KIND_OF.get(name, "other"),
@@ -249,12 +310,24 @@ class _Recorder(TorchFunctionMode):
             shape=tuple(output.shape),
             dtype=output.dtype,
             calls=tuple(self.stack),
-            arguments=plain,
+            arguments=tuple(
+                leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Node)
+            ),
+            function=function,
+            args=args,
+            kwargs=kwargs,
         )
         if node.kind in ("conv", "deconv"):
-            node.stride = _largest(_argument("stride", 3, args, kwargs, 1))
-            node.groups = int(_argument("groups", 6, args, kwargs, 1)) if node.kind == "conv" else 1
-        node.channel_dim = _channel_dim(node, args, kwargs)
+            node.stride = _largest(argument(node, 3, "stride", 1))
+            at = 8 if name == "convolution" else 6
+            node.groups = int(argument(node, at, "groups", 1)) if node.kind == "conv" else 1
+        node.channel_dim = _channel_dim(node)
+        node.positions, node.reduced = reads_positions(node)
+        if is_product(function, tensors) and self.stack:
+            inner = self.stack[-1]
+            node.site = Site(inner.name, inner.number, inner.products)
+            for call in self.stack:
+                call.products += 1
         for source in {id(n): n for n in node.sources}.values():
             source.users.append(node)
         self.nodes.append(node)
@@ -263,35 +336,55 @@ class _Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, name: str, arguments: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        self.stack.append(Call(module, name, tuple(self.node(tensor) for tensor in tensors)))
+        number = self.counts.get(name, 0)
+        self.counts[name] = number + 1
+        inputs = tuple(self.node(tensor) for tensor in tensors)
+        self.stack.append(Call(module, name, inputs, number=number))
 
     def leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
         call = self.stack.pop()
         assert call.module is module
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            if id(tensor) not in self.known and any(node.moving for node in call.inputs):
-                # Made out of sight, by a scripted or compiled function for instance.
+            seen = id(tensor) in self.known or id(tensor) in self.constants
+            if not seen and any(node.moving for node in call.inputs):
+                # Made out of sight, by a scripted function for instance.
+                why = f"{type(module).__name__} computes in code that cannot be followed"
+                self.unread.setdefault(call.name, why)
                 sources = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
                 self.stack.append(call)
-                self.add(tensor, type(module).__name__, sources, ())
+                self.add(tensor, type(module).__name__, sources)
                 self.stack.pop()
         if isinstance(output, Tensor):
             call.output = self.known.get(id(output))
         self.calls.append(call)
 
 
-def _argument(name: str, position: int, args: tuple[Any, ...], kwargs: Any, default: Any) -> Any:
-    if kwargs and name in kwargs:
-        return kwargs[name]
-    return args[position] if len(args) > position else default
+def function_name(function: Any) -> str:
+    """Name of what was called, whichever form it has: `mul` also for `aten.mul.Tensor`."""
+    name = getattr(function, "__name__", str(function))
+    if name == "__get__":  # a property such as x.mT
+        return str(getattr(function.__self__, "__name__", name))
+    return name.partition(".")[0]
+
+
+def is_product(function: Any, tensors: list[Tensor]) -> bool:
+    """Whether this call multiplies two tensors elementwise."""
+    return len(tensors) >= 2 and _KIND_OF.get(function_name(function)) == "mul"
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of the call that made a node, by position or by name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
 
 
 def _largest(value: Any) -> int:
     return int(max(value)) if isinstance(value, (tuple, list)) else int(value)
 
 
-def _channel_dim(node: Node, args: tuple[Any, ...], kwargs: Any) -> int | None:
+def _channel_dim(node: Node) -> int | None:
     """Where the channels of a new node stand, from what it does and where they stood before."""
     if node.kind in ("conv", "deconv", "norm", "input"):
         return 1
@@ -302,7 +395,7 @@ def _channel_dim(node: Node, args: tuple[Any, ...], kwargs: Any) -> int | None:
     if source is None or before is None:
         return _restored(node)
     if node.kind == "permute":
-        return _moved(node, before, args, kwargs)
+        return _moved(node, before)
     if node.kind == "reshape" and node.shape[before] != source.shape[before]:
         return None
     return before
@@ -318,8 +411,10 @@ def _restored(node: Node) -> int | None:
     return None
 
 
-def _moved(node: Node, before: int, args: tuple[Any, ...], kwargs: Any) -> int | None:
-    numbers = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, int)]
+def _moved(node: Node, before: int) -> int | None:
+    if node.name in ("movedim", "moveaxis"):
+        return moved_order(node, len(node.shape)).index(before)
+    numbers = [leaf for leaf in tree_leaves((node.args[1:], node.kwargs)) if isinstance(leaf, int)]
     rank = len(node.shape)
     numbers = [number % rank for number in numbers]
     if node.name == "permute" and len(numbers) == rank:
@@ -330,10 +425,11 @@ def _moved(node: Node, before: int, args: tuple[Any, ...], kwargs: Any) -> int |
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode: no random numbers drawn, no statistics changed."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        module.training = False  # not eval(), which exported programs refuse
     try:
         yield
     finally:
@@ -341,9 +437,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _eager(model: nn.Module) -> Any:
+    """A context in which compiled parts of a model run as they are written."""
+    compiled = any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
     """The model's output in evaluation mode, without gradients; its mode is kept."""
-    with _evaluating(model), torch.no_grad(), expected_hooks():
+    with evaluating(model), torch.no_grad(), expected_hooks():
         return model(*arguments)
 
 
@@ -357,11 +462,13 @@ def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
     Raises:
         Exception: whatever the model raises.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(arguments)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            continue  # its parent sees what it returns
+            # Its parent sees what it returns.
+            recorder.unread[name] = "TorchScript: keep the network it was made from"
+            continue
         handles.append(
             module.register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: recorder.enter(
@@ -378,9 +485,9 @@ def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
         )
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, Tensor):
-            recorder.add(leaf, "input", [], (), kind="input")
+            recorder.add(leaf, "input", [], kind="input")
     try:
-        with _evaluating(model), torch.no_grad(), expected_hooks(), recorder:
+        with evaluating(model), torch.no_grad(), expected_hooks(), _eager(model), recorder:
             result = model(*arguments)
     finally:
         for handle in handles:
@@ -388,4 +495,4 @@ def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor) and id(leaf) in recorder.known:
             recorder.known[id(leaf)].is_output = True
-    return Trace(recorder.nodes, recorder.calls, result)
+    return Trace(recorder.nodes, recorder.calls, result, recorder.unread)

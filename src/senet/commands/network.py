@@ -1,0 +1,89 @@
+"""The network of a command: a checkpoint, or any network by name with weights from a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.data import Preprocessing
+from senet.errors import UserError
+from senet.models import Network
+from senet.networks.anywhere import TORCHVISION, open_source
+from senet.networks.preparation import imagenet, of_torchvision
+from senet.weights import read_state_dict
+
+
+def open_network(
+    model: str | None,
+    weights: Path | None,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> Checkpoint:
+    """A checkpoint, or a network by name as if it came from one.
+
+    Args:
+        model: name for `open_source`; None: `weights` is a checkpoint.
+        weights: checkpoint of this package, or a .safetensors or .pth file of the model's own
+            state dict; None: fresh weights.
+        num_classes: classes of the model; by default as many as the checkpoint knows, as
+            `classes` names, or 1000.
+        image_size: side of the images; by default that of the checkpoint or of the model.
+        classes: names of the classes, where those of the data are meant.
+
+    Raises:
+        UserError: no network, an option that a checkpoint decides itself, weights that do not fit,
+            or as for `open_source` and `open_checkpoint`.
+    """
+    if model is None:
+        if weights is None:
+            raise UserError("give a network by --model, or a checkpoint by --weights")
+        checkpoint = open_checkpoint(weights)
+        if num_classes not in (None, len(checkpoint.classes)) or image_size is not None:
+            raise UserError(f"{weights} knows its own classes and image size: leave them out")
+        return checkpoint
+    count = num_classes or (len(classes) if classes else 1000)
+    network = open_source(model, num_classes=count)
+    if weights is not None:
+        _load(network, weights)
+    preprocessing = _preparation(model, network, weights)
+    if image_size is not None:
+        preprocessing = preprocessing.resized(image_size)
+    network.preprocessing = preprocessing.to_dict()  # type: ignore[assignment]
+    names = tuple(classes) if classes and len(classes) == count else None
+    network.classes = names  # type: ignore[assignment]
+    return Checkpoint(
+        cast(Network, network.eval()),
+        names or tuple(map(str, range(count))),
+        preprocessing,
+        {},
+        {},
+        Path(model) if weights is None else weights,
+    )
+
+
+def _preparation(name: str, network: nn.Module, weights: Path | None) -> Preprocessing:
+    """How the network wants its images, as far as anyone says it."""
+    if name.startswith(TORCHVISION):  # whose weights are said by the file's name
+        return of_torchvision(name.removeprefix(TORCHVISION), weights)
+    said: Any = network.preprocessing
+    if said is not None:
+        return Preprocessing.from_dict(said)
+    size: Any = network.input_size
+    return imagenet().resized(int(size[1]))
+
+
+def _load(network: nn.Module, weights: Path) -> None:
+    state = read_state_dict(weights)
+    own = network.state_dict()
+    different = sorted(own.keys() ^ state.keys())
+    different += [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if different:
+        raise UserError(
+            f"weights {weights} do not fit the model: {different[0]} differs "
+            f"({len(different)} in all); is it the same network with as many classes?"
+        )
+    network.load_state_dict(state)
