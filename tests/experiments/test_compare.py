@@ -34,6 +34,7 @@ def results(folder: Path) -> dict[str, object]:
     content = json.loads((folder / "results.json").read_text())
     for network in ("plain", "se"):
         del content[network]["images_per_second"], content[network]["seconds"]
+    del content["speed_ratio"]
     return content
 
 

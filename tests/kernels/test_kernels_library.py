@@ -98,7 +98,7 @@ def test_installation_without_a_compiler_succeeds(tmp_path: Path) -> None:
     names = wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
     for name in ("py.typed", "models/cards.toml", "kernels/structs.py"):
         assert f"senet/{name}" in names
-    assert any(name.startswith("senet/datasets/fashion_mnist/") for name in names)
+    assert any(name.startswith("senet/data/sources/fashion_mnist/") for name in names)
     assert not [name for name in names if name.endswith((".so", ".h", ".cpp"))]
     library, reason = kernels.load(tmp_path / "senet/kernels")
     assert library is None

@@ -11,6 +11,7 @@ from senet.checkpoint.files import open_checkpoint
 from senet.checkpoint.write import write_checkpoint
 from senet.commands.evaluate import evaluate_checkpoint, open_data
 from senet.data import Preprocessing
+from senet.models.description import describe
 from senet.training.config import RunConfig
 from senet.training.loop import train
 from senet.training.session import Session
@@ -30,7 +31,8 @@ THEIRS = Preprocessing(
 @pytest.fixture
 def start(tmp_path: Path) -> str:
     model = senet.create_model("se_resnet8_cifar", num_classes=3)
-    write_checkpoint(tmp_path / "start", model, ("a", "b", "c"), THEIRS)
+    description = describe(model.config, THEIRS.to_dict(), ("a", "b", "c"))
+    write_checkpoint(tmp_path / "start", model.state_dict(), description)
     return str(tmp_path / "start")
 
 
