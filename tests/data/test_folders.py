@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_images import picture
+from torchvision.transforms.v2 import functional as F
 
 from senet.data import image_files, images, load_data
+from senet.data.sources import embedded
 from senet.data.walk import is_junk
 from senet.errors import UserError
 
@@ -235,8 +238,7 @@ def test_all_of_a_labelled_folder_by_the_numbers_of_a_network(tmp_path: Path) ->
 
 
 def test_splits_of_named_sets() -> None:
-    counts = [len(load_data("embedded", split=s).val) for s in ("train", "val", "test")]
-    assert counts == [10_000, 2_000, 2_000]
+    assert len(load_data("embedded", split="train").val) == 10_000
     with pytest.raises(UserError, match="split must be one of train, val, test, got 'all'"):
         load_data("embedded", split="all")  # type: ignore[arg-type]
 
@@ -247,4 +249,6 @@ def test_grey_images_for_a_network_for_colours() -> None:
     image, _ = data.train[0]  # type: ignore[index]
     three = data.preprocessing.transform()(image)
     assert three.shape == (3, 28, 28)
-    assert three[0].equal(load_data("embedded").preprocessing.transform()(image)[0])
+    level = F.pil_to_tensor(image)[0] / 255
+    for channel in three:
+        assert torch.allclose(channel, (level - embedded.MEAN) / embedded.STD, atol=1e-6)
