@@ -64,9 +64,10 @@ class Watch:
         alias = tensor.detach()
         self.tensors.append(tensor)
         self.aliases.append(alias)
-        if not alias.numel() or alias.dtype != torch.float32:
+        in_reach = alias.device.type == "cpu" and alias.dtype == torch.float32
+        if not in_reach or not alias.numel():
             return
-        sizes = alias.abs().flatten().double()
+        sizes = alias.abs().flatten()
         sizes[sizes == 0] = torch.inf  # not the smallest
         smallest, largest = int(sizes.argmin()), int(alias.abs().argmax())
         for index in {smallest, largest}:
