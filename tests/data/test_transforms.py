@@ -184,6 +184,7 @@ def test_missing_preprocessing_field() -> None:
         ({"crop": "padded"}, "padding must be at least 1"),
         ({"padding": 4}, "padding must be .* 0 otherwise, not 4 with crop='none'"),
         ({"crop": "padded", "padding": -1}, "not -1"),
+        ({"padding": -1}, "not -1 with crop='none'"),
         ({"scale": (0.5, 1)}, "belong to crop='random_resized', not 'none'"),
         ({"crop": "random_resized", "scale": (0, 1)}, "scale must be"),
         ({"crop": "random_resized", "scale": (1,)}, "two numbers"),

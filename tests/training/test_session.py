@@ -1,5 +1,6 @@
 """A step of the training, number by number: the rates, and the moving average's recursion."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from senet.errors import UserError
 from senet.training.config import RunConfig
-from senet.training.session import Session
+from senet.training.session import Position, Session
 
 Make = Callable[..., RunConfig]
 
@@ -96,3 +98,58 @@ def test_loss_and_metrics_of_a_step(tiny_config: Make, mixed: bool) -> None:
     assert float(again.meters["train_loss"].compute()) == pytest.approx(float(wanted), rel=1e-5)
     hits = (logits.argmax(1) == classes).float().mean()
     assert float(again.meters["train_top1"].compute()) == pytest.approx(float(hits))
+
+
+def test_a_restored_session_goes_on_as_if_nothing_had_been(tiny_config: Make) -> None:
+    """Within an epoch: the same batches, losses, rates, sums of the metrics and averages."""
+    first, at = Session(tiny_config()), Position()
+    batches = iter(first.batches(0))
+    for _ in range(4):
+        first.train_step(*next(batches), at.step + 1)
+        at.step, at.done = at.step + 1, at.done + 1
+    state = copy.deepcopy(first.state(at))
+    left = [(first.train_step(*batch, n), first.lr) for n, batch in enumerate(batches, 5)]
+
+    second = Session(tiny_config(seed=0))
+    assert second.restore(state) == at
+    batches = second.batches(0)
+    second.restore_random(state)
+    assert [(second.train_step(*batch, n), second.lr) for n, batch in enumerate(batches, 5)] == left
+    assert len(left) == 2
+    for name, meter in first.meters.items():
+        assert torch.equal(second.meters[name].compute(), meter.compute())
+    for name, tensor in first.judged.state_dict().items():
+        assert torch.equal(second.judged.state_dict()[name], tensor)
+
+
+def test_other_data_than_before_are_refused(tiny_config: Make) -> None:
+    session = Session(tiny_config())
+    state = session.state(Position())
+    state["data"] = {**state["data"], "train": 47}
+    with pytest.raises(UserError, match=r"is not what it was when the run began: it had .*47"):
+        session.restore(state)
+
+
+def test_every_option_of_the_data_reaches_them(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "download": True,
+        "val_fraction": 0.25,
+        "image_size": 9,
+        "skip_bad_images": True,
+        "shuffle_buffer": 77,
+        "bad_shards": "skip",
+        "decode": "scaled",
+        "epoch_size": 55,
+    }
+    seen: dict[str, Any] = {}
+
+    def load(source: str, **given: Any) -> None:
+        seen.update(given, source=source)
+        raise UserError("enough")
+
+    monkeypatch.setattr("senet.training.session.load_data", load)
+    with pytest.raises(UserError, match="enough"):
+        Session(tiny_config(data="somewhere", data_root="elsewhere", **options))
+    assert seen == {"source": "somewhere", "root": "elsewhere", **options}
