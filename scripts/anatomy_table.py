@@ -24,7 +24,7 @@ import torchvision
 from timm.layers import EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
 from timm.layers.cbam import ChannelAttn
 from timm.layers.squeeze_excite import SqueezeExciteCl
-from timm.models import _efficientnet_blocks, hgnet, rdnet
+from timm.models import _efficientnet_blocks, hgnet
 from timm.models import senet as timm_senet
 from torch import nn
 from torchvision.ops import SqueezeExcitation
@@ -39,10 +39,15 @@ SE_CLASSES = (
     ChannelAttn,
     _efficientnet_blocks.SqueezeExcite,
     hgnet.EseModule,
-    rdnet.BlockESE,
     timm_senet.SEModule,
     SqueezeExcitation,
 )
+# Why more was found than these classes say.
+REASONS = {
+    "timm:resnest50d_1s4x24d": "split attention with a single branch is SE, without its class",
+    "torchvision:lraspp_mobilenet_v3_large": "the head scales its map by gates made of the pooled "
+    "backbone: SE, without a class",
+}
 
 
 def is_se(module: nn.Module) -> bool:
@@ -158,14 +163,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "## Differences",
         "",
-        "| network | by class | found | found besides | not found |",
-        "|---|---:|---:|---|---|",
+        "| network | by class | found | found besides | not found | why |",
+        "|---|---:|---:|---|---|---|",
     ]
     for row in good:
         if row["more"] or row["less"]:
             lines.append(
                 f"| {row['name']} | {row['own']} | {row['found']} | {_few(row['more'])} | "
-                f"{_few(row['less'])} |"
+                f"{_few(row['less'])} | {REASONS.get(row['name'], '')} |"
             )
     lines += [
         "",
