@@ -58,5 +58,19 @@ def test_transposed_convolutions_count_by_their_input() -> None:
     assert counted == count_multiply_adds(model, (4, 5, 5)) == 25 * 4 * 54 + 121 * 12
 
 
+class Attention(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.flatten(2).transpose(1, 2)[:, None]
+        y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        return torch.einsum("nhlc,kc->nlk", y, torch.ones(5, 3, device=x.device))
+
+
+def test_attention_is_counted() -> None:
+    counted = sum(
+        multiply_adds(node) for node in trace_of(Attention(), torch.ones(1, 3, 4, 4)).nodes
+    )
+    assert counted == count_multiply_adds(Attention(), (3, 4, 4)) == 2 * 16 * 16 * 3 + 16 * 15
+
+
 def _meta(side: int) -> torch.Tensor:
     return torch.zeros(1, 3, side, side, device="meta")

@@ -10,6 +10,7 @@ from senet.anatomy.excitations import Anatomy, Excitation, Occurrence, read, tra
 from senet.anatomy.graph import Node, Trace
 
 _PRODUCTS = ("conv", "deconv", "linear")
+_LAST_IS_SUMMED = ("linear", "matmul", "__matmul__", "bmm", "mm")
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,26 @@ def _own(occurrence: Occurrence) -> set[Node]:
 
 def multiply_adds(node: Node) -> int:
     """Multiply-adds of a convolution or matrix product, of all images; 0 for anything else."""
-    if node.kind not in _PRODUCTS or len(node.inputs) < 2:
+    if len(node.inputs) < 2:
         return 0
     count = prod(node.shape)
     first, second = node.inputs[:2]
-    if node.name in ("linear", "matmul", "__matmul__", "bmm", "mm"):
+    if node.name in _LAST_IS_SUMMED:
         return count * first.shape[-1]
-    if node.name == "addmm":
+    if node.name in ("addmm", "baddbmm"):
         return count * second.shape[-1]
+    if node.name == "scaled_dot_product_attention":  # queries by keys, then by values
+        return prod(first.shape) * second.shape[-2] + count * second.shape[-2]
+    if node.name == "einsum" and isinstance(node.args[0], str):
+        terms = node.args[0].replace(" ", "").partition("->")[0].split(",")
+        sizes = {
+            letter: size
+            for term, operand in zip(terms, node.inputs, strict=False)
+            for letter, size in zip(term, operand.shape, strict=False)
+        }
+        return prod(sizes.values()) if len(node.inputs) == 2 else 0
+    if node.kind not in _PRODUCTS:
+        return 0
     # Of a transposed convolution each number of the input is spread over the kernel.
     numbers = prod(first.shape) if node.kind == "deconv" else count
     return numbers * prod(second.shape[1:])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from senet.anatomy import Anatomy, Excitation
+from senet.anatomy.describe import multiply_adds
 from senet.anatomy.example import attempt, guessed_arguments
 from senet.anatomy.excitations import anatomy, read
 from senet.anatomy.graph import Trace, evaluating, record, run
@@ -29,7 +30,7 @@ from senet.gates.record import fingerprint
 from senet.gates.statistics import BlockStatistics, GateStatistics
 from senet.gates.targets import edits_after, edits_before
 from senet.insertion.replace import replace_block
-from senet.models.cost import count_multiply_adds, count_parameters
+from senet.models.cost import count_parameters
 
 # Of what a network with constants in the place of its gates gives, by dtype: the rounding of some
 # hundred layers whose weights were multiplied. A factor in the wrong place is far beyond.
@@ -392,10 +393,7 @@ def _measure(
     """Both networks over the same batches, alternately, so that their speeds compare."""
     models = (original, folded)
     sizes = [
-        (
-            count_parameters(model),
-            count_multiply_adds(model, tuple(example.shape[1:]), batch=len(example)),
-        )
+        (count_parameters(model), _multiply_adds(record(model, (example,)), len(example)))
         for model in models
     ]
     if loader is None:
@@ -429,6 +427,11 @@ def _measure(
         for i in (0, 1)
     )
     return first, second
+
+
+def _multiply_adds(trace: Trace, images: int) -> int:
+    """Of one image. Not counted on the meta device, where not every network runs."""
+    return sum(map(multiply_adds, trace.nodes)) // max(images, 1)
 
 
 def _logits(output: Any) -> Tensor:

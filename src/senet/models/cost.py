@@ -32,9 +32,7 @@ def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-def count_multiply_adds(
-    model: nn.Module, input_size: tuple[int, ...] | None = None, *, batch: int = 1
-) -> int:
+def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...] | None = None) -> int:
     """Multiply-adds of one image in a forward pass: convolutions and matrix products only.
 
     The paper's "FLOPs" are multiply-adds; PyTorch counts an addition and a multiplication as two.
@@ -44,7 +42,6 @@ def count_multiply_adds(
     Args:
         model: any module that takes one image batch; left untouched (a copy is counted).
         input_size: (C,H,W) of the image; the model's own `input_size` by default.
-        batch: images at a time, for models that take only so many.
 
     Raises:
         ValueError: no input_size, and the model has none.
@@ -57,5 +54,5 @@ def count_multiply_adds(
     dtype = next((p.dtype for p in shadow.parameters()), torch.float32)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        shadow(torch.empty(batch, *input_size, device="meta", dtype=dtype))
-    return counter.get_total_flops() // 2 // batch
+        shadow(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
