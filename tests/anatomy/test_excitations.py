@@ -258,6 +258,22 @@ def test_maps_of_one_position_are_maps() -> None:
     assert list(excitations(model, torch.zeros(1, 3, 32, 32))) == names
 
 
+def test_images_that_are_copied_into_a_batch_are_an_input() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Body(HFRegNetSE(16))
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            batch = images[0].new_zeros(len(images), 3, 12, 12)
+            for place, image in zip(batch, images, strict=True):
+                place[:, : image.shape[1], : image.shape[2]].copy_(image)
+            return self.body(batch)
+
+    images = [torch.rand(3, 12, 9), torch.rand(3, 10, 12)]
+    assert list(excitations(Detector(), (images,))) == ["body.blocks.0"]
+
+
 def test_graphs_are_networks() -> None:
     model, x = Body(HFRegNetSE(16)).eval(), example()
     traced = torch.fx.symbolic_trace(model)

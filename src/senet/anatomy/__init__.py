@@ -7,3 +7,5 @@ from senet.anatomy.excitations import Excitation as Excitation
 from senet.anatomy.excitations import Step as Step
 from senet.anatomy.excitations import anatomy as anatomy
 from senet.anatomy.excitations import excitations as excitations
+from senet.anatomy.tails import Tail as Tail
+from senet.anatomy.tails import tails as tails

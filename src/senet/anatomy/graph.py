@@ -259,17 +259,22 @@ class _Recorder(TorchFunctionMode):
             return result
         if name in _LIKE_SECOND:
             tensors = tensors[:1]
-        if name == "__setitem__" and isinstance(args[0], Tensor):
-            self.add(args[0], name, tensors, func, args, kwargs)
+        if args and isinstance(args[0], Tensor) and _writes(name):
+            written = self.add(args[0], name, tensors, func, args, kwargs)
+            if written is not None:
+                written.seconds = seconds
+            base = args[0]._base
+            if base is not None and not self.node(base).moving:  # a batch that images go into
+                self.add(base, name, [base, *tensors], func, (base, *args), kwargs)
             return result
         # A property such as x.shape gives no tensor and leaves no node.
         for output in tree_leaves(result):
             if isinstance(output, Tensor):
                 if name in _NOTHING and any(output is tensor for tensor in tensors):
                     continue  # nothing happened
-                self.add(output, name, tensors, func, args, kwargs)
-                if output is self.alive[-1]:
-                    self.nodes[-1].seconds, seconds = seconds, 0.0  # once for several results
+                made = self.add(output, name, tensors, func, args, kwargs)
+                if made is not None:
+                    made.seconds, seconds = seconds, 0.0  # once for several results
         return result
 
     def node(self, tensor: Tensor) -> Node:
@@ -293,11 +298,12 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Any = None,
         kind: str | None = None,
-    ) -> None:
+    ) -> Node | None:
+        """The node of a result; None for one that does not depend on the input."""
         inputs = tuple(self.node(tensor) for tensor in tensors)
         if kind is None and not any(node.moving for node in inputs):
             self.node(output)  # a function of parameters only, such as a standardised weight
-            return
+            return None
         args, kwargs = tree_map(
             lambda leaf: self.node(leaf) if isinstance(leaf, Tensor) else leaf,
             (tuple(args), dict(kwargs or {})),
@@ -333,6 +339,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes.append(node)
         self.known[id(output)] = node
         self.alive.append(output)
+        return node
 
     def enter(self, module: nn.Module, name: str, arguments: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
@@ -366,6 +373,12 @@ def function_name(function: Any) -> str:
     if name == "__get__":  # a property such as x.mT
         return str(getattr(function.__self__, "__name__", name))
     return name.partition(".")[0]
+
+
+def _writes(name: str) -> bool:
+    """Whether a function changes its first tensor and gives nothing new."""
+    inplace = name.endswith("_") and not name.startswith("_") and name not in _NOTHING
+    return name == "__setitem__" or inplace
 
 
 def is_product(function: Any, tensors: list[Tensor]) -> bool:
