@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from senet.anatomy.excitations import Anatomy, Excitation, Occurrence, read, trace_of
+from senet.anatomy.excitations import Anatomy, Excitation, read, trace_of
 from senet.anatomy.graph import Node, Trace
+from senet.anatomy.occurrences import Occurrence
 
 _PRODUCTS = ("conv", "deconv", "linear")
 _LAST_IS_SUMMED = ("linear", "matmul", "__matmul__", "bmm", "mm")

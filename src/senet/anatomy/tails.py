@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from senet.anatomy.excitations import Anatomy, Occurrence, anatomy, name_of, products
+from senet.anatomy.excitations import Anatomy, anatomy
 from senet.anatomy.gate_function import activation_after
 from senet.anatomy.graph import Node, Trace
+from senet.anatomy.occurrences import Occurrence, name_of, products
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ from senet.anatomy import Anatomy, Excitation
 from senet.anatomy.describe import multiply_adds
 from senet.anatomy.example import attempt, guessed_arguments
 from senet.anatomy.excitations import anatomy, read
-from senet.anatomy.graph import Trace, evaluating, record, run
+from senet.anatomy.graph import Trace
+from senet.anatomy.recording import evaluating, record, run
 from senet.errors import UserError
 from senet.gates.batches import split_batch
 from senet.gates.blocks import ConstantScale, as_partial, keep_channels

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from senet.anatomy.excitations import Occurrence, container
-from senet.anatomy.graph import Trace, evaluating, function_name
+from senet.anatomy.graph import Trace, function_name
+from senet.anatomy.occurrences import Occurrence, container
+from senet.anatomy.recording import evaluating
 
 _KEPT = ("config", "input_size", "min_input_size", "classes")
 

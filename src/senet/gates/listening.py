@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from senet.anatomy import Excitation
-from senet.anatomy.excitations import Occurrence
 from senet.anatomy.graph import Site, is_product
+from senet.anatomy.occurrences import Occurrence
 from senet.errors import SenetError
 from senet.nn.hooks import expected_hooks
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from senet.anatomy import Excitation, excitations
-from senet.anatomy.graph import evaluating
+from senet.anatomy.recording import evaluating
 from senet.errors import SenetError, UserError
 from senet.gates.accumulators import Histogram, Moments, TopImages
 from senet.gates.batches import split_batch

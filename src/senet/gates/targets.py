@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from senet.anatomy.excitations import Occurrence
 from senet.anatomy.graph import Node, Trace
 from senet.anatomy.layers import layer_of
+from senet.anatomy.occurrences import Occurrence
 
 Edit = Callable[[], None]
 """Changes weights in place; made only where all edits of a factor are possible."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from senet.anatomy.example import attempt, example_arguments
-from senet.anatomy.graph import Trace, record, run
+from senet.anatomy.graph import Trace
+from senet.anatomy.recording import record, run
 from senet.errors import SenetError, UserError
 from senet.insertion.places import (
     Refused,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from senet.anatomy.excitations import BRANCHES, Occurrence, name_of, products
 from senet.anatomy.graph import Call, Node, Trace
+from senet.anatomy.occurrences import BRANCHES, Occurrence, name_of, products
 
 _PASSED = ("dropout", "permute", "reshape", "same", "part")
 _MOVED = ("permute", "reshape", "same")
