@@ -17,3 +17,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _device() -> None:
     if DEVICE != "cpu" and torch.cuda.is_available():
         torch.set_default_device(DEVICE)
+        torch.backends.cudnn.allow_tf32 = False  # the oracles' convolutions are exact

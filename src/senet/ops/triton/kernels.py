@@ -321,11 +321,11 @@ def map_gradients_kernel(
     slope = gain
     constant = tl.zeros([BLOCK_C], ACC)
     if gates is not None:
-        image = tl.cast(n, tl.int64) * C + channel
-        s = tl.load(gates + image, kept, other=0)
+        s = tl.load(gates + tl.cast(n, tl.int64) * C + channel, kept, other=0)
         slope = gain * s
         offset *= s
-        constant = tl.load(dz + image, kept, other=0) / P
+    if dz is not None:
+        constant = tl.load(dz + tl.cast(n, tl.int64) * C + channel, kept, other=0) / P
     pull = tl.zeros([BLOCK_C], ACC)
     s_pull = pull
     s_constant = pull
