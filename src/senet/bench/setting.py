@@ -108,9 +108,11 @@ def peak_memory(run: Callable[[], object]) -> float:
     return max(torch.cuda.max_memory_allocated() - waiting, 1) / 2**20
 
 
-def called(model: torch.nn.Module, *, compiled: bool) -> Callable[..., Tensor]:
+def called(
+    model: torch.nn.Module, *, compiled: bool, mode: str | None = None
+) -> Callable[..., Tensor]:
     """What is called to run a model: itself, or torch.compile's version for the first shape."""
     if not compiled:
         return model
     torch.compiler.reset()  # else a second shape compiles for any shape, which is slower
-    return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False, mode=mode)

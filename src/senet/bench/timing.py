@@ -63,6 +63,8 @@ class Case:
         at: where and how precisely they run.
         unit: what a value is called.
         divisor: how many units of work a call does; values are a call's milliseconds over it.
+        memory: whether its peak memory is measured too, on a GPU; what a CUDA graph holds does not
+            count as a call's.
     """
 
     benchmark: str
@@ -71,6 +73,7 @@ class Case:
     at: Setting = ON_CPU
     unit: str = "ms"
     divisor: float = 1.0
+    memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,11 @@ def measure(case: Case, *, rounds: int, warmup: int) -> list[Measurement]:
         contestants = case.build()
         values = _turns(case, contestants, rounds, warmup)
         found = summarize(case.benchmark, case.name, case.unit, values)
-        if case.at.device == "cuda":
+        if case.at.device == "cuda" and case.memory:
             memory = {c.name: (peak_memory(c.run),) for c in contestants if not c.yardstick}
             found += summarize(f"{case.benchmark}, peak memory", case.name, "MiB", memory)
+        if case.at.device == "cuda":
+            del contestants
             torch.cuda.empty_cache()
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from senet import kernels
 from senet.errors import SenetError, UserError
 from senet.inference.plans import Plans
+from senet.inference.replay import Replays
 from senet.inference.rewrite import Rewriter
 from senet.inference.rounding import allowed, difference
 
@@ -53,10 +54,11 @@ class OptimizationReport:
 class OptimizedPart(nn.Module):
     """A rewritten graph that runs on the C++ kernels where it can and in PyTorch elsewhere.
 
-    The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; anything else, and
-    any graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any
-    number of threads may call it at the same time. Weights that were edited since they were packed
-    are packed anew (see `senet.inference.weights.Watch`).
+    The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; one tensor on a
+    GPU is run as a CUDA graph (see `senet.inference.replay`); anything else, and any graph capture
+    (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any number of threads
+    may call it at the same time. Weights that were edited since they were packed are packed anew
+    (see `senet.inference.weights.Watch`).
 
     Args:
         graph: the rewritten graph.
@@ -65,7 +67,7 @@ class OptimizedPart(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph_module = graph
-        self._plans: Plans | None = None
+        self._plans: Plans | Replays | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without programs and packed weights: they are made anew where they are needed."""
@@ -89,31 +91,35 @@ class OptimizedPart(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """What the original model returns for the same inputs."""
-        if len(inputs) == 1 and self._takes(inputs[0]):
-            plans = self._current_plans()
+        if len(inputs) == 1 and (kind := self._taker(inputs[0])) is not None:
+            plans = self._current_plans(kind)
             if not (torch.is_grad_enabled() and plans.watch.wants_gradients()):
                 return plans.run(inputs[0])
         return self.graph_module(*inputs)
 
-    def _current_plans(self) -> Plans:
+    def _current_plans(self, kind: type[Plans | Replays]) -> Plans | Replays:
         plans = self._plans
         if plans is None or plans.watch.changed():
             with _MAKING:
                 if self._plans is plans or self._plans is None:  # else another thread was faster
-                    self._plans = Plans(self.graph_module)
+                    self._plans = kind(self.graph_module)
                 plans = self._plans
         return plans
 
-    def _takes(self, x: Any) -> bool:
-        """Whether the kernels can run for this input."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or kernels.MISSING:
-            return False
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
-            return False
-        if x.ndim != 4 or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
-            return False
+    def _taker(self, x: Any) -> type[Plans | Replays] | None:
+        """What runs the graph for this input; None for PyTorch."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+            return None
+        if x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+            return None
         weight = next(self.graph_module.parameters(), x)
-        return weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if weight.device != x.device:
+            return None
+        if x.device.type == "cuda":
+            return None if torch.cuda.is_current_stream_capturing() else Replays
+        in_float32 = x.dtype == weight.dtype == torch.float32
+        suits = x.device.type == "cpu" and x.ndim == 4 and in_float32 and not kernels.MISSING
+        return Plans if suits else None
 
 
 def _refuse_layer(module: nn.Module, name: str, value: object, own: str) -> None:
@@ -203,7 +209,8 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
     network runs in C++ kernels with buffers that are planned once per input shape and used again;
     elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export. On a GPU
     what follows a convolution (bias, gates, shortcut, ReLU) is one Triton kernel, and under
-    torch.compile one of the compiler's.
+    torch.compile one of the compiler's; from the second call with an input shape on, the network is
+    launched as one CUDA graph.
 
     The result takes any batch and image size, can be called by any number of threads at the same
     time, can be pickled, copied and saved, and has no gradients to its weights unless they ask for

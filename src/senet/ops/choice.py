@@ -84,6 +84,11 @@ def use(name: str) -> AbstractContextManager[None]:
     return _restoring(previous)
 
 
+def chosen() -> str:
+    """The name given to `use` last."""
+    return _implementation
+
+
 @contextmanager
 def _restoring(previous: str) -> Iterator[None]:
     global _implementation

@@ -16,6 +16,9 @@ from senet.ops.triton.tiling import tiling
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 GATE_BLOCKS = {"BLOCK_N": 16, "BLOCK_H": 16, "BLOCK_C": 64}
 
+# Looked up here: torch.compile follows what a call asks, but not into Python's importer.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 requested = False  # whether the implementation chosen by name is "triton"; set by `senet.ops.use`
 
 
@@ -24,10 +27,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def missing() -> str:
     """Why no tensor can be taken here; empty if some can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed; on Linux `pip install triton`"
     if interpreted() or torch.cuda.is_available():
         return ""
@@ -44,22 +46,23 @@ def description() -> str:
     return f"Triton kernels for {torch.cuda.get_device_name()}"
 
 
-@functools.cache
 def _too_old(index: int) -> str:
-    if torch.version.hip is None and (found := torch.cuda.get_device_capability(index)) < (7, 0):
-        return f"Triton needs compute capability 7.0, this GPU has {found[0]}.{found[1]}"
+    found = torch.cuda.get_device_properties(index)
+    if torch.version.hip is None and found.major < 7:
+        return f"Triton needs compute capability 7.0, this GPU has {found.major}.{found.minor}"
     return ""
 
 
 def unsupported(x: Tensor) -> str:
     """Why the kernels cannot take x; empty if they can."""
-    if why_not := missing():
+    on_gpu = x.device.type == "cuda"
+    if not (on_gpu and _INSTALLED) and (why_not := missing()):
         return why_not
     if x.dtype not in STORAGE:
         return f"the Triton kernels take float32, float16, bfloat16, float64, not {x.dtype}"
     if interpreted():
         return "" if x.device.type == "cpu" else "TRITON_INTERPRET=1 takes tensors on the CPU"
-    if x.device.type != "cuda":
+    if not on_gpu:
         return f"the Triton kernels run on CUDA and ROCm devices, the input is on {x.device}"
     return _too_old(x.device.index or 0)
 
@@ -99,7 +102,7 @@ class Call:
     def __init__(self, x: Tensor, hidden: int) -> None:
         import triton.language as tl
 
-        from senet.ops.triton import gate, kernels
+        from senet.ops.triton import gate, kernels, launch
 
         self.maps, self.gate = kernels, gate
         self.N, self.C, self.H = x.shape[0], x.shape[1], hidden
@@ -111,24 +114,27 @@ class Call:
         self.sums = tiling(self.N, self.C, self.P, order, x.dtype)
         self.element = tiling(self.N, self.C, self.P, order, x.dtype, 4)
         self.device = x.device
+        self.launch = functools.partial(launch.launch, x.device)
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialized tensor of the accumulation type."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def tiles(self, *sizes: tuple[int, str]) -> tuple[int]:
-        """A grid: one program a tile of the gate's blocks, for each (size, block)."""
+    def tiles(self, *sizes: tuple[int, str]) -> int:
+        """Programs: one a tile of the gate's blocks, for each (size, block)."""
         programs = 1
         for size, block in sizes:
             programs *= -(-size // GATE_BLOCKS[block])
-        return (programs,)
+        return programs
 
     def moments(self, x: Tensor, *, second: bool) -> tuple[Tensor, Tensor | None]:
         """Mean and (if `second`) squared deviations (rows,C) of the chunks of x."""
         cut = self.sums
         means = self.empty(self.N * cut.splits, self.C)
         deviations = torch.empty_like(means) if second else None
-        self.maps.moments_kernel[(cut.programs,)](
+        self.launch(
+            self.maps.moments_kernel,
+            cut.programs,
             *(x, means, deviations, self.C, self.P, cut.splits, cut.tiles),
             SECOND=second,
             ACC=self.acc,
@@ -148,7 +154,9 @@ class Call:
         """Fill three rows of `out` from the moments, or without them from the running ones."""
         cut, block = self.sums, 8
         batch = moments[0] is not None
-        self.maps.statistics_kernel[(-(-self.C // block),)](
+        self.launch(
+            self.maps.statistics_kernel,
+            -(-self.C // block),
             *(*moments, *running, out, self.N * cut.splits, cut.splits, cut.chunk),
             *(self.C, self.P, self.M, 0.0 if momentum is None else momentum),
             first_row=first_row,
@@ -163,7 +171,9 @@ class Call:
     def merge(self, parts: Tensor, out: Tensor, *, mean: bool) -> None:
         """Out (k * N,C) from the chunks' sums or means (k * N * splits,C)."""
         rows, cut = out.numel() // self.C, self.sums
-        self.gate.merge_kernel[(-(-rows // 8) * -(-self.C // 64),)](
+        self.launch(
+            self.gate.merge_kernel,
+            -(-rows // 8) * -(-self.C // 64),
             *(parts, out, rows, cut.splits, cut.chunk, self.C, self.P),
             MEAN=mean,
             ACC=self.acc,

@@ -72,16 +72,24 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
                 call.statistics(statistics, row, (None, None), running, epsilon, None)
         sizes, blocks = (call.N, call.C, call.H), {"ACC": call.acc, **GATE_BLOCKS}
         if call.H:
-            call.gate.hidden_kernel[call.tiles((call.N, "BLOCK_N"), (call.H, "BLOCK_H"))](
+            call.launch(
+                call.gate.hidden_kernel,
+                call.tiles((call.N, "BLOCK_N"), (call.H, "BLOCK_H")),
                 *(squeezed, statistics, weight, bias, w1, b1, hidden, *sizes),
                 NORMALIZED=normalized,
                 **blocks,
             )
-            call.gate.gates_kernel[call.tiles((call.N, "BLOCK_N"), (call.C, "BLOCK_C"))](
-                *(hidden, w2, b2, gates, *sizes), GATE=a.gate, **blocks
+            call.launch(
+                call.gate.gates_kernel,
+                call.tiles((call.N, "BLOCK_N"), (call.C, "BLOCK_C")),
+                *(hidden, w2, b2, gates, *sizes),
+                GATE=a.gate,
+                **blocks,
             )
         cut = call.element
-        call.maps.tail_kernel[(cut.programs,)](
+        call.launch(
+            call.maps.tail_kernel,
+            cut.programs,
             *(x, shortcut, y, statistics, weight, bias, s_weight, s_bias),
             *(gates if call.H else None, call.C, call.P, cut.splits, cut.tiles),
             NORMALIZED=normalized,
@@ -120,7 +128,9 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
         if branch or other or plain is not None:
             cut = call.sums
             parts = call.empty(3, call.N * cut.splits, call.C)
-            call.maps.sums_kernel[(cut.programs,)](
+            call.launch(
+                call.maps.sums_kernel,
+                cut.programs,
                 *(g, x, kept_y, r, plain, parts, *affine, gates),
                 *(call.C, call.P, call.N * cut.splits, cut.splits, cut.tiles),
                 OTHER=other,
@@ -139,7 +149,9 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
                 dz = _gate_gradients(call, saved, sums, (weight, bias, w1, w2), flags, found)
             if branch or other:
                 channels = tuple(call.empty(call.C) if t is None else t for t in found[2:6])
-                call.gate.channel_gradients_kernel[(-(-call.C // 16),)](
+                call.launch(
+                    call.gate.channel_gradients_kernel,
+                    -(-call.C // 16),
                     *(sums, gates, dz, saved.squeezed, statistics, *channels),
                     *(call.N, call.C),
                     OTHER=other,
@@ -151,7 +163,9 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
         dshortcut = found.shortcut if other else None
         if found.x is not None or dshortcut is not None:
             cut = call.element
-            call.maps.map_gradients_kernel[(cut.programs,)](
+            call.launch(
+                call.maps.map_gradients_kernel,
+                cut.programs,
                 *(g, x, kept_y, r, found.x, dshortcut, *affine, gates),
                 *(dz, *channels, call.C, call.P, call.M, cut.splits, cut.tiles),
                 BATCH=batch,
@@ -183,7 +197,9 @@ def finish(
         call = Call(x, 0)
         y, cut = torch.empty_like(x), call.element
         shortcut = like(None if shortcut is None else shortcut.detach(), x)
-        call.maps.tail_kernel[(cut.programs,)](
+        call.launch(
+            call.maps.tail_kernel,
+            cut.programs,
             *(x, shortcut, y, None, None, numbers(bias, call.dtype), None, None),
             *(numbers(gates, call.dtype), call.C, call.P, cut.splits, cut.tiles),
             NORMALIZED=False,
@@ -218,15 +234,24 @@ def _gate_gradients(
     sizes = (call.N, call.C, call.H)
     dhidden, dz = call.empty(call.N, call.H), call.empty(call.N, call.C)
     kernels, options = call.gate, {"GATE": saved.gate, **flags, **GATE_BLOCKS}
-    kernels.hidden_gradient_kernel[call.tiles((call.N, "BLOCK_N"), (call.H, "BLOCK_H"))](
-        *(sums, gates, hidden, statistics, weight, bias, w2, dhidden, *sizes), **options
+    call.launch(
+        kernels.hidden_gradient_kernel,
+        call.tiles((call.N, "BLOCK_N"), (call.H, "BLOCK_H")),
+        *(sums, gates, hidden, statistics, weight, bias, w2, dhidden, *sizes),
+        **options,
     )
-    kernels.squeeze_gradient_kernel[call.tiles((call.N, "BLOCK_N"), (call.C, "BLOCK_C"))](
-        *(dhidden, w1, dz, *sizes), ACC=call.acc, **GATE_BLOCKS
+    call.launch(
+        kernels.squeeze_gradient_kernel,
+        call.tiles((call.N, "BLOCK_N"), (call.C, "BLOCK_C")),
+        *(dhidden, w1, dz, *sizes),
+        ACC=call.acc,
+        **GATE_BLOCKS,
     )
     outputs = (found.w1, found.b1, found.w2, found.b2)
     if any(t is not None for t in outputs):
-        kernels.weight_gradients_kernel[call.tiles((call.H, "BLOCK_H"), (call.C, "BLOCK_C"))](
+        call.launch(
+            kernels.weight_gradients_kernel,
+            call.tiles((call.H, "BLOCK_H"), (call.C, "BLOCK_C")),
             *(sums, gates, hidden, dhidden, saved.squeezed, statistics, weight, bias),
             *(*outputs, *sizes),
             **options,
