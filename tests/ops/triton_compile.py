@@ -86,8 +86,10 @@ def record(cases: list[Case]) -> dict[str, Launch]:
             relu=case.relu,
         )
         outputs = ours.forward(arguments, (0.1, 0.1) if case.training else (None, None))
-        wanted = [getattr(arguments, name) is not None for name in Gradients._fields]
-        ours.backward(t["gradient"], TAIL.save(arguments, outputs), Gradients(*wanted))
+        given = [name for name in Gradients._fields if getattr(arguments, name) is not None]
+        for wanted in (given, ["x"], ["shortcut"] if normalized else []):
+            flags = Gradients(*(name in wanted for name in Gradients._fields))
+            ours.backward(t["gradient"], TAIL.save(arguments, outputs), flags)
     return launches
 
 

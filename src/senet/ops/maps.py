@@ -8,6 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Not "meta". Asked here: torch.compile of PyTorch 2.11 leaves its graph where a call asks.
+_WITH_AUTOCAST = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia"))
+)
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type that sums over elements of `dtype` are kept in: at least float32."""
@@ -16,8 +21,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(device_type: str) -> AbstractContextManager[object]:
     """Context without autocast; nothing at all (also in a graph) where autocast is not on."""
-    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
-    if available and torch.is_autocast_enabled(device_type):
+    if device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
