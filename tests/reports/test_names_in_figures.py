@@ -82,3 +82,22 @@ def test_one_sentence_where_no_font_has_a_letter(tmp_path: Path) -> None:
             warnings.simplefilter("default")
             figures.save_figure(figure, tmp_path, "matrix")
     assert {str(each.message) for each in said} == {fonts.WITHOUT_GLYPHS}
+
+
+def test_a_font_installed_since_matplotlib_listed_them_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stix = next(e for e in fontManager.ttflist if e.name == "STIXGeneral")
+    others = [entry for entry in fontManager.ttflist if "STIX" not in entry.name]
+    letters = fonts._letters(stix.fname).difference(*(fonts._letters(e.fname) for e in others))
+    installed = tmp_path / "new.ttf"
+    installed.write_bytes(Path(stix.fname).read_bytes())
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(fontManager, "ttflist", others)
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [*map(str, tmp_path.iterdir())])
+    for cached in (fonts._fonts_with, fonts._add_new_fonts):
+        cached.cache_clear()
+    found, missing = fonts._fonts_with(frozenset(sorted(letters)[:1]))
+    for cached in (fonts._fonts_with, fonts._add_new_fonts):
+        cached.cache_clear()
+    assert (found, missing) == (("STIXGeneral",), frozenset())

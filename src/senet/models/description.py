@@ -31,7 +31,7 @@ def describe(
         preprocessing: how an image becomes its input, as plain values; None where unknown.
         classes: names in the order of the logits; None or empty where nobody knows them.
         metrics: what it was measured at.
-        run: options of the run that trained it, without paths of the user's machine.
+        run: options of the run that trained it, with the paths of its machine.
         **more: what else shall be told.
     """
     return {

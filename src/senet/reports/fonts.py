@@ -3,10 +3,11 @@
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.font_manager import findfont, findSystemFonts, fontManager, get_font
 from matplotlib.text import Text
 
 WITHOUT_GLYPHS = (
@@ -65,8 +66,18 @@ def _fonts_with(missing: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str
 
 def _installed() -> Iterator[tuple[str, str]]:
     """Families of this machine with an upright font of usual weight, and its file, by name."""
+    _add_new_fonts()
     for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
         usual = entry.style == "normal" and entry.weight in (400, "normal", "regular", "book")
         # Matplotlib's own "Last Resort" has nothing but boxes.
         if usual and not entry.name.startswith("Last Resort"):
             yield entry.name, entry.fname
+
+
+@cache
+def _add_new_fonts() -> None:
+    """Tell matplotlib of fonts that were installed since it listed those of this machine."""
+    known = {entry.fname for entry in fontManager.ttflist}
+    for path in sorted(set(findSystemFonts()) - known):
+        with suppress(OSError, RuntimeError):  # damaged, or of a kind that it does not read
+            fontManager.addfont(path)
