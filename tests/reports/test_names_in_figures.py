@@ -87,7 +87,8 @@ def test_one_sentence_where_no_font_has_a_letter(tmp_path: Path) -> None:
 def test_a_font_installed_since_matplotlib_listed_them_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stix = next(e for e in fontManager.ttflist if e.name == "STIXGeneral")
+    upright = [e for e in fontManager.ttflist if e.weight == 400 and e.style == "normal"]
+    stix = next(entry for entry in upright if entry.name == "STIXGeneral")
     others = [entry for entry in fontManager.ttflist if entry.name.startswith("DejaVu")]
     letters = fonts._letters(stix.fname).difference(*(fonts._letters(e.fname) for e in others))
     installed = tmp_path / "new.ttf"
