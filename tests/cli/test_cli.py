@@ -22,9 +22,9 @@ def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_loads_no_pytorch() -> None:
+def test_help_and_the_list_of_networks_load_no_pytorch() -> None:
     code = (
-        "import sys; from senet.__main__ import main; main(['--help']); "
+        "import sys; from senet.__main__ import main; main(['--help']); main(['models']); "
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

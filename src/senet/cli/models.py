@@ -20,7 +20,7 @@ def models(pattern: str = "*", /, *, table: Switch = False) -> None:
             raise UserError(f"--table shows the paper's networks: leave out {pattern!r}")
         print_table(_paper_table())
         return
-    from senet.commands.summary import network_sizes
+    from senet.commands.models import network_sizes
 
     found = new_table("model", right=("parameters", "multiply-adds", "input"))
     for network in network_sizes(pattern):

@@ -1,6 +1,5 @@
 """Layers, parameters and multiply-adds: of one SE block, of a network, of all networks."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from senet.anatomy import Description, describe
 from senet.errors import UserError
-from senet.models import list_models
 from senet.models.cost import count_multiply_adds, count_parameters, meta_model
 from senet.models.paper import StageCost, stage_costs
 from senet.networks.anywhere import PREFIXES, open_source
@@ -252,46 +250,3 @@ def summarize_network(
         count_parameters(model),
         count_multiply_adds(model, shape),
     )
-
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """A network at its default input size.
-
-    Attributes:
-        name: in the registry.
-        parameters: number of parameters.
-        multiply_adds: of one image.
-        input_size: (C,H,W).
-    """
-
-    name: str
-    parameters: int
-    multiply_adds: int
-    input_size: tuple[int, ...]
-
-
-def network_sizes(pattern: str) -> list[NetworkSize]:
-    """The networks whose names match a shell pattern, in natural order.
-
-    Raises:
-        UserError: no name matches.
-    """
-    names = list_models(pattern)
-    if not names:
-        raise UserError(f"no model matches {pattern!r}; `senet models` lists all")
-    found = []
-    for name in sorted(names, key=_natural_order):
-        model = meta_model(name)
-        size = NetworkSize(
-            name, count_parameters(model), count_multiply_adds(model), tuple(model.input_size)
-        )
-        found.append(size)
-    return found
-
-
-def _natural_order(name: str) -> tuple[list[int | str], bool]:
-    """A plain network before its SE twin, and resnet20 before resnet110."""
-    base = name.removeprefix("se_")
-    parts = re.split(r"(\d+)", base)
-    return [int(part) if part.isdigit() else part for part in parts], base != name
