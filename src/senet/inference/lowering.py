@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference.buffers import Buffer, Map, is_map, new_map
-from senet.inference.builder import Builder, Constants, Sums, TorchStep, native_gate
+from senet.inference.builder import (
+    Builder,
+    Constants,
+    Sums,
+    TorchStep,
+    native_activation,
+    native_gate,
+)
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.schedule import Geometry
@@ -205,7 +212,7 @@ class Lowering:
         assert x is not None
         name = str(node.target)
         match module:
-            case FusedConv() | Pointwise():
+            case FusedConv() | Pointwise() if native_activation(module) is not None:
                 gates, shortcut = (*maps[1:], None, None)[:2]
                 in_place = isinstance(module, Pointwise) and shortcut is None
                 y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)

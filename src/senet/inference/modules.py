@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.nn.block import SqueezeExcitation
+from senet.ops.activations import LINEAR, RELU, Activation
 from senet.ops.triton import tail as triton
 from senet.ops.triton.common import takes
 
@@ -39,14 +40,15 @@ def constant(value: Tensor, like: Tensor) -> nn.Parameter:
 
 
 class FusedConv(nn.Module):
-    """Convolution with all that follows it: y = relu(gates ⊙ (W x + b) + shortcut).
+    """Convolution with all that follows it: y = δ(gates ⊙ (W x + b) + shortcut).
 
     Args:
         conv: the convolution; zero padding given in numbers.
         bn: batch norm behind it, folded into weight and bias in float64.
 
     Attributes:
-        relu: whether ReLU ends it.
+        activation: δ.
+        slopes: with a linear δ: slopes (D,) or (1,) of a PReLU in its place.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
@@ -62,21 +64,22 @@ class FusedConv(nn.Module):
             two, (conv.stride, conv.padding, conv.dilation)
         )
         self.groups = conv.groups
-        self.relu = False
+        self.activation: Activation = LINEAR
+        self.slopes: nn.Parameter | None = None
 
     def forward(
         self,
         x: Float[Tensor, "n c h w"],
-        gates: Float[Tensor, "n d"] | None = None,
+        gates: Float[Tensor, "n d *ones"] | None = None,
         shortcut: Float[Tensor, "n d a b"] | None = None,
     ) -> Float[Tensor, "n d a b"]:
         """(N,C,H,W) → (N,D,A,B); gates are known beforehand, one per image and output channel."""
         options = (self.stride, self.padding, self.dilation, self.groups)
-        if _in_one_pass(x, gates, shortcut):
+        if _in_one_pass(self, x, gates, shortcut):
             y = F.conv2d(x, self.weight, None, *options)
-            return triton.finish(y, self.bias, gates, shortcut, self.relu)
+            return _finish_on_gpu(self, y, self.bias, gates, shortcut)
         y = F.conv2d(x, self.weight, self.bias, *options)
-        return finish(y, gates, shortcut, self.relu)
+        return finish(y, gates, shortcut, self.activation, self.slopes)
 
     def multiply(self, factor: float) -> None:
         """Multiply the convolution's output, before gates and shortcut, by a number."""
@@ -86,16 +89,26 @@ class FusedConv(nn.Module):
     def extra_repr(self) -> str:
         """Shape, stride and what follows, as `print(model)` shows them."""
         shape = "×".join(map(str, self.weight.shape))
-        return f"{shape}, stride={self.stride}, groups={self.groups}, relu={self.relu}"
+        return f"{shape}, stride={self.stride}, groups={self.groups}, {self.activation.name}"
 
 
-def _in_one_pass(*tensors: Tensor | None) -> bool:
+def ends_plainly(module: FusedConv | Pointwise) -> bool:
+    """Whether a module ends in nothing or in a ReLU."""
+    return module.activation in (LINEAR, RELU) and module.slopes is None
+
+
+def ends_openly(module: FusedConv | Pointwise) -> bool:
+    """Whether a module has no activation, so that it can take in what follows."""
+    return module.activation == LINEAR and module.slopes is None
+
+
+def _in_one_pass(module: FusedConv | Pointwise, *tensors: Tensor | None) -> bool:
     """Whether a Triton kernel does what follows a convolution: on a GPU, in eager inference.
 
     torch.compile fuses the formulas of `finish` itself, and graphs that leave the process hold
     PyTorch's own operators.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not ends_plainly(module):
         return False
     plain = all(t is None or type(t) is Tensor for t in tensors)
     if not plain or tensors[0] is None or not takes(tensors[0]):
@@ -103,18 +116,35 @@ def _in_one_pass(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
-def finish(y: Tensor, gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
-    """relu(gates ⊙ y + shortcut), each part optional; y (N,C,*), gates (N,C)."""
+def _finish_on_gpu(
+    module: FusedConv | Pointwise,
+    y: Tensor,
+    bias: Tensor | None,
+    gates: Tensor | None,
+    shortcut: Tensor | None,
+) -> Tensor:
+    gates = None if gates is None else gates.flatten(1)
+    return triton.finish(y, bias, gates, shortcut, module.activation == RELU)
+
+
+def finish(
+    y: Tensor,
+    gates: Tensor | None,
+    shortcut: Tensor | None,
+    activation: Activation,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """δ(gates ⊙ y + shortcut), each part optional; y (N,C,*), gates (N,C) or (N,C,1,…)."""
     if gates is not None:
-        gates = gates.view(*gates.shape, *(1 for _ in y.shape[2:])).to(y.dtype)
+        gates = gates.reshape(*gates.shape[:2], *(1 for _ in y.shape[2:])).to(y.dtype)
         y = y * gates if shortcut is None else torch.addcmul(shortcut, y, gates)
     elif shortcut is not None:
         y = y + shortcut
-    return F.relu(y) if relu else y
+    return activation(y) if slopes is None else F.prelu(y, slopes)
 
 
 class Pointwise(nn.Module):
-    """What no convolution takes up: y = relu(gates ⊙ f·(a·x + b) + shortcut).
+    """What no convolution takes up: y = δ(gates ⊙ f·(a·x + b) + shortcut).
 
     Each part is optional.
 
@@ -123,7 +153,8 @@ class Pointwise(nn.Module):
 
     Attributes:
         factor: f.
-        relu: whether ReLU ends it.
+        activation: δ.
+        slopes: with a linear δ: slopes (C,) or (1,) of a PReLU in its place.
     """
 
     def __init__(self, bn: nn.BatchNorm2d | None = None) -> None:
@@ -135,7 +166,8 @@ class Pointwise(nn.Module):
             scale, offset = batch_norm_affine(bn)
             self.scale, self.offset = (constant(t, bn.running_mean) for t in (scale, offset))
         self.factor = 1.0
-        self.relu = False
+        self.activation: Activation = LINEAR
+        self.slopes: nn.Parameter | None = None
 
     def multiply(self, factor: float) -> None:
         """Multiply the output, before gates and shortcut, by a number."""
@@ -149,9 +181,9 @@ class Pointwise(nn.Module):
             x = torch.addcmul(self.offset.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
         if self.factor != 1:
             x = x * self.factor
-        if _in_one_pass(x, gates, shortcut):
-            return triton.finish(x, None, gates, shortcut, self.relu)
-        return finish(x, gates, shortcut, self.relu)
+        if _in_one_pass(self, x, gates, shortcut):
+            return _finish_on_gpu(self, x, None, gates, shortcut)
+        return finish(x, gates, shortcut, self.activation, self.slopes)
 
 
 def axis_taps(x: Tensor, kernel: int, padding: int, dilation: int) -> tuple[list[Tensor], int]:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.models.residual import PaddedShortcut
 from senet.nn.block import GlobalSqueeze, SqueezeExcitation
+from senet.ops.activations import RELU
 
 RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
 ADDS = (operator.add, operator.iadd, torch.add)
@@ -167,9 +168,10 @@ class Rewriter:
         if (
             isinstance(source, fx.Node)
             and isinstance(module, FusedConv | Pointwise)
+            and ends_openly(module)
             and self.single_use(source)
         ):
-            module.relu = True
+            module.activation = RELU
             self.say(source, "ReLU in the same pass")
             self.replace(node, source)
 
@@ -211,7 +213,9 @@ class Rewriter:
         options.sort(key=lambda pair: -len(pair[0].args))
         for branch, shortcut in options:
             module = self.called(branch)
-            if not isinstance(module, FusedConv | Pointwise) or module.relu or branch is shortcut:
+            if not isinstance(module, FusedConv | Pointwise) or branch is shortcut:
+                continue
+            if not ends_openly(module):
                 continue
             if len(branch.args) > 2 or not self.single_use(branch):
                 continue
@@ -267,4 +271,4 @@ def commutes(conv: FusedConv) -> bool:
 
     With stride the input would be larger than the output: nothing to gain.
     """
-    return not conv.relu and conv.groups == 1 and conv.stride == (1, 1)
+    return ends_openly(conv) and conv.groups == 1 and conv.stride == (1, 1)

@@ -16,8 +16,9 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, finish
 from senet.inference.optimization import OptimizedModel, OptimizedPart, optimize
+from senet.ops.activations import LINEAR
 
 Form = Literal["plain", "squeeze_first", "expanded"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -45,16 +46,14 @@ class _ExpandedScale(nn.Module):
 
     def __init__(self, scaled: FusedConv | Pointwise) -> None:
         super().__init__()
-        self.inner = copy.copy(scaled)
-        self.inner.relu = False
-        self.relu = scaled.relu
+        self.activation, self.slopes = scaled.activation, scaled.slopes
+        self.inner = copy.deepcopy(scaled)
+        self.inner.activation, self.inner.slopes = LINEAR, None
 
     def forward(self, x: Tensor, gates: Tensor, shortcut: Tensor | None = None) -> Tensor:
         y = self.inner(x)
         y = y * F.interpolate(gates, size=y.shape[2:], mode="nearest")
-        if shortcut is not None:
-            y = y + shortcut
-        return F.relu(y) if self.relu else y
+        return finish(y, None, shortcut, self.activation, self.slopes)
 
 
 def _expand(graph: fx.GraphModule) -> int:
