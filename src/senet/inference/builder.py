@@ -159,11 +159,13 @@ class Builder:
         With `sums` the step adds up y as it writes it, and they are returned; None where it cannot.
         """
         kernel = (module.weight.shape[2], module.weight.shape[3])
-        geometry = Geometry(kernel, module.stride, module.padding, module.dilation, module.groups)
         _, H, W, C = x.shape
+        before, _ = module.zeros(H, W)
+        geometry = Geometry(kernel, module.stride, before, module.dilation, module.groups)
         activation = native_activation(module)
         assert activation is not None
-        tile = winograd_tile(geometry, C, y.shape[3], H, W)
+        even = geometry.output(H, W) == y.shape[1:3]  # as many zeros behind as before
+        tile = winograd_tile(geometry, C, y.shape[3], H, W) if even else 0
         maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
         if geometry.groups == C == y.shape[3] and C > 1:
             taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
