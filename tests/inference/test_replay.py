@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from senet import create_model
 from senet.inference import OptimizedModel, optimize, replay
-from senet.inference.optimization import OptimizedPart
+from senet.inference.part import OptimizedPart
 from senet.inference.replay import Replays
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is needed")

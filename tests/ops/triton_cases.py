@@ -16,6 +16,7 @@ from senet.errors import UserError
 from senet.inference import optimize
 from senet.inference.modules import FusedConv
 from senet.networks.create import create_model
+from senet.ops.activations import LINEAR, RELU
 from senet.ops.triton import tail as triton
 from senet.ops.triton import tiling as triton_tiling
 
@@ -154,7 +155,7 @@ def test_what_follows_a_convolution_in_one_pass(
         for gates in (None, torch.rand(2, 12, device=DEVICE)):
             for shortcut in (None, t["shortcut"]):
                 fused = FusedConv(conv)
-                fused.relu = relu
+                fused.activation = RELU if relu else LINEAR
                 with torch.no_grad(), ops.use("triton"):
                     found = fused(t["x"], gates, shortcut)
                     expected = conv.double()(t["x"].double())

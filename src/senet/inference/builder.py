@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from senet.inference import kernels, packing
 from senet.inference.buffers import Buffer, Map, new_map
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_plainly
 from senet.inference.schedule import (
     Geometry,
     convolution_tasks,
@@ -22,6 +22,7 @@ from senet.inference.schedule import (
     winograd_tile,
 )
 from senet.kernels.structs import Activation, Gate, Kind
+from senet.ops.activations import RELU
 from senet.ops.reference import GATES
 
 # Rows of a task that passes over a map once.
@@ -75,6 +76,13 @@ class Sums:
     y: Map
     parts: Map
     blocks: int
+
+
+def native_activation(module: FusedConv | Pointwise) -> Activation | None:
+    """What a module ends in, as the kernels know it; None where they do not."""
+    if not ends_plainly(module):
+        return None
+    return Activation.RELU if module.activation == RELU else Activation.LINEAR
 
 
 def native_gate(module: SqueezeGate) -> bool:
@@ -146,15 +154,18 @@ class Builder:
         *,
         sums: bool = False,
     ) -> Sums | None:
-        """y = relu(gates ⊙ conv(x) + shortcut); y may be where the shortcut is.
+        """y = δ(gates ⊙ conv(x) + shortcut); y may be where the shortcut is.
 
         With `sums` the step adds up y as it writes it, and they are returned; None where it cannot.
         """
         kernel = (module.weight.shape[2], module.weight.shape[3])
-        geometry = Geometry(kernel, module.stride, module.padding, module.dilation, module.groups)
         _, H, W, C = x.shape
-        activation = int(module.relu)
-        tile = winograd_tile(geometry, C, y.shape[3], H, W)
+        before, _ = module.zeros(H, W)
+        geometry = Geometry(kernel, module.stride, before, module.dilation, module.groups)
+        activation = native_activation(module)
+        assert activation is not None
+        even = geometry.output(H, W) == y.shape[1:3]  # as many zeros behind as before
+        tile = winograd_tile(geometry, C, y.shape[3], H, W) if even else 0
         maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
         if geometry.groups == C == y.shape[3] and C > 1:
             taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
@@ -401,7 +412,9 @@ class Builder:
         gates: Map | None = None,
         shortcut: Map | None = None,
     ) -> None:
-        """y = relu(gates ⊙ f·(a·x + b) + shortcut)."""
+        """y = δ(gates ⊙ f·(a·x + b) + shortcut)."""
+        activation = native_activation(module)
+        assert activation is not None
         constants: dict[str, Tensor] = {}
         if module.scale is not None and module.offset is not None:
             scale, offset = module.scale, module.offset
@@ -414,7 +427,7 @@ class Builder:
         self.emit(
             Kind.POINTWISE,
             {"x": x, "y": y, "gates": gates, "shortcut": shortcut},
-            {"activation": int(module.relu), "rows": _PASS_ROWS},
+            {"activation": activation, "rows": _PASS_ROWS},
             constants,
         )
 

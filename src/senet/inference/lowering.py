@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference.buffers import Buffer, Map, is_map, new_map
-from senet.inference.builder import Builder, Constants, Sums, TorchStep, native_gate
+from senet.inference.builder import (
+    Builder,
+    Constants,
+    Sums,
+    TorchStep,
+    native_activation,
+    native_gate,
+)
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.schedule import Geometry
@@ -79,6 +86,7 @@ class Lowering:
     Attributes:
         builder: the steps.
         values: map of each node that lies in the arena.
+        fixed: what nodes give that follows from the input's shape.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
         input_images: images that an INPUT step reads.
@@ -100,6 +108,7 @@ class Lowering:
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.sums: dict[fx.Node, Sums] = {}
         self.segment: frozenset[fx.Node] = frozenset()
+        self.fixed: dict[fx.Node, Any] = {}
         self.output: Any = None
         self.escaping: set[fx.Node] = set()
         self.crossing: fx.Node | None = None
@@ -163,6 +172,9 @@ class Lowering:
                 else:
                     self._escapes(source)
             return
+        if self._follows_from_shapes(node):
+            self.fixed[node] = self.results[node]
+            return
         if node.op == "get_attr":
             self.builder.steps.append(TorchStep(node, None))
             return
@@ -178,6 +190,18 @@ class Lowering:
         for source in node.all_input_nodes:
             if source in self.values:
                 self.values[source].buffer.waiting.discard(node)
+
+    def _follows_from_shapes(self, node: fx.Node) -> bool:
+        """Whether what a node gives follows from the input's shape: sizes, and what reads those."""
+        if node.op not in ("call_function", "call_method"):
+            return False
+        parts = torch.utils._pytree.tree_leaves(self.results[node])
+        if any(isinstance(part, Tensor) for part in parts):
+            return False
+        sizes = node.target is getattr and node.args[1] in ("shape", "ndim")
+        if sizes or (node.op == "call_method" and node.target in ("size", "dim", "numel")):
+            return True
+        return bool(node.all_input_nodes) and all(n in self.fixed for n in node.all_input_nodes)
 
     def _escapes(self, node: fx.Node) -> None:
         """Note that a node's result is returned: what PyTorch makes of maps must be its own."""
@@ -205,7 +229,7 @@ class Lowering:
         assert x is not None
         name = str(node.target)
         match module:
-            case FusedConv() | Pointwise():
+            case FusedConv() | Pointwise() if native_activation(module) is not None:
                 gates, shortcut = (*maps[1:], None, None)[:2]
                 in_place = isinstance(module, Pointwise) and shortcut is None
                 y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.nn.block import SqueezeExcitation
+from senet.ops.activations import LINEAR, RELU, Activation
 from senet.ops.triton import tail as triton
 from senet.ops.triton.common import takes
 
@@ -39,14 +40,19 @@ def constant(value: Tensor, like: Tensor) -> nn.Parameter:
 
 
 class FusedConv(nn.Module):
-    """Convolution with all that follows it: y = relu(gates ⊙ (W x + b) + shortcut).
+    """Convolution with all that follows it: y = δ(gates ⊙ (W x + b) + shortcut).
 
     Args:
-        conv: the convolution; zero padding given in numbers.
+        conv: the convolution; it pads with zeros.
         bn: batch norm behind it, folded into weight and bias in float64.
 
     Attributes:
-        relu: whether ReLU ends it.
+        padding: zeros above and to the left.
+        behind: zeros below and to the right.
+        same: whether there are instead as many as TensorFlow's "same" needs for an input, those
+            behind one more where they are odd: the output has ⌈H/stride⌉ rows.
+        activation: δ.
+        slopes: with a linear δ: slopes (D,) or (1,) of a PReLU in its place.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
@@ -57,45 +63,107 @@ class FusedConv(nn.Module):
             scale, offset = batch_norm_affine(bn)
             weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + offset
         self.weight, self.bias = constant(weight, conv.weight), constant(bias, conv.weight)
-        assert not isinstance(conv.padding, str)
-        self.stride, self.padding, self.dilation = map(
-            two, (conv.stride, conv.padding, conv.dilation)
-        )
+        self.stride, self.dilation = two(conv.stride), two(conv.dilation)
+        if isinstance(conv.padding, str):
+            total = self._needed() if conv.padding == "same" else (0, 0)
+            self.padding = (total[0] // 2, total[1] // 2)
+            self.behind = (total[0] - self.padding[0], total[1] - self.padding[1])
+        else:
+            self.padding = self.behind = two(conv.padding)
+        self.same = False
         self.groups = conv.groups
-        self.relu = False
+        self.activation: Activation = LINEAR
+        self.slopes: nn.Parameter | None = None
+
+    def _needed(self) -> tuple[int, int]:
+        """Zeros with which stride 1 keeps the size, along height and width."""
+        kernel = self.weight.shape[2:]
+        return self.dilation[0] * (kernel[0] - 1), self.dilation[1] * (kernel[1] - 1)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether nothing is padded."""
+        return not self.same and self.padding == self.behind == (0, 0)
+
+    def pad(self, before: tuple[int, int], behind: tuple[int, int]) -> None:
+        """Add zeros around the input, before and behind it along height and width."""
+        self.padding = (self.padding[0] + before[0], self.padding[1] + before[1])
+        self.behind = (self.behind[0] + behind[0], self.behind[1] + behind[1])
+
+    def zeros(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Zeros before and behind an input of that size, each along height and width."""
+        if not self.same:
+            return self.padding, self.behind
+        before, behind = [], []
+        for size, needed, stride in zip((height, width), self._needed(), self.stride, strict=True):
+            total = (-(-size // stride) - 1) * stride + needed + 1 - size
+            total = torch.sym_max(total, 0)
+            before.append(total // 2)
+            behind.append(total - total // 2)
+        return two(tuple(before)), two(tuple(behind))
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of that size."""
+        before, behind = self.zeros(height, width)
+        sizes = (
+            (size + before[i] + behind[i] - self._needed()[i] - 1) // self.stride[i] + 1
+            for i, size in enumerate((height, width))
+        )
+        return two(tuple(sizes))
 
     def forward(
         self,
         x: Float[Tensor, "n c h w"],
-        gates: Float[Tensor, "n d"] | None = None,
+        gates: Float[Tensor, "n d *ones"] | None = None,
         shortcut: Float[Tensor, "n d a b"] | None = None,
     ) -> Float[Tensor, "n d a b"]:
         """(N,C,H,W) → (N,D,A,B); gates are known beforehand, one per image and output channel."""
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        if _in_one_pass(x, gates, shortcut):
+        padding = self.padding
+        if self.same or self.padding != self.behind:
+            (top, left), (bottom, right) = self.zeros(x.shape[2], x.shape[3])
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        options = (self.stride, padding, self.dilation, self.groups)
+        if _in_one_pass(self, x, gates, shortcut):
             y = F.conv2d(x, self.weight, None, *options)
-            return triton.finish(y, self.bias, gates, shortcut, self.relu)
+            return _finish_on_gpu(self, y, self.bias, gates, shortcut)
         y = F.conv2d(x, self.weight, self.bias, *options)
-        return finish(y, gates, shortcut, self.relu)
+        return finish(y, gates, shortcut, self.activation, self.slopes)
 
     def multiply(self, factor: float) -> None:
         """Multiply the convolution's output, before gates and shortcut, by a number."""
         self.weight.mul_(factor)
         self.bias.mul_(factor)
 
+    def take_in(self, scale: Tensor, offset: Tensor) -> None:
+        """Let a·y + b follow the convolution, before gates and shortcut; a and b (D,) or ()."""
+        a, b = scale.double(), offset.double()
+        weight = self.weight.double() * a.reshape(-1, 1, 1, 1)
+        bias = self.bias.double() * a + b
+        self.weight, self.bias = constant(weight, self.weight), constant(bias, self.bias)
+
     def extra_repr(self) -> str:
         """Shape, stride and what follows, as `print(model)` shows them."""
         shape = "×".join(map(str, self.weight.shape))
-        return f"{shape}, stride={self.stride}, groups={self.groups}, relu={self.relu}"
+        return f"{shape}, stride={self.stride}, groups={self.groups}, {self.activation.name}"
 
 
-def _in_one_pass(*tensors: Tensor | None) -> bool:
+def ends_plainly(module: FusedConv | Pointwise) -> bool:
+    """Whether a module ends in nothing or in a ReLU."""
+    return module.activation in (LINEAR, RELU) and module.slopes is None
+
+
+def ends_openly(module: FusedConv | Pointwise) -> bool:
+    """Whether a module has no activation, so that it can take in what follows."""
+    return module.activation == LINEAR and module.slopes is None
+
+
+def _in_one_pass(module: FusedConv | Pointwise, *tensors: Tensor | None) -> bool:
     """Whether a Triton kernel does what follows a convolution: on a GPU, in eager inference.
 
     torch.compile fuses the formulas of `finish` itself, and graphs that leave the process hold
     PyTorch's own operators.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not ends_plainly(module):
         return False
     plain = all(t is None or type(t) is Tensor for t in tensors)
     if not plain or tensors[0] is None or not takes(tensors[0]):
@@ -103,18 +171,35 @@ def _in_one_pass(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
-def finish(y: Tensor, gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
-    """relu(gates ⊙ y + shortcut), each part optional; y (N,C,*), gates (N,C)."""
+def _finish_on_gpu(
+    module: FusedConv | Pointwise,
+    y: Tensor,
+    bias: Tensor | None,
+    gates: Tensor | None,
+    shortcut: Tensor | None,
+) -> Tensor:
+    gates = None if gates is None else gates.flatten(1)
+    return triton.finish(y, bias, gates, shortcut, module.activation == RELU)
+
+
+def finish(
+    y: Tensor,
+    gates: Tensor | None,
+    shortcut: Tensor | None,
+    activation: Activation,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """δ(gates ⊙ y + shortcut), each part optional; y (N,C,*), gates (N,C) or (N,C,1,…)."""
     if gates is not None:
-        gates = gates.view(*gates.shape, *(1 for _ in y.shape[2:])).to(y.dtype)
+        gates = gates.reshape(*gates.shape[:2], *(1 for _ in y.shape[2:])).to(y.dtype)
         y = y * gates if shortcut is None else torch.addcmul(shortcut, y, gates)
     elif shortcut is not None:
         y = y + shortcut
-    return F.relu(y) if relu else y
+    return activation(y) if slopes is None else F.prelu(y, slopes)
 
 
 class Pointwise(nn.Module):
-    """What no convolution takes up: y = relu(gates ⊙ f·(a·x + b) + shortcut).
+    """What no convolution takes up: y = δ(gates ⊙ f·(a·x + b) + shortcut).
 
     Each part is optional.
 
@@ -123,7 +208,8 @@ class Pointwise(nn.Module):
 
     Attributes:
         factor: f.
-        relu: whether ReLU ends it.
+        activation: δ.
+        slopes: with a linear δ: slopes (C,) or (1,) of a PReLU in its place.
     """
 
     def __init__(self, bn: nn.BatchNorm2d | None = None) -> None:
@@ -135,23 +221,32 @@ class Pointwise(nn.Module):
             scale, offset = batch_norm_affine(bn)
             self.scale, self.offset = (constant(t, bn.running_mean) for t in (scale, offset))
         self.factor = 1.0
-        self.relu = False
+        self.activation: Activation = LINEAR
+        self.slopes: nn.Parameter | None = None
 
     def multiply(self, factor: float) -> None:
         """Multiply the output, before gates and shortcut, by a number."""
         self.factor *= factor
 
+    def take_in(self, scale: Tensor, offset: Tensor, like: Tensor) -> None:
+        """Let a·y + b follow, before gates and shortcut; a and b (C,), kept in `like`'s type."""
+        a, b = scale.double() * self.factor, offset.double()
+        if self.scale is not None and self.offset is not None:
+            a, b = a * self.scale.double(), b + a * self.offset.double()
+        self.scale, self.offset, self.factor = constant(a, like), constant(b, like), 1.0
+
     def forward(
         self, x: Tensor, gates: Tensor | None = None, shortcut: Tensor | None = None
     ) -> Tensor:
-        """X (N,C,H,W) → the same shape."""
+        """X (N,C,*) → the same shape."""
         if self.scale is not None and self.offset is not None:
-            x = torch.addcmul(self.offset.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
+            each = (-1, *(1 for _ in x.shape[2:]))
+            x = torch.addcmul(self.offset.view(each), x, self.scale.view(each))
         if self.factor != 1:
             x = x * self.factor
-        if _in_one_pass(x, gates, shortcut):
-            return triton.finish(x, None, gates, shortcut, self.relu)
-        return finish(x, gates, shortcut, self.relu)
+        if _in_one_pass(self, x, gates, shortcut):
+            return _finish_on_gpu(self, x, None, gates, shortcut)
+        return finish(x, gates, shortcut, self.activation, self.slopes)
 
 
 def axis_taps(x: Tensor, kernel: int, padding: int, dilation: int) -> tuple[list[Tensor], int]:

@@ -16,8 +16,10 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
-from senet.inference.optimization import OptimizedModel, OptimizedPart, optimize
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, finish
+from senet.inference.optimization import OptimizedModel, optimize
+from senet.inference.part import OptimizedPart
+from senet.ops.activations import LINEAR
 
 Form = Literal["plain", "squeeze_first", "expanded"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -45,16 +47,14 @@ class _ExpandedScale(nn.Module):
 
     def __init__(self, scaled: FusedConv | Pointwise) -> None:
         super().__init__()
-        self.inner = copy.copy(scaled)
-        self.inner.relu = False
-        self.relu = scaled.relu
+        self.activation, self.slopes = scaled.activation, scaled.slopes
+        self.inner = copy.deepcopy(scaled)
+        self.inner.activation, self.inner.slopes = LINEAR, None
 
     def forward(self, x: Tensor, gates: Tensor, shortcut: Tensor | None = None) -> Tensor:
         y = self.inner(x)
         y = y * F.interpolate(gates, size=y.shape[2:], mode="nearest")
-        if shortcut is not None:
-            y = y + shortcut
-        return F.relu(y) if self.relu else y
+        return finish(y, None, shortcut, self.activation, self.slopes)
 
 
 def _expand(graph: fx.GraphModule) -> int:
@@ -80,9 +80,8 @@ def in_form(model: nn.Module, example: Tensor, form: Form) -> nn.Module | None:
     """A copy of the model in a form, in evaluation mode; None where it has no such form."""
     if form == "plain":
         return copy.deepcopy(model).eval()
-    optimized = (
-        copy.deepcopy(model) if isinstance(model, OptimizedModel) else optimize(model, example)
-    )
+    own = isinstance(model, OptimizedModel)
+    optimized = copy.deepcopy(model) if own else optimize(model, example, measure=False)
     parts = [part for part in optimized.modules() if isinstance(part, OptimizedPart)]
     if form == "expanded" and sum(_expand(part.graph_module) for part in parts) == 0:
         return None
