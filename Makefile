@@ -44,7 +44,8 @@ imports: $(VENV)/.dev  ## import-linter: a file imports only from lower floors
 unit: $(VENV)/.dev  ## pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
-soak: $(VENV)/.dev  ## the long tests of faults (about six minutes), see docs/reliability.md
+soak: $(VENV)/.dev  ## the long tests and faults (about ten minutes), see docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 LIMIT ?= 20

@@ -115,6 +115,7 @@ def test_large_maps_are_streamed_correctly() -> None:
                 assert torch.equal(whole[name][:, :, :, rows], cut[name])
 
 
+@pytest.mark.soak
 def test_sanitizers(tmp_path: Path) -> None:
     """AddressSanitizer and UBSan over every kernel, on buffers without a byte to spare."""
     compiler = os.environ.get("CXX") or shutil.which("g++")

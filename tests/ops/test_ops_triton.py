@@ -98,14 +98,20 @@ def run_pytest(*selection: str) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+SHORT = ("own", "float32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.soak) for name in SELECTIONS],
+)
 def test_in_the_interpreter(name: str) -> None:
     least, selection = SELECTIONS[name]
     assert run_pytest(*selection) >= least
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is built for Linux only")
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.soak)])
 def test_kernels_compile_for_gpus_that_are_not_here(target: str, tmp_path: Path) -> None:
     """The interpreter takes what the compiler may refuse: types, layouts, sizes of a product."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -147,6 +147,7 @@ def test_fsdp_learns_what_ddp_learns(
     assert second == pytest.approx(first, rel=1e-4)
 
 
+@pytest.mark.soak
 def test_fsdp_with_other_options(
     driver: Callable[..., dict[str, Any]], tiny_config: Make, tmp_path: Path
 ) -> None:
@@ -344,6 +345,7 @@ def test_the_command_under_torchrun(tiny_data: Path, tmp_path: Path) -> None:
     assert "the run was made by 2 processes, now 1" in again.stderr + again.stdout
 
 
+@pytest.mark.soak
 def test_torchrun_starts_killed_processes_anew(tiny_config: Make, tmp_path: Path) -> None:
     """`--max-restarts`, with the setting of docs/cluster.md: SIGKILL to one of two processes."""
     run = tmp_path / "run"

@@ -173,7 +173,7 @@ def _sums(name: str, blocks: "Sequence[Description]") -> str:
     """What all SE blocks of a network take together."""
     parameters = sum(block.parameters for block in blocks)
     adds = sum(block.multiply_adds_share for block in blocks)
-    text = f"{name}: {len(blocks)} SE blocks"
+    text = f"{name}: {len(blocks)} SE block{'' if len(blocks) == 1 else 's'}"
     if blocks:
         text += f", {parameters:,} parameters, {100 * adds:.2f}% of the multiply-adds"
         text += f", {100 * sum(block.time_share or 0 for block in blocks):.1f}% of the time"
