@@ -52,7 +52,7 @@ mutants: $(VENV)/.dev  ## small faults that the tests let pass, LIMIT a module, 
 	$(BIN)/python scripts/mutants.py --limit $(LIMIT)
 
 test-gpu: $(VENV)/.dev  ## the operator's tests over the Triton kernels on a GPU
-	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/triton_cases.py
+	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/test_ops_join.py tests/ops/test_ops_bn_act_se.py tests/ops/triton_cases.py
 
 bench-gpu: $(VENV)/.dev  ## all benchmarks on a GPU, into gpu-results.csv
 	$(BIN)/senet bench ops --device cuda --results gpu-results.csv
