@@ -295,6 +295,15 @@ def test_hooks_are_called_and_it_is_said_once() -> None:
     assert block[0].shape == (4, 12, 8, 8)
 
 
+def test_what_has_hooks_from_the_start_is_left() -> None:
+    model = Net()
+    model.block1.bn2.register_forward_hook(lambda *_: None)
+    report = senet.fuse(model, torch.zeros(1, 3, 8, 8))
+    assert [left.name for left in report.left] == ["block1.bn1", "block1.bn2"]
+    assert {left.reason for left in report.left} == {"modules with hooks (BatchNorm2d)"}
+    assert ran(model) == ["block1.se", "block2", "mobile"]
+
+
 def test_a_hook_on_a_block_does_not_open_it(calls: list[str]) -> None:
     _, fused = pair()
     fused.block1.register_forward_pre_hook(lambda *_: None)

@@ -69,6 +69,10 @@ class FusedForward:
                 return rewritten.function(owner, args[0])
         return type(owner).forward(owner, *args, **kwargs)
 
+    def obstacle(self) -> str | None:
+        """Why it would step aside now."""
+        return None if self.rewritten is None else _obstacle(self.owner, self.rewritten)
+
     def again(self) -> Rewritten | None:
         """Write the forward anew, of a module that was loaded."""
         del self.owner.__dict__["forward"]  # the module's own is read

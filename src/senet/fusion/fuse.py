@@ -280,7 +280,10 @@ def _rewritten(
     if name in gates:
         within = {"": gates[name]}
     try:
-        module.__dict__["forward"] = FusedForward(module, Plan(opened, within))
+        forward = FusedForward(module, Plan(opened, within))
+        if (obstacle := forward.obstacle()) is not None:
+            return {name: obstacle}
+        module.__dict__["forward"] = forward
     except Unreadable as why:
         return {name: str(why) if is_norm(module) else f"{type(module).__name__}: {why}"}
     return {}
