@@ -298,7 +298,8 @@ def test_conclusions_of_inference() -> None:
         (("inference", "--batch-sizes", "8,0"), ("--batch-sizes", "at least 1")),
         (("inference", "--models", "resnet50"), ("resnet50 has no SE", "se_resnet50")),
         (("inference", "--models", "se_resnet5O"), ("unknown model", "se_resnet50")),
-        (("train", "--models", "se_resnet50"), ("--models", "inference")),
+        (("train", "--models", "se_resnet50"), ("--models", "timm:NAME", "not se_resnet50")),
+        (("ops", "--models", "se_resnet50"), ("--models", "inference", "train")),
         (("everything",), ("everything",)),
     ],
 )
