@@ -53,7 +53,7 @@ mutants: $(VENV)/.dev  ## small faults that the tests let pass, LIMIT a module, 
 	$(BIN)/python scripts/mutants.py --limit $(LIMIT)
 
 test-gpu: $(VENV)/.dev  ## the Triton kernels and CUDA graphs on a GPU
-	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/triton_cases.py tests/inference/test_replay.py
+	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/triton_cases.py tests/ops/test_ops_join.py tests/ops/test_ops_bn_act_se.py tests/inference/test_replay.py
 
 bench-gpu: $(VENV)/.dev  ## all benchmarks on a GPU, into gpu-results.csv
 	$(BIN)/senet bench ops --device cuda --results gpu-results.csv

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from senet.checkpoint.adapter import load_adapter as load_adapter
     from senet.checkpoint.adapter import save_adapter as save_adapter
+    from senet.fusion.fuse import FusionReport as FusionReport
+    from senet.fusion.fuse import fuse as fuse
+    from senet.fusion.fuse import unfuse as unfuse
     from senet.gates.fold import fold_gates as fold_gates
     from senet.gates.record import record_gates as record_gates
     from senet.gates.statistics import GateStatistics as GateStatistics
@@ -24,6 +27,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import senet` loads no PyTorch.
 _HOMES = {
+    "FusionReport": "senet.fusion",
     "GateStatistics": "senet.gates.statistics",
     "SqueezeExcitation": "senet.nn.block",
     "anatomy": "senet.anatomy",
@@ -32,6 +36,7 @@ _HOMES = {
     "export": "senet.runtimes.export",
     "features": "senet.models.features",
     "fold_gates": "senet.gates.fold",
+    "fuse": "senet.fusion",
     "insert": "senet.insertion.insert",
     "list_models": "senet.models",
     "load_adapter": "senet.checkpoint.adapter",
@@ -43,6 +48,7 @@ _HOMES = {
     "save_adapter": "senet.checkpoint.adapter",
     "save_weights": "senet.weights",
     "segmentation": "senet.segmentation",
+    "unfuse": "senet.fusion",
 }
 __all__ = [*_HOMES, "__version__"]
 

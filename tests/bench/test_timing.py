@@ -10,7 +10,9 @@ import pytest
 import torch
 from cli_tools import run
 
+from senet.anatomy import excitations
 from senet.bench import inference as bench_inference
+from senet.bench import networks as bench_networks
 from senet.bench import ops as bench_ops
 from senet.bench import timing
 from senet.bench import train as bench_train
@@ -170,6 +172,29 @@ def test_conclusions_of_the_training_step() -> None:
     assert "needs 76.9% of torchvision" in lines[3]
 
 
+def test_any_networks_training_step() -> None:
+    (case,) = bench_train.cases_of(["timm:test_efficientnet"], [2], compiled=False, image_size=32)
+    assert case.name == "timm:test_efficientnet, batch 2"
+    contestants = case.build()
+    fused = "senet.fuse timm:test_efficientnet"
+    names = [fused, f"{fused} without SE", "timm:test_efficientnet eager"]
+    assert [c.name for c in contestants] == names
+    for contestant in contestants:
+        contestant.run()
+    networks = bench_networks.entrants_of("timm:test_efficientnet", compiled=True)
+    assert list(networks) == [*names, "timm:test_efficientnet compiled"]
+    assert len(excitations(networks[fused].make())) == 2
+    assert not excitations(networks[f"{fused} without SE"].make())
+    values = {name: (value,) for name, value in zip(names, (1.0, 0.97, 1.6), strict=True)}
+    found = timing.summarize("training step", "batch 2", "ms", values)
+    assert bench_train.conclusions_of_models(found) == [
+        "training step, batch 2: senet.fuse: SE costs +3.1%",
+        "training step, batch 2: senet.fuse is 1.600 times as fast as timm:test_efficientnet eager",
+    ]
+    with pytest.raises(UserError, match=r"takes timm:NAME, .* not resnet50"):
+        bench_train.cases_of(["resnet50"], [2])
+
+
 def test_memory_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SenetError, match="senet resnet50 failed: no message"):
@@ -273,7 +298,8 @@ def test_conclusions_of_inference() -> None:
         (("inference", "--batch-sizes", "8,0"), ("--batch-sizes", "at least 1")),
         (("inference", "--models", "resnet50"), ("resnet50 has no SE", "se_resnet50")),
         (("inference", "--models", "se_resnet5O"), ("unknown model", "se_resnet50")),
-        (("train", "--models", "se_resnet50"), ("--models", "inference")),
+        (("train", "--models", "se_resnet50"), ("--models", "timm:NAME", "not se_resnet50")),
+        (("ops", "--models", "se_resnet50"), ("--models", "inference", "train")),
         (("everything",), ("everything",)),
     ],
 )

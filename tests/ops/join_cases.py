@@ -1,4 +1,4 @@
-"""Inputs for the tests of `bn_relu_concat_se`, and one function that runs any implementation."""
+"""Inputs for the tests of `senet::join`, and one function that runs any implementation."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,10 @@ CHANNELS = (21, 16, 5, 33)
 
 @dataclass(frozen=True)
 class Join:
-    """Branches and sizes; kinds: of each branch b(atch), r(unning statistics) or n(o norm)."""
+    """Branches and sizes; kinds: of each branch b(atch), r(unning statistics) or n(o norm).
+
+    A single branch with an activation is `bn_act_se`, everything else `bn_relu_concat_se`.
+    """
 
     kinds: str = "bbnr"
     channels: tuple[int, ...] = CHANNELS
@@ -26,6 +29,8 @@ class Join:
     dtype: torch.dtype = torch.float32
     affine: bool = True
     biases: bool = True
+    activation: str = ""
+    hidden_activation: str = "relu"
 
 
 def numbers(case: Join) -> dict[str, Tensor]:
@@ -60,6 +65,19 @@ def apply(t: dict[str, Tensor], case: Join) -> Tensor:
         running = (t[f"mean{i}"], t[f"var{i}"])
         norms.append(None if kind == "n" else ops.BatchNorm(*affine, *running, 0.2, 1e-3))
     gate = [t["w1"], t["b1"] if case.biases else None, t["w2"], t["b2"] if case.biases else None]
+    if case.activation:
+        (norm,) = norms
+        return ops.bn_act_se(
+            t["x0"],
+            *norm[:4],
+            *(gate if case.gated else [None] * 4),
+            training=case.kinds == "b",
+            momentum=norm.momentum,
+            eps=norm.eps,
+            activation=case.activation,
+            hidden_activation=case.hidden_activation,
+            gate=case.gate,
+        )
     return ops.bn_relu_concat_se(
         [t[f"x{i}"] for i in range(len(case.kinds))],
         norms,

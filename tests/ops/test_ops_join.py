@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from senet import ops
 from senet.errors import UserError
-from senet.ops import GATES, api
+from senet.ops import GATES
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -85,14 +85,15 @@ def test_opcheck() -> None:
         lists = [[t[f"{name}{i}"] for i in range(4)] for name in ("x", "weight", "bias")]
         lists += [[t[f"{name}{i}"].detach() for i in range(4)] for name in ("mean", "var")]
         gate = [w1, t["b1"], t["w2"], None] if gated else [None] * 4
-        options = ([2, 0, 1, 2], [1e-5] * 4, "sigmoid")
+        functions = ("relu", 0.0, "relu", "sigmoid")
+        options = ([2, 0, 1, 2], [1e-5] * 4, *functions)
         opcheck(torch.ops.senet.join.default, (*lists, *gate, *options))
         with torch.no_grad():
             y, *kept = torch.ops.senet.join(*lists, *gate, *options)
         maps = [x.detach() for x in lists[0]]
         weights = [None if w is None else w.detach() for w in (gate[0], gate[2])]
         wanted = [True, False, True, True] + [True, False] * 4 + [gated] * 4
-        arguments = (torch.randn_like(y), maps, *weights, *kept, options[0], "sigmoid", wanted)
+        arguments = (torch.randn_like(y), maps, *weights, *kept, options[0], *functions, wanted)
         opcheck(torch.ops.senet.join_backward.default, arguments)
 
 
@@ -127,30 +128,6 @@ def test_the_operator_takes_what_the_kernels_do_not() -> None:
     found = run("auto", case)
     assert found["y"].dtype == torch.float16
     assert error(found["y"], expected["y"]) <= 2**-10
-
-
-def test_made_of_the_other_operators() -> None:
-    """As on a GPU."""
-    for case in joins(hidden=7):
-        t = numbers(case)
-        norms = [
-            None
-            if kind == "n"
-            else ops.BatchNorm(
-                t[f"weight{i}"], t[f"bias{i}"], t[f"mean{i}"], t[f"var{i}"], 0.2, 1e-3
-            )
-            for i, kind in enumerate(case.kinds)
-        ]
-        gate = (t["w1"], t["b1"], t["w2"], t["b2"]) if case.gated else (None,) * 4
-        training = [kind == "b" for kind in case.kinds]
-        maps = [t[f"x{i}"] for i in range(4)]
-        y = api._joined_by_tails(maps, norms, training, gate, case.gate)
-        expected = oracle(case)
-        found = {
-            "y": y,
-            **{n: torch.cat([t[f"{n}{i}"] for i in range(4)]) for n in ("mean", "var")},
-        }
-        assert_close(found, {name: expected[name] for name in found}, case.dtype, case)
 
 
 def test_maps_of_several_types_and_layouts() -> None:

@@ -21,6 +21,7 @@ from senet.ops.triton import common as triton
 HERE = Path(__file__).parent
 PARTS = "test_ops_parity.py::test_all_parts_of_the_tail"
 NUMERICS = "test_ops_numerics.py::"
+JOINS = "test_ops_bn_act_se.py::"
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="TRITON IS NOT INSTALLED, its kernels are not tested: pip install triton (Linux)",
@@ -64,6 +65,19 @@ SELECTIONS: dict[str, tuple[int, list[str]]] = {
         [
             f"{NUMERICS}test_mean_far_above_the_deviation",
             "-k=channels_last or step",
+        ],
+    ),
+    "joins": (
+        8,
+        [
+            f"{JOINS}test_every_activation[torch.float32-silu-triton]",
+            f"{JOINS}test_every_activation[torch.bfloat16-gelu-triton]",
+            f"{JOINS}test_every_activation[torch.float64-hardswish-triton]",
+            f"{JOINS}test_every_activation[torch.float32-relu6-triton]",
+            f"{JOINS}test_far_from_zero[leaky_relu-triton]",
+            f"{JOINS}test_branches_of_other_kinds_beside_it",
+            "test_ops_join.py::test_every_kind_of_branch[torch.float32-channels_last-triton]",
+            "test_ops_join.py::test_every_kind_of_branch[torch.bfloat16-contiguous-triton]",
         ],
     ),
     "own": (24, ["triton_cases.py"]),
@@ -125,7 +139,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(target: str, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
-    assert len(kernels) == 12, kernels
+    assert len(kernels) == 16, kernels
 
 
 def test_choice_without_a_gpu() -> None:

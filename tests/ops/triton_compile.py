@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 import triton
+from join_cases import Join, numbers
 from ops_cases import Case, inputs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from senet.ops import join
 from senet.ops.tail import TAIL, Arguments, Gradients
 from senet.ops.triton import gate, kernels
+from senet.ops.triton import join as joins
 from senet.ops.triton import tail as ours
 
 TARGETS = {
@@ -62,7 +65,28 @@ class Recorder:
         return launch
 
 
-def record(cases: list[Case]) -> dict[str, Launch]:
+def record_joins(cases: list[Join]) -> None:
+    """Launches of BN → activation → SE."""
+    for case in cases:
+        t = numbers(case)
+        arguments = join.Arguments(
+            [t["x0"]],
+            *([t[name]] for name in ("weight0", "bias0", "mean0", "var0")),
+            *(t[name] for name in ("w1", "b1", "w2", "b2")),
+            normalizations=[join.BATCH if case.kinds == "b" else join.RUNNING],
+            eps=[1e-5],
+            activation=case.activation,
+            negative_slope=0.01,
+            hidden_activation=case.hidden_activation,
+            gate=case.gate,
+        )
+        outputs = joins.forward(arguments, (0.1,))
+        one = [True]
+        wanted = join.Gradients(one, one, one, True, True, True, True)
+        joins.backward(t["y"], join.JOIN.save(arguments, outputs), wanted)
+
+
+def record(cases: list[Case], joined: list[Join]) -> dict[str, Launch]:
     launches: dict[str, Launch] = {}
     for module in (kernels, gate):
         for name, kernel in vars(module).items():
@@ -90,6 +114,7 @@ def record(cases: list[Case]) -> dict[str, Launch]:
         for wanted in (given, ["x"], ["shortcut"] if normalized else []):
             flags = Gradients(*(name in wanted for name in Gradients._fields))
             ours.backward(t["gradient"], TAIL.save(arguments, outputs), flags)
+    record_joins(joined)
     return launches
 
 
@@ -102,7 +127,15 @@ def main() -> None:
         Case(dtype=torch.float32, shortcut="normalized", layout="contiguous", gate="tanh", **sizes),
         Case(dtype=torch.float64, N=3, C=21, shortcut="none", gate="hard_sigmoid", training=False),
     ]
-    launches = record(cases)
+    acts = [("silu", "silu"), ("hardswish", "relu"), ("gelu", "hardswish"), ("leaky_relu", "silu")]
+    one = {"channels": (256,), "N": 4, "spatial": (28, 28), "hidden": 16}
+    joined = [
+        Join(kinds="b", activation=a, hidden_activation=h, dtype=dtype, **one)
+        for (a, h), dtype in zip(
+            acts, (torch.bfloat16, torch.float32, torch.float64, torch.float16), strict=True
+        )
+    ]
+    launches = record(cases, joined)
     for target in targets:
         for kernel, signature, constants in launches.values():
             name = f"{kernel.__name__} {target}"

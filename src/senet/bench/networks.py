@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import nn
 
+from senet.anatomy import excitations
 from senet.bench.setting import Device
+from senet.errors import UserError
+from senet.fusion import fuse
+from senet.networks.anywhere import is_foreign, open_source
 from senet.networks.create import create_model
 from senet.runtimes.sessions import optional
 
@@ -65,3 +70,35 @@ ENTRANTS: Mapping[Device, Mapping[str, Entrant]] = {
 def entrants(device: Device, *, compiled: bool) -> dict[str, Entrant]:
     """The contestants on a device by name, ours first; `compiled`: also under torch.compile."""
     return {name: each for name, each in ENTRANTS[device].items() if compiled or not each.compiled}
+
+
+def entrants_of(name: str, *, compiled: bool) -> dict[str, Entrant]:
+    """A network of timm, torchvision or a file: fused, fused without its SE, as it is, compiled.
+
+    Raises:
+        UserError: no such network, or one of ours, which is fused by itself.
+    """
+    if not is_foreign(name):
+        raise UserError(
+            f"--models of 'train' takes timm:NAME, torchvision:NAME or FILE.py:FUNCTION, not {name}"
+        )
+    plain = partial(open_source, name)
+    found = {f"senet.fuse {name}": Entrant(partial(_fused, name), ours=True)}
+    if excitations(plain()):
+        found[f"senet.fuse {name} without SE"] = Entrant(partial(_fused, name, se=False), ours=True)
+    found[f"{name} eager"] = Entrant(plain)
+    if compiled:
+        found[f"{name} compiled"] = Entrant(plain, compiled=True)
+    return found
+
+
+def _fused(name: str, *, se: bool = True) -> nn.Module:
+    model = open_source(name)
+    if not se:
+        for block in excitations(model).values():
+            if block.module is None:
+                raise UserError(f"{name}: {block.name} is no module that could be left out")
+            model.set_submodule(block.name, nn.Identity())
+    size: tuple[int, ...] = model.input_size  # type: ignore[assignment]  # see open_source
+    fuse(model, torch.zeros(1, *size))
+    return model

@@ -1,4 +1,6 @@
-"""What `senet bench train` compares: a whole training step of (SE-)ResNet-50, and its memory.
+"""What `senet bench train` compares: a whole training step, and its memory.
+
+Of (SE-)ResNet-50, ours and the peers', or of any networks as they are, compiled, and fused.
 
 The step is forward, cross-entropy, backward and SGD with momentum on channels_last images. Memory
 on the CPU is the peak of a process of its own that does nothing but this step, with the same
@@ -12,6 +14,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import psutil
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from senet.bench.networks import ENTRANTS, OURS, OURS_PLAIN, Entrant, entrants
+from senet.bench.networks import ENTRANTS, OURS, OURS_PLAIN, Entrant, entrants, entrants_of
 from senet.bench.setting import ON_CPU, SETTINGS, Device, Setting, called
 from senet.bench.timing import Case, Contestant, Measurement, summarize
 from senet.errors import SenetError, UserError
@@ -106,14 +109,37 @@ def cases(
     return found
 
 
-def peak_memory(name: str, batch_size: int, *, tuned: bool, steps: int = 3) -> tuple[float, float]:
+def cases_of(
+    models: Sequence[str],
+    batch_sizes: Sequence[int],
+    *,
+    compiled: bool = True,
+    image_size: int = IMAGE_SIZE,
+) -> list[Case]:
+    """The timed cases of networks of timm, torchvision and files, on the CPU.
+
+    Raises:
+        UserError: as for `cases` and `entrants_of`.
+    """
+    found = []
+    for model in models:
+        networks = entrants_of(model, compiled=compiled)
+        for case in cases(batch_sizes, networks=networks, image_size=image_size):
+            found.append(replace(case, name=f"{model}, {case.name}"))
+    return found
+
+
+def peak_memory(
+    name: str, batch_size: int, *, tuned: bool, steps: int = 3, model: str | None = None
+) -> tuple[float, float]:
     """Peak memory of a training step in a fresh process, in MiB.
 
     Args:
-        name: one of `MEASURED`.
+        name: one of `MEASURED`, or of the eager ones of `entrants_of(model)`.
         batch_size: images a step.
         tuned: whether the process tunes its allocator first.
         steps: how many steps it does.
+        model: the network that `name` is a form of.
 
     Returns:
         The process's peak resident memory, and the part of it that came after all imports.
@@ -121,7 +147,7 @@ def peak_memory(name: str, batch_size: int, *, tuned: bool, steps: int = 3) -> t
     Raises:
         SenetError: the process failed, for instance for lack of memory.
     """
-    settings = json.dumps([name, batch_size, tuned, steps])
+    settings = json.dumps([name, batch_size, tuned, steps, model])
     done = subprocess.run(
         [sys.executable, "-m", "senet.bench.train", settings],
         capture_output=True,
@@ -136,16 +162,19 @@ def peak_memory(name: str, batch_size: int, *, tuned: bool, steps: int = 3) -> t
 
 
 def measure_memory(
-    batch_size: int, *, tuned: bool, advance: Callable[[str], None]
+    batch_size: int, *, tuned: bool, advance: Callable[[str], None], model: str | None = None
 ) -> list[Measurement]:
-    """Peak memory of the step of every eager network, whole and without the imports."""
+    """Peak memory of the step of every eager network, whole and without the imports.
+
+    With `model` of its forms, see `entrants_of`.
+    """
     whole: dict[str, Sequence[float]] = {}
     step: dict[str, Sequence[float]] = {}
-    for name in MEASURED:
+    for name in MEASURED if model is None else entrants_of(model, compiled=False):
         advance(f"peak memory {name}, batch {batch_size}")
-        total, after_imports = peak_memory(name, batch_size, tuned=tuned)
+        total, after_imports = peak_memory(name, batch_size, tuned=tuned, model=model)
         whole[name], step[name] = (total,), (after_imports,)
-    case = f"batch {batch_size}"
+    case = f"batch {batch_size}" if model is None else f"{model}, batch {batch_size}"
     return [
         *summarize("peak memory, process", case, "MiB", whole),
         *summarize("peak memory, step", case, "MiB", step),
@@ -168,15 +197,31 @@ def conclusions(measurements: Sequence[Measurement]) -> list[str]:
     return lines
 
 
+def conclusions_of_models(measurements: Sequence[Measurement]) -> list[str]:
+    """What the table of `cases_of` amounts to, in a line a claim."""
+    lines = []
+    for m in measurements:
+        where = f"{m.benchmark}, {m.case}: senet.fuse"
+        if m.contestant.endswith(" without SE"):
+            lines.append(f"{where}: SE costs {100 * (1 / m.ratio - 1):+.1f}%")
+        elif m.contestant.startswith("senet.fuse"):
+            continue
+        elif m.unit == "MiB":
+            lines.append(f"{where} needs {100 / m.ratio:.1f}% of {m.contestant}")
+        else:
+            lines.append(f"{where} is {m.ratio:.3f} times as fast as {m.contestant}")
+    return lines
+
+
 def _report_memory(settings: str) -> None:
     """Run a training step and print its peak memory: the other end of `peak_memory`."""
-    name, batch_size, tuned, steps = json.loads(settings)
+    name, batch_size, tuned, steps, model = json.loads(settings)
     if tuned:
         from senet.support.allocator import tune_allocator
 
         tune_allocator()
-    networks = ENTRANTS["cpu"]
-    for each in MEASURED:  # the same imports for all
+    networks = ENTRANTS["cpu"] if model is None else entrants_of(model, compiled=False)
+    for each in MEASURED if model is None else ():  # the same imports for all
         with torch.device("meta"):
             networks[each].make()
     F.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # starts oneDNN and the threads

@@ -24,6 +24,11 @@ from senet.support.tensors import pack, unpack
 FORMAT, VERSION = "senet-adapter", 1
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether `save_adapter` finds blocks: not those that a foreign network had from the start."""
+    return bool(inserted_places(model) or _own_places(model))
+
+
 def save_adapter(model: nn.Module, path: str | PathLike[str], *, head: bool = False) -> int:
     """Write the SE blocks of a model that `senet.insert` changed, as one safetensors file.
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from senet.checkpoint.write import MANIFEST, defect
 from senet.data import Preprocessing
@@ -25,7 +25,7 @@ from senet.insertion.report import Place
 from senet.models import Network, build_model
 from senet.models.description import FORMAT, WEIGHTS, adopt, read_described
 from senet.models.hub import HUB_CONFIG
-from senet.networks.anywhere import open_source
+from senet.networks.anywhere import head_of, is_foreign, open_source
 from senet.weights import HUB_PREFIX, load_weights, local_file
 from senet.weights.files import UNREADABLE, read_contents
 from senet.weights.layouts import detect
@@ -191,7 +191,8 @@ def model_for_weights(
     The images' channels and the number of classes are those of the weights. Nothing is unpickled.
 
     Args:
-        name: one of `senet.list_models()`.
+        name: one of `senet.list_models()`, or a foreign network, see `open_source`; of that the
+            weights must be its own state dict.
         source: a file or `hf_hub:owner/name`, see `senet.weights.read_state_dict`.
         fresh_head: take weights without a last layer that fits, and give the network a fresh one
             for 1,000 classes.
@@ -201,11 +202,13 @@ def model_for_weights(
         UserError: unknown name, weights that do not fit, or that say themselves which network they
             are for.
     """
-    with torch.device("meta"):
-        outline = build_model(name, **options)
     contents = read_contents(local_file(source))
     if contents.description:
         raise UserError(f"{source} says itself which network it is for: leave out --model {name}")
+    if is_foreign(name):
+        return cast(Network, _foreign_with_weights(name, contents.state, source))
+    with torch.device("meta"):
+        outline = build_model(name, **options)
     state = select(contents.state, outline).state
     decoded = detect(state).decode(state, outline)
     # Where these are not in the file, `load_weights` tells what is wrong with it.
@@ -219,6 +222,25 @@ def model_for_weights(
         **options,
     )
     load_weights(model, contents.state, new_head=fresh_head and head is None)
+    return model
+
+
+def _foreign_with_weights(
+    name: str, state: Mapping[str, Tensor], source: str | PathLike[str]
+) -> nn.Module:
+    """A foreign network with its own state dict, whose head tells the number of classes."""
+    model: Any = open_source(name)
+    head = state.get(f"{head_of(model)[0]}.weight")
+    if head is not None and head.shape[0] != model.config["num_classes"]:
+        model = open_source(name, num_classes=head.shape[0])
+    own = model.state_dict()
+    different = sorted(own.keys() ^ state.keys())
+    different += [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if different:
+        raise UserError(
+            f"weights {source} do not fit {name}: {different[0]} differs ({len(different)} in all)"
+        )
+    model.load_state_dict(state)
     return model
 
 

@@ -73,9 +73,11 @@ def bench(
             (SE-)ResNet-50 and its peak memory; 'inference' for senet.optimize and senet.export
             against timm, torch.compile, ONNX Runtime and OpenVINO; 'data' for decoding and
             augmenting JPEG files with each decoder, by loader workers.
-        models: what to run, with commas between them (default: se_resnet50): networks with SE, run
-            folders or checkpoints of yours, 'torchvision:NAME', 'timm:NAME' or 'FILE.py:FUNCTION';
-            only with 'inference', which runs the network without SE too where it is known.
+        models: with 'inference' what to run, with commas between them (default: se_resnet50):
+            networks with SE, run folders or checkpoints of yours, 'torchvision:NAME', 'timm:NAME'
+            or 'FILE.py:FUNCTION'; the network without SE runs too where it is known. With 'train'
+            networks of the last three kinds as they are, compiled, through senet.fuse, and so
+            without their SE.
         rounds: measured rounds; each contestant has a turn in each.
         warmup: rounds before that.
         batch_sizes: images at a time, such as 8,16 (default: both for 'train', 1,16 for
@@ -91,8 +93,8 @@ def bench(
         device: cuda times on the GPU, by its own clock, in bfloat16 and TF32.
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    if models is not None and what != "inference":
-        raise UserError(f"--models is an option of 'inference', not of {what!r}")
+    if models is not None and what not in ("inference", "train"):
+        raise UserError(f"--models is an option of 'inference' and 'train', not of {what!r}")
     if what != "data":
         for flag, value in (("images", images), ("workers", workers)):
             if value is not None:
@@ -137,11 +139,11 @@ def bench(
         memory_sizes = () if no_memory else plan.memory_sizes
         steps = len(memory_sizes) * plan.memory_networks
         advance = held.enter_context(_steps_bar(len(cases) + steps))
-        for size in memory_sizes:
+        for model, size in itertools.product(plan.memory_models, memory_sizes):
             from senet.bench import train as bench_train
 
             tuned = not no_tune_allocator
-            record(bench_train.measure_memory(size, tuned=tuned, advance=advance))
+            record(bench_train.measure_memory(size, tuned=tuned, advance=advance, model=model))
         for measured in timing.run_cases(cases, rounds=rounds, warmup=warmup, advance=advance):
             record(measured)
     print_table(results_table(found))
@@ -177,6 +179,7 @@ class _Plan:
     conclude: "Callable[[Sequence[Measurement]], list[str]]"
     memory_sizes: Sequence[int] = ()  # batches whose peak memory is measured first
     memory_networks: int = 0  # how many networks that is for each batch
+    memory_models: Sequence[str | None] = (None,)  # whose forms they are, see bench/train.py
 
 
 def _data_plan(images: Path | None, workers: Sequence[int] | None, held: ExitStack) -> _Plan:
@@ -210,10 +213,22 @@ def _plan(
     if what == "train":
         from senet.bench import train as bench_train
 
+        sizes = batch_sizes or bench_train.BATCH_SIZES["cpu"]
+        if models is not None:
+            from senet.bench.networks import entrants_of
+
+            forms = sum(len(entrants_of(name, compiled=False)) for name in models)
+            return _Plan(
+                bench_train.cases_of(models, sizes, compiled=compiled),
+                bench_train.conclusions_of_models,
+                sizes,
+                forms,
+                models,
+            )
         return _Plan(
             bench_train.cases(batch_sizes, settings, compiled=compiled),
             bench_train.conclusions,
-            batch_sizes or bench_train.BATCH_SIZES["cpu"],
+            sizes,
             len(bench_train.MEASURED),
         )
     from senet.bench import inference as bench_inference

@@ -159,7 +159,7 @@ class RecipeFlags:
 @Parameter(name="*", group=RUN_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class MachineFlags:
-    """Where and how a run is carried out; only --compile changes its result on a CPU (rounding)."""
+    """Where and how a run is carried out; only --compile and --fuse change its result."""
 
     workers: Annotated[OptionalWhole, Parameter(name=("--workers", "--num-workers"))] = None
     """Processes that load images (default: 0, the training process itself)."""
@@ -172,6 +172,9 @@ class MachineFlags:
     exit code 1 (default: none)."""
     compile: bool | None = None
     """Train through torch.compile, which takes a minute or more to start (default: no)."""
+    fuse: bool | None = None
+    """Of a network of timm, torchvision or a file: run its tails and SE blocks through the operator
+    (default: yes)."""
 
     def run_fields(self) -> dict[str, Any]:
         """The flags that were given, under the names of `RunConfig`'s fields."""

@@ -35,7 +35,7 @@ def train(
     flags: TrainingFlags = NO_TRAINING,
     scale_lr: Annotated[Switch, Parameter(group=RECIPE_GROUP)] = False,
     step: StepFlags = NO_STEP,
-    init: Annotated[Path | None, Parameter(group=MODEL_GROUP)] = None,
+    init: Annotated[Path | None, Parameter(name=("--init", "--weights"), group=MODEL_GROUP)] = None,
     trained: Annotated[
         Literal["all", "se", "se+head", "head"] | None, Parameter(name="--train", group=MODEL_GROUP)
     ] = None,
@@ -50,7 +50,8 @@ def train(
     143). `torchrun --nproc-per-node=N -m senet train …` trains in N processes.
 
     Args:
-        model: network; `senet models` lists them.
+        model: network; `senet models` lists them. Or timm:NAME, torchvision:NAME, or
+            FILE.py:FUNCTION, a function that returns a module.
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
         init: checkpoint to start from, such as one of `senet insert`; its network counts, and its
@@ -105,10 +106,13 @@ def train(
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
     if trained in ("se", "se+head"):
-        from senet.checkpoint.adapter import save_adapter
+        from senet.checkpoint.adapter import has_adapter, save_adapter
         from senet.checkpoint.files import open_checkpoint
 
         tuned = open_checkpoint(result.run).model
+        if not has_adapter(tuned):
+            print(f"Run: {result.run}")
+            return
         size = save_adapter(tuned, result.run / "adapter.safetensors", head=trained == "se+head")
         print(f"Adapter for the original network: {size:,} bytes, adapter.safetensors")
     print(f"Run: {result.run}")

@@ -40,6 +40,18 @@ class Shortcut(IntEnum):
     NORMALIZED = 2
 
 
+class Elementwise(IntEnum):
+    """An activation of the operator: of a join's branches, or of a gate's hidden layer."""
+
+    LINEAR = 0
+    RELU = 1
+    RELU6 = 2
+    SILU = 3
+    HARDSWISH = 4
+    GELU = 5
+    LEAKY_RELU = 6
+
+
 class Kind(IntEnum):
     """What a step does."""
 
@@ -114,6 +126,8 @@ class JoinArguments(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int64, "N C P H branches channels_last threads gate"),
+        *_fields(ctypes.c_int64, "activation hidden_activation"),
+        *_fields(ctypes.c_double, "negative_slope"),
         *_fields(ctypes.c_void_p, "w1 b1 w2 b2 y statistics squeezed hidden gates"),
         *_fields(ctypes.c_void_p, "gradient dw1 db1 dw2 db2"),
     )
@@ -145,6 +159,7 @@ ENUMERATIONS: tuple[type[IntEnum], ...] = (
     Gate,
     Normalization,
     Shortcut,
+    Elementwise,
     Kind,
     Activation,
     Limit,

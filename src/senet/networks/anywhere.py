@@ -20,6 +20,16 @@ TORCHVISION, TIMM = "torchvision:", "timm:"
 PREFIXES = (TORCHVISION, TIMM)
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a network's name is of timm, of torchvision, or of a file."""
+    return name.startswith(PREFIXES) or ".py:" in name
+
+
+def channels_of(name: str) -> int | None:
+    """How many channels the images of a foreign network must have; None where it is asked."""
+    return 3 if is_foreign(name) and not name.startswith(TIMM) else None
+
+
 def open_source(
     name: str,
     *,
@@ -42,17 +52,17 @@ def open_source(
         **options: for networks of this package, see `create_model`.
 
     Returns:
-        The network; foreign ones get the attributes `config`, `input_size`, `min_input_size` and
-        `preprocessing` that networks of this package have: the last as timm or torchvision say it
-        of their weights, ImageNet's for files.
+        The network; foreign ones get the attributes `config`, `input_size`, `min_input_size`,
+        `classes`, `metrics` and `preprocessing` that networks of this package have: the last as
+        timm or torchvision say it of their weights, ImageNet's for files.
 
     Raises:
         UserError: no such network, or the package is not installed.
     """
-    if name.startswith(PREFIXES) or ".py:" in name:
+    if is_foreign(name):
         if options:
             raise UserError(f"{name} takes no options, got {', '.join(options)}")
-        if in_channels != 3 and not name.startswith("timm:"):
+        if in_channels != (channels_of(name) or in_channels):
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
         model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
         size = preparation.image_size
@@ -62,6 +72,8 @@ def open_source(
             "input_size": (in_channels, size, size),
             "min_input_size": 1,  # unknown: the network itself refuses what is too small
             "preprocessing": preparation.to_dict(),
+            "classes": None,  # nobody says their names yet
+            "metrics": None,
         }
         for key, value in about.items():
             setattr(model, key, value)

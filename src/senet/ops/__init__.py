@@ -2,8 +2,8 @@
 
 `squeeze_excite` is the block alone, `bn_se_add_relu` the end of a residual branch (BN → SE → add →
 ReLU, each part optional) in the two passes over memory that its batch norm needs anyway,
-`bn_relu_concat_se` the end of an Inception module (BN → ReLU of each branch, joined, → SE). Four
-implementations agree:
+`bn_act_se` the middle of an MBConv (BN → activation → SE), `bn_relu_concat_se` the end of an
+Inception module (BN → ReLU of each branch, joined, → SE). Four implementations agree:
 
 - `reference`: the paper's equations in plain PyTorch, the oracle. It computes for all of them
   where a backward pass is differentiated itself (`create_graph=True`), and under torch.func.
@@ -14,19 +14,24 @@ implementations agree:
 `auto`, the default, takes `triton` or `cpu` where it can and `algebra` elsewhere. Choose with
 `use`, or with the environment variable SENET_OPS.
 
-`tail` and `join` describe the two operators behind the three functions, `description` makes them of
+`tail` and `join` describe the two operators behind the four functions, `description` makes them of
 that, `operators` names their implementations.
 """
 
-from senet.ops.api import bn_relu_concat_se, bn_se_add_relu, squeeze_excite
+from senet.ops.activations import Activation
+from senet.ops.api import bn_act_se, bn_relu_concat_se, bn_se_add_relu, squeeze_excite
 from senet.ops.choice import Implementation, implementations, use
 from senet.ops.recompute import recomputed
-from senet.ops.reference import GATES, BatchNorm
+from senet.ops.reference import BRANCH_ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, BatchNorm
 
 __all__ = [
+    "BRANCH_ACTIVATIONS",
     "GATES",
+    "HIDDEN_ACTIVATIONS",
+    "Activation",
     "BatchNorm",
     "Implementation",
+    "bn_act_se",
     "bn_relu_concat_se",
     "bn_se_add_relu",
     "implementations",

@@ -9,17 +9,27 @@ import torch
 from torch import Tensor
 
 from senet.ops import checks, join, tail
+from senet.ops.activations import Activation
 from senet.ops.choice import resolve
 from senet.ops.operators import JOIN, TAIL
 from senet.ops.reference import BatchNorm
 
 _NO_NORM = BatchNorm(None, None, None, None)
+# What a name alone means: nn.LeakyReLU's slope, and "none" as another name of "linear".
+_BY_NAME = {"leaky_relu": Activation("leaky_relu", 0.01), "none": Activation("linear")}
 
 
 def squeeze_excite(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str = "sigmoid"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gate: str = "sigmoid",
+    *,
+    hidden_activation: str = "relu",
 ) -> Tensor:
-    """y = s ⊙ x with s = gate(W2 relu(W1 mean(x) + b1) + b2): equations 2 to 4 of the paper.
+    """y = s ⊙ x with s = gate(W2 δ(W1 mean(x) + b1) + b2): equations 2 to 4 of the paper.
 
     The mean and the gate are computed in at least float32, also under autocast.
 
@@ -30,6 +40,7 @@ def squeeze_excite(
         w2: (C,h) or (C,h,1,1).
         b2: (C,) or None.
         gate: "sigmoid", "tanh", "relu", "hard_sigmoid" or "identity_sigmoid" (2 * sigmoid).
+        hidden_activation: δ: "relu", "silu" or "hardswish".
 
     Returns:
         (N,C,*spatial), dtype and layout of x.
@@ -41,6 +52,19 @@ def squeeze_excite(
     if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
         checks.check_maps(x, None)
         checks.check_gate(x.shape[1], w1, b1, w2, b2, gate)
+    checks.check_activations(Activation("linear"), hidden_activation)
+    if hidden_activation != "relu":
+        nothing: list[Tensor | None] = [None]
+        joined = join.Arguments(
+            [x],
+            *(nothing,) * 4,
+            *(w1, b1, w2, b2),
+            normalizations=[join.NONE],
+            eps=[0.0],
+            hidden_activation=hidden_activation,
+            gate=gate,
+        )
+        return JOIN.run(resolve(x), joined, (None,))
     arguments = tail.Arguments(x, w1=w1, b1=b1, w2=w2, b2=b2, gate=gate)
     return TAIL.run(resolve(x), arguments, (None, None))
 
@@ -134,6 +158,96 @@ def bn_se_add_relu(
     return TAIL.run(resolve(x), arguments, (momentum if training else None, moved))
 
 
+def bn_act_se(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | Activation,
+    hidden_activation: str = "relu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """y = s ⊙ v with v = act(BN(x)) and s the squeeze-and-excitation gate of v: MBConv's order.
+
+    The sums of the squeeze are taken before y is written; v never exists. For the backward pass
+    only x is kept.
+
+    Args:
+        x: (N,C,*spatial) with one to three spatial axes; channels_last is the fast layout.
+        bn_weight: (C,), or None for 1.
+        bn_bias: (C,), or None for 0.
+        running_mean: (C,) or None; updated in training, used otherwise.
+        running_var: (C,) or None; updated in training with the unbiased variance.
+        w1: (h,C), or (h,C,1,1) as of a 1x1 convolution; None for no gate (s = 1).
+        b1: (h,) or None.
+        w2: (C,h) or (C,h,1,1); None for no gate.
+        b2: (C,) or None.
+        training: normalize by the batch's statistics. Without running statistics this is done
+            always, as `torch.nn.BatchNorm2d` does.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        activation: "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu" (slope 0.01; of
+            another slope `senet.ops.Activation("leaky_relu", slope)`), "linear" or "none".
+        hidden_activation: of the gate: "relu", "silu" or "hardswish"; like `gate` not used without
+            w1 and w2.
+        gate: as in `squeeze_excite`.
+
+    Returns:
+        (N,C,*spatial), dtype and layout of x.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown activation or gate, or an implementation
+            chosen with `use` that cannot take x.
+        ValueError: batch statistics of a single value per channel.
+    """
+    if isinstance(activation, str):
+        activation = _BY_NAME.get(activation, Activation(activation))
+    checks.check_activations(activation, hidden_activation)
+    norm = BatchNorm(bn_weight, bn_bias, running_mean, running_var, momentum, eps)
+    batch = training or running_mean is None
+    # A mean commutes with a norm alone, and `recomputed` knows BN → ReLU of the tail.
+    as_tail = activation.name == "linear" or (activation.name == "relu" and w1 is None)
+    if as_tail and (w1 is None or hidden_activation == "relu"):
+        return bn_se_add_relu(
+            x,
+            None,
+            *norm[:4],
+            *(w1, b1, w2, b2),
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            gate=gate,
+            relu=activation.name == "relu",
+        )
+    if not torch.jit.is_tracing():
+        checks.check_maps(x, None)
+        checks.check_gate(x.shape[1], w1, b1, w2, b2, gate)
+        checks.check_norm("", x, norm)
+        if batch:
+            checks.check_batch(x)
+    arguments = join.Arguments(
+        [x],
+        *([bn_weight], [bn_bias], [running_mean], [running_var]),
+        *(w1, b1, w2, b2),
+        normalizations=[join.BATCH if batch else join.RUNNING],
+        eps=[eps],
+        activation=activation.name,
+        negative_slope=activation.parameter,
+        hidden_activation=hidden_activation,
+        gate=gate,
+    )
+    return JOIN.run(resolve(x), arguments, (momentum if training else None,))
+
+
 def bn_relu_concat_se(
     maps: Sequence[Tensor],
     norms: Sequence[BatchNorm | None],
@@ -175,9 +289,6 @@ def bn_relu_concat_se(
         checks.check_join(maps, norms, training, (w1, b1, w2, b2), gate)
     common = functools.reduce(torch.promote_types, (x.dtype for x in maps))
     maps = [x.to(common) for x in maps]
-    implementation = resolve(maps[0])
-    if implementation == "triton":
-        return _joined_by_tails(maps, norms, training, (w1, b1, w2, b2), gate)
     given = [norm or _NO_NORM for norm in norms]
     kinds = [
         join.NONE
@@ -204,25 +315,4 @@ def bn_relu_concat_se(
     momenta = [
         norm.momentum if train else None for norm, train in zip(given, training, strict=True)
     ]
-    return JOIN.run(implementation, arguments, momenta)
-
-
-def _joined_by_tails(
-    maps: Sequence[Tensor],
-    norms: Sequence[BatchNorm | None],
-    training: Sequence[bool],
-    gate_parameters: checks.GateParameters,
-    gate: str,
-) -> Tensor:
-    """`bn_relu_concat_se` by the other two operators: three more passes, on kernels for GPUs."""
-    parts = [
-        x
-        if norm is None
-        else bn_se_add_relu(
-            x, None, *norm[:4], training=train, momentum=norm.momentum, eps=norm.eps
-        )
-        for x, norm, train in zip(maps, norms, training, strict=True)
-    ]
-    y = torch.cat(parts, 1)
-    w1, b1, w2, b2 = gate_parameters
-    return y if w1 is None or w2 is None else squeeze_excite(y, w1, b1, w2, b2, gate)
+    return JOIN.run(resolve(maps[0]), arguments, momenta)

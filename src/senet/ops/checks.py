@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from senet.errors import UserError
-from senet.ops.reference import GATES, BatchNorm
+from senet.ops.activations import Activation
+from senet.ops.reference import BRANCH_ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, BatchNorm
 
 _TENSORS = BatchNorm._fields[:4]
 GateParameters = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -36,6 +37,16 @@ def check_gate(
             f"w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} do not fit {C} channels: "
             "they are (h,C) and (C,h)"
         )
+
+
+def check_activations(activation: Activation, hidden_activation: str) -> None:
+    """Raise unless the operators know both activations."""
+    if activation.name not in BRANCH_ACTIVATIONS:
+        known = ", ".join(BRANCH_ACTIVATIONS)
+        raise UserError(f"activation is {activation.name!r}; choose one of {known}")
+    if hidden_activation not in HIDDEN_ACTIVATIONS:
+        known = ", ".join(HIDDEN_ACTIVATIONS)
+        raise UserError(f"hidden_activation is {hidden_activation!r}; choose one of {known}")
 
 
 def check_norm(name: str, x: Tensor, norm: BatchNorm) -> None:

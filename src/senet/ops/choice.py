@@ -138,3 +138,10 @@ def resolve(x: Tensor) -> str:
     if fast is not None and (why_not := fast.unsupported(x)):
         raise UserError(f'{why_not}; use senet.ops.use("auto") or "algebra"')
     return _implementation
+
+
+def is_fast(x: Tensor) -> bool:
+    """Whether kernels run for x, or an implementation that was chosen by name."""
+    if _implementation != "auto":
+        return not _transforms()
+    return resolve(x) in ("cpu", "triton")

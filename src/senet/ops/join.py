@@ -1,7 +1,8 @@
-"""The operator `senet::join`: y = s ⊙ concat(relu(norm(x_i))), s the gate of the whole concat.
+"""The operator `senet::join`: y = s ⊙ concat(act(norm(x_i))), s the gate of the whole concat.
 
-The end of an Inception module; without a gate, BN → ReLU of each branch and their concatenation. K
-branches of C_i channels, C of all together; N images, h the gate's hidden width.
+With one branch BN → activation → SE, the order of MBConv and RegNetY; with several the end of an
+Inception module; without a gate BN → activation of each branch and their concatenation. K branches
+of C_i channels, C of all together; N images, h the gate's hidden width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from senet.ops.maps import accumulator, common_format
 
 T = TypeVar("T")
 
-# What normalizes a branch, as the kernels count it. NONE: it goes in as it is, without ReLU.
+# What normalizes a branch, as the kernels count it. NONE: it goes in as it is, without activation.
 NONE, RUNNING, BATCH = 0, 1, 2
 ROWS = 5  # of the statistics: mean, inv_std, unbiased var, scale = weight * inv_std, shift = bias
 
@@ -33,6 +34,9 @@ class Arguments(NamedTuple):
             of 1x1 convolutions.
         normalizations: NONE, RUNNING or BATCH.
         eps: added to the variance.
+        activation: of the normalized branches, one of `reference.BRANCH_ACTIVATIONS`.
+        negative_slope: of "leaky_relu".
+        hidden_activation: of the gate, one of `reference.HIDDEN_ACTIVATIONS`.
         gate: one of `reference.GATES`.
     """
 
@@ -47,7 +51,10 @@ class Arguments(NamedTuple):
     b2: Tensor | None
     normalizations: list[int]
     eps: list[float]
-    gate: str
+    activation: str = "relu"
+    negative_slope: float = 0.0
+    hidden_activation: str = "relu"
+    gate: str = "sigmoid"
 
 
 class Outputs(NamedTuple):
@@ -58,7 +65,7 @@ class Outputs(NamedTuple):
         statistics: (ROWS,C).
         squeezed: (N,C), mean of the concat over the pixels of an image; like the next two, empty
             without a gate.
-        hidden: (N,h).
+        hidden: (N,h), what the hidden activation sees; of "relu", what it gives.
         gates: (N,C).
     """
 
@@ -80,6 +87,9 @@ class Saved(NamedTuple):
     hidden: Tensor
     gates: Tensor
     normalizations: list[int]
+    activation: str
+    negative_slope: float
+    hidden_activation: str
     gate: str
 
 
@@ -96,7 +106,8 @@ class Gradients(NamedTuple, Generic[T]):
 
 
 def _save(a: Arguments, out: Outputs) -> Saved:
-    return Saved(a.maps, a.w1, a.w2, *out[1:], a.normalizations, a.gate)
+    functions = (a.activation, a.negative_slope, a.hidden_activation, a.gate)
+    return Saved(a.maps, a.w1, a.w2, *out[1:], a.normalizations, *functions)
 
 
 def channels(maps: list[Tensor]) -> list[int]:
@@ -151,7 +162,7 @@ def _again(
 ) -> Again:
     K = len(saved.maps)
     rows = saved.statistics.split(channels(saved.maps), 1)
-    normalizations, eps, gate = options
+    normalizations, eps, *functions = options
     arguments = Arguments(
         maps=saved.maps,
         weights=list(kept[:K]),
@@ -164,7 +175,7 @@ def _again(
         b2=kept[-1],
         normalizations=normalizations,
         eps=eps,
-        gate=gate,
+        **dict(zip(Arguments._fields[-4:], functions, strict=True)),
     )
     return Again(arguments, (None,) * K, gradient)
 

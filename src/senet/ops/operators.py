@@ -10,6 +10,7 @@ from senet.ops.cpu import join as cpu_join
 from senet.ops.cpu import tail as cpu_tail
 from senet.ops.description import Kernels, Operator
 from senet.ops.triton import common as triton
+from senet.ops.triton import join as triton_join
 from senet.ops.triton import tail as triton_tail
 
 TAIL = Operator(
@@ -25,5 +26,8 @@ JOIN = Operator(
     join.JOIN,
     reference=reference.join,
     algebra=algebra_join,
-    kernels={"cpu": Kernels(cpu.takes, cpu_join)},
+    kernels={
+        "triton": Kernels(triton.takes, triton_join),
+        "cpu": Kernels(cpu.takes, cpu_join),
+    },
 )

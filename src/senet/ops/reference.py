@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from senet.ops.activations import Activation
 from senet.ops.description import Momenta
 from senet.ops.join import BATCH, NONE
 from senet.ops.join import Arguments as JoinArguments
@@ -19,6 +20,10 @@ from senet.ops.maps import accumulator, full_precision, spread
 from senet.ops.tail import Arguments as TailArguments
 
 GATES = ("sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid")
+# Of the closed set of `senet.ops.activations`, what stands between a norm and its SE block, and
+# between the block's two layers.
+BRANCH_ACTIVATIONS = ("linear", "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu")
+HIDDEN_ACTIVATIONS = ("relu", "silu", "hardswish")
 
 
 class BatchNorm(NamedTuple):
@@ -56,24 +61,38 @@ def gate_value(t: Tensor, gate: str) -> Tensor:
             return 2 * torch.sigmoid(t)
 
 
+def activate(u: Tensor, name: str, negative_slope: float = 0.0) -> Tensor:
+    """One of `BRANCH_ACTIVATIONS` of each element of u."""
+    if name == "hardswish":
+        return u * (F.relu6(u + 3) / 6)  # F.hardswish rounds 1/6 to float32 in float64
+    return Activation(name, negative_slope)(u)
+
+
 def excitation(
-    z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str
+    z: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gate: str,
+    hidden_activation: str = "relu",
 ) -> Tensor:
-    """s = gate(W2 relu(W1 z + b1) + b2), eq. 3; z (N,C), w1 (h,C), w2 (C,h) → (N,C)."""
+    """s = gate(W2 δ(W1 z + b1) + b2), eq. 3; z (N,C), w1 (h,C), w2 (C,h) → (N,C)."""
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(z.dtype)
 
     with full_precision(z.device.type):
-        hidden = F.relu(F.linear(z, w1.flatten(1).to(z.dtype), cast(b1)))
+        hidden = activate(F.linear(z, w1.flatten(1).to(z.dtype), cast(b1)), hidden_activation)
         return gate_value(F.linear(hidden, w2.flatten(1).to(z.dtype), cast(b2)), gate)
 
 
-def scaled(x: Tensor, a: TailArguments | JoinArguments) -> Tensor:
+def scaled(x: Tensor, a: TailArguments | JoinArguments, hidden_activation: str = "relu") -> Tensor:
     """s ⊙ x with s = excitation(mean of x over its pixels), eq. 2 to 4; without a gate x."""
     if a.w1 is None or a.w2 is None:
         return x
-    return x * spread(excitation(x.flatten(2).mean(2), a.w1, a.b1, a.w2, a.b2, a.gate), x)
+    z = x.flatten(2).mean(2)
+    return x * spread(excitation(z, a.w1, a.b1, a.w2, a.b2, a.gate, hidden_activation), x)
 
 
 def batch_norm(x: Tensor, norm: BatchNorm, own: bool, momentum: float | None) -> Tensor:
@@ -121,13 +140,14 @@ def tail(a: TailArguments, momenta: Momenta) -> Tensor:
 
 
 def join(a: JoinArguments, momenta: Momenta) -> Tensor:
-    """s ⊙ concat(relu(norm(x_i))); a branch without norm has no ReLU."""
+    """s ⊙ concat(act(norm(x_i))); a branch without norm has no activation."""
     norms = zip(a.weights, a.biases, a.means, a.variances, strict=True)
     branches = zip(a.maps, norms, a.normalizations, a.eps, momenta, strict=True)
     parts = []
     for x, tensors, kind, eps, momentum in branches:
         v = x.to(accumulator(x.dtype))
         if kind != NONE:
-            v = F.relu(batch_norm(v, BatchNorm(*tensors, eps=eps), kind == BATCH, momentum))
+            v = batch_norm(v, BatchNorm(*tensors, eps=eps), kind == BATCH, momentum)
+            v = activate(v, a.activation, a.negative_slope)
         parts.append(v)
-    return scaled(torch.cat(parts, 1), a).to(a.maps[0].dtype)
+    return scaled(torch.cat(parts, 1), a, a.hidden_activation).to(a.maps[0].dtype)

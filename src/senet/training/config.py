@@ -13,6 +13,7 @@ import tomli_w
 
 from senet.data import BadShards, Decoder, absolute_data
 from senet.errors import UserError
+from senet.networks.anywhere import is_foreign
 from senet.support.files import atomic_write
 from senet.support.text import decoded, printable
 from senet.training.recipe import Recipe
@@ -54,7 +55,8 @@ class RunConfig:
     """A run: network, data, recipe, seed and place.
 
     Attributes:
-        model: name of the network, see `senet.list_models`.
+        model: name of the network: one of `senet.list_models()`, `timm:NAME`, `torchvision:NAME`
+            or `FILE.py:FUNCTION`.
         model_options: options of `senet.create_model` other than num_classes and in_channels,
             which the data give.
         data: name of a data set, or a folder of images, see `senet.data.load_data`. A run keeps
@@ -94,6 +96,8 @@ class RunConfig:
             the stacks of its threads into `logs/` and ends with exit code 1. None: no such limit,
             beside that of PyTorch's process group (30 minutes for gloo, 10 for NCCL).
         compile: train the network through torch.compile; it takes a minute or more to start.
+        fuse: run the tails and SE blocks of a network of timm, torchvision or a file through the
+            operator, see `senet.fuse`; ours call it themselves.
 
     Raises:
         UserError: a value outside its range.
@@ -127,6 +131,7 @@ class RunConfig:
     device: Device = "auto"
     timeout: float | None = None
     compile: bool = False
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
@@ -155,6 +160,13 @@ class RunConfig:
             raise UserError(f"seed must be below 2**32 (NumPy's limit), got {self.seed}")
         if self.init is not None:
             object.__setattr__(self, "init", str(self.init))
+        if is_foreign(self.model) and self.model_options:
+            raise UserError(f"{self.model} takes no options, got {', '.join(self.model_options)}")
+        if not self.fuse and not is_foreign(self.model):
+            raise UserError(
+                f"fuse=False (--no-fuse) is for networks of timm, torchvision or a file: "
+                f"{self.model} calls the operator itself"
+            )
         if self.train not in get_args(Trained):
             raise UserError(
                 f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}"
@@ -172,6 +184,7 @@ class RunConfig:
             init = os.path.abspath(init)  # noqa: PTH100 - links stay links
         return replace(
             self,
+            model=os.path.abspath(self.model) if ".py:" in self.model else self.model,  # noqa: PTH100
             data=absolute_data(self.data),
             data_root=os.path.abspath(self.data_root),  # noqa: PTH100
             init=init,
@@ -242,6 +255,8 @@ class RunConfig:
         options = {key: value for key, value in self.to_dict().items() if key not in MACHINE}
         if not self.compile:  # checkpoints of runs from before this option lack it
             del options["compile"]
+        if self.fuse:  # likewise
+            del options["fuse"]
         return options
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from senet.anatomy.example import attempt
+from senet.anatomy.recording import run
 from senet.data import Preprocessing, train_loader, val_loader
 from senet.errors import SenetError, UserError
-from senet.models import build_model
+from senet.fusion import fuse
 from senet.models.description import describe
+from senet.networks.anywhere import channels_of, is_foreign, open_source
 from senet.nn.sync_bn import convert
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
@@ -80,11 +84,12 @@ class Session:
         self.accelerator = accelerator_of(config)
         start = None if config.init is None else starting_checkpoint(config)
         if start is None:
-            with torch.device("meta"):  # a wrong name or option is told before data are fetched
-                least = build_model(config.model, **config.model_options).min_input_size
+            # A wrong name or option is told before data are fetched.
+            with nullcontext() if is_foreign(config.model) else torch.device("meta"):
+                outline: Any = open_source(config.model, **config.model_options)
+            least, own = outline.min_input_size, channels_of(config.model)
         else:
-            least = start.model.min_input_size
-        own = None if start is None else start.model.config["in_channels"]
+            least, own = start.model.min_input_size, start.model.config["in_channels"]
         # Grey images serve a network for colours as they are; of colours something would be lost.
         self.data = open_run_data(config, channels=3 if own == 3 else None)
         if preprocessing is not None:
@@ -105,7 +110,7 @@ class Session:
 
         set_seed(config.seed)
         if start is None:
-            model = build_model(
+            model: Any = open_source(
                 config.model,
                 num_classes=len(self.data.classes),
                 in_channels=self.data.preprocessing.channels,
@@ -116,10 +121,12 @@ class Session:
         if config.sync_bn:
             convert(model)
         self.frozen_norms = freeze(model, config.train)
+        if is_foreign(config.model):
+            self._check_foreign(model)
         device, processes = self.accelerator.device, self.accelerator.num_processes
         self.sharded = config.parallel == "fsdp"
         if not self.sharded:  # which takes plain strides, and goes to the device block by block
-            model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(device, memory_format=torch.channels_last)
         self.model = model
         set_seed(config.seed + self.accelerator.process_index)  # dropout differs by process
         self.ema = Average(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -134,6 +141,24 @@ class Session:
         if config.compile:  # behind DDP and autocast, which then are part of the graph
             self.wrapped = torch.compile(self.wrapped, dynamic=False)
         self.meters = self._new_meters()
+
+    def _check_foreign(self, model: nn.Module) -> None:
+        """Fuse a network that is not of this package, where it gives what a training needs.
+
+        Raises:
+            UserError: it does not take the images, or gives something else than logits.
+        """
+        size, classes = self.data.preprocessing, len(self.data.classes)
+        example = (torch.zeros(1, size.channels, size.image_size, size.image_size),)
+        logits = attempt(partial(run, model, example), example)
+        if not isinstance(logits, Tensor) or logits.shape != (1, classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(
+                f"{self.config.model} gives {found} for an image where (1, {classes}) is needed, "
+                f"a number for each of the {classes} classes"
+            )
+        if self.config.fuse:
+            fuse(model, example)
 
     def _loaders(self) -> tuple[Any, Any]:
         recipe, processes = self.recipe, self.accelerator.num_processes
@@ -219,7 +244,7 @@ class Session:
         ):
             with self._gradients_stay() if number < parts else nullcontext():
                 with forward_of(self.model):
-                    logits = self.wrapped(x).float()
+                    logits = self._logits(x)
                 each = F.cross_entropy(
                     logits, y, label_smoothing=recipe.label_smoothing, reduction="none"
                 )
@@ -240,6 +265,15 @@ class Session:
         self.meters["train_loss"].update(torch.cat(losses))
         self.meters["train_top1"].update(torch.cat(hits))
         return value
+
+    def _logits(self, x: Tensor) -> Tensor:
+        found = self.wrapped(x)
+        if not isinstance(found, Tensor):
+            raise UserError(
+                f"{self.config.model} gives {type(found).__name__} in training, not logits alone: "
+                "write a FILE.py:FUNCTION that builds it without auxiliary outputs"
+            )
+        return found.float()
 
     @contextmanager
     def _gradients_stay(self) -> Iterator[None]:

@@ -9,6 +9,16 @@ enum Gate { kSigmoid, kTanh, kRelu, kHardSigmoid, kIdentitySigmoid };
 // Given: as an earlier forward pass left them in `statistics`; forward only.
 enum Normalization { kNone, kRunningStatistics, kBatchStatistics, kGivenStatistics };
 enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
+// Of each branch of a join, or of a gate's hidden layer.
+enum Elementwise {
+  kActLinear,
+  kActRelu,
+  kActRelu6,
+  kActSilu,
+  kActHardswish,
+  kActGelu,
+  kActLeakyRelu
+};
 
 // In batch mode the running statistics, where given, move by `momentum` towards the batch's.
 struct NormArguments {
@@ -29,7 +39,7 @@ struct TailArguments {
   void *dw1, *db1, *dw2, *db2;
 };
 
-// One input of a join: a map of C channels. kNone: it goes in as it is; else through norm and relu.
+// One input of a join: a map of C channels. kNone: it goes in as it is; else through norm and activation.
 struct JoinBranch {
   int64_t C, normalization;
   NormArguments norm;
@@ -37,10 +47,12 @@ struct JoinBranch {
   void *dx, *dweight, *dbias;  // backward only; a null output is not wanted
 };
 
-// Followed in memory by its branches. statistics has rows mean, inv_std, var, scale, shift.
+// Followed in memory by its branches. statistics has rows mean, inv_std, var, scale, shift; hidden is
+// what the hidden activation sees, or with kActRelu what it gives.
 struct JoinArguments {
   int64_t N, C, P, H, branches;  // C: of all branches together
-  int64_t channels_last, threads, gate;
+  int64_t channels_last, threads, gate, activation, hidden_activation;
+  double negative_slope;  // of kActLeakyRelu as `activation`
   const void *w1, *b1, *w2, *b2;
   void *y, *statistics, *squeezed, *hidden, *gates;
   const void* gradient;  // backward only
@@ -79,7 +91,8 @@ static_assert(covers(kBranchFields, sizeof(JoinBranch)));
 #define FIELD(name) SENET_FIELD(JoinArguments, name)
 constexpr Field kJoinFields[] = {
     FIELD(N), FIELD(C), FIELD(P), FIELD(H), FIELD(branches),
-    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
+    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(activation), FIELD(hidden_activation),
+    FIELD(negative_slope), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
     FIELD(y), FIELD(statistics), FIELD(squeezed), FIELD(hidden), FIELD(gates),
     FIELD(gradient), FIELD(dw1), FIELD(db1), FIELD(dw2), FIELD(db2),
 };
@@ -99,6 +112,13 @@ constexpr Constant kOperatorConstants[] = {
     {"Shortcut", "NONE", kNoShortcut},
     {"Shortcut", "PLAIN", kPlainShortcut},
     {"Shortcut", "NORMALIZED", kNormalizedShortcut},
+    {"Elementwise", "LINEAR", kActLinear},
+    {"Elementwise", "RELU", kActRelu},
+    {"Elementwise", "RELU6", kActRelu6},
+    {"Elementwise", "SILU", kActSilu},
+    {"Elementwise", "HARDSWISH", kActHardswish},
+    {"Elementwise", "GELU", kActGelu},
+    {"Elementwise", "LEAKY_RELU", kActLeakyRelu},
 };
 
 }  // namespace

@@ -2,18 +2,23 @@
 #pragma once
 
 #include "../gate.h"
+#include "activation.h"
 #include "norm.h"
 
 namespace senet {
 namespace {
 
-// Sizes and parameters of a gate, what its forward pass leaves, and where its gradients go.
+// Sizes and parameters of a gate, what its forward pass leaves, and where its gradients go. `active` is
+// what the hidden activation gives: for kActRelu in the place of `hidden`, what it sees, else (N, H) of
+// scratch.
 template <class A>
 struct Excitation {
   int64_t N, C, H;
   int gate;
   const A *w1, *b1, *w2, *b2, *squeezed;
   A *hidden, *gates, *dw1, *db1, *dw2, *db2;
+  int64_t hidden_activation;
+  A* active;
 };
 
 template <class A, class Arguments>
@@ -21,7 +26,23 @@ Excitation<A> excitation_of(const Arguments& a) {
   const auto in = [](const void* p) { return static_cast<const A*>(p); };
   const auto out = [](void* p) { return static_cast<A*>(p); };
   return {a.N,        a.C,         a.H,        int(a.gate), in(a.w1),   in(a.b1),   in(a.w2),  in(a.b2),
-          in(a.squeezed), out(a.hidden), out(a.gates), out(a.dw1),  out(a.db1), out(a.dw2), out(a.db2)};
+          in(a.squeezed), out(a.hidden), out(a.gates), out(a.dw1),  out(a.db1), out(a.dw2), out(a.db2),
+          kActRelu,   out(a.hidden)};
+}
+
+// active = the activation of `count` numbers of the hidden layer; dhidden (or null) times its slope.
+template <class A>
+void activate_hidden(const Excitation<A>& e, int64_t begin, int64_t count, A* dhidden) {
+  A* active = e.active + begin;
+  const A* hidden = e.hidden + begin;
+  with_activation(e.hidden_activation, [&](auto activation) {
+    for (int64_t i = 0; i < count; ++i) {
+      Vector<A, 1> v;
+      const Vector<A, 1> slope = derivative<activation(), 1, A>(splat<A, 1>(hidden[i]), A(0), v);
+      if (active != hidden || !dhidden) active[i] = v[0];
+      if (dhidden) dhidden[i] = through<activation()>(splat<A, 1>(dhidden[i]), slope)[0];
+    }
+  });
 }
 
 // Gates of images [first, last) from their squeeze z (N, C); all threads take part.
@@ -31,9 +52,9 @@ void excite(const Member& member, const Excitation<A>& e, const A* z, int64_t fi
   const int64_t C = e.C, H = e.H, images = last - first;
   linear(z + first * C, e.w1, e.b1, e.hidden + first * H, images, H, C, units.begin, units.end);
   for (int64_t n = first; n < last; ++n)
-    gate_forward(e.hidden + n * H + units.begin, units.end - units.begin, kRelu);
+    activate_hidden<A>(e, n * H + units.begin, units.end - units.begin, nullptr);
   member.barrier();
-  linear(e.hidden + first * H, e.w2, e.b2, e.gates + first * C, images, C, H, channels.begin,
+  linear(e.active + first * H, e.w2, e.b2, e.gates + first * C, images, C, H, channels.begin,
          channels.end);
   for (int64_t n = first; n < last; ++n)
     gate_forward(e.gates + n * C + channels.begin, channels.end - channels.begin, e.gate);
@@ -65,8 +86,8 @@ void gate_backward(const Member& member, const Excitation<A>& e, const Excitatio
   A* dhidden = b.dhidden + first * H;
   combine(b.dt + first * C, C, 1, e.w2, dhidden, images, C, H, units.begin, units.end);
   for (int64_t n = 0; n < images; ++n)
-    for (int64_t j = units.begin; j < units.end; ++j)
-      if (e.hidden[(first + n) * H + j] <= 0) dhidden[n * H + j] = 0;
+    activate_hidden(e, (first + n) * H + units.begin, units.end - units.begin,
+                    dhidden + n * H + units.begin);
   member.barrier();
   combine(dhidden, H, 1, e.w1, b.dz + first * C, images, H, C, channels.begin, channels.end);
 }
@@ -88,7 +109,7 @@ void gate_parameters(const Excitation<A>& e, const ExcitationBuffers<A>& b, cons
   sum_images(b.dt, N, C, channels, e.db2);
   sum_images(b.dhidden, N, H, units, e.db1);
   if (e.dw2)
-    combine(b.dt + channels.begin, 1, C, e.hidden, e.dw2 + channels.begin * H,
+    combine(b.dt + channels.begin, 1, C, e.active, e.dw2 + channels.begin * H,
             channels.end - channels.begin, N, H, 0, H);
   if (!e.dw1) return;
   fill_squeeze(norm, e.squeezed, C, 0, N, channels, b.z);

@@ -1,10 +1,10 @@
-// Branches joined along the channels, y = gates ⊙ concat(relu(norm(x_i))), forward and backward; gates
-// and norms are optional. A relu does not commute with the squeeze, so the pass that would write a
+// Branches joined along the channels, y = gates ⊙ concat(act(norm(x_i))), forward and backward; gates
+// and norms are optional, one branch is BN → activation → SE. An activation does not commute with the squeeze, so the pass that would write a
 // branch's activation sums it instead, and the joined map is written once, scaled: from the branches'
-// inputs, which a group of images leaves in the cache. Backward, with m = [norm(x) > 0], y' = dL/dy and
+// inputs, which a group of images leaves in the cache. Backward, with m = act'(norm(x)), y' = dL/dy and
 // d = dL/d(squeeze) / P: the gradient of the activation is s y' + d, so the sums of m y', m and of both
 // times x - mean give the gradients of the gate and then, with known s and d, of the norm.
-// Derivation: docs/algebra.md, "Joined branches".
+// Derivation: docs/algebra.md, "Behind an activation".
 #pragma once
 
 #include <utility>
@@ -34,7 +34,9 @@ struct JoinPart {
     mine.end = std::min(std::max(share.end - offset, int64_t(0)), plan.C);
     return mine;
   }
-  bool activates() const { return branch->normalization != kNone; }
+  bool normalizes() const { return branch->normalization != kNone; }
+  // What its map goes through.
+  int64_t activation(const JoinArguments& a) const { return normalizes() ? a.activation : int64_t(kActLinear); }
   bool batch() const { return branch->normalization == kBatchStatistics; }
 };
 
@@ -101,13 +103,13 @@ void join_statistics(const JoinPart<A>& part, const Share& own, int64_t width, A
   if (part.batch())
     merge_moments<A>(part.plan, part.partial, 0, part.plan.N, own.begin, own.end, true, b.norm.eps,
                      nullptr, moments);
-  else if (part.activates())
+  else if (part.normalizes())
     use_running(b.norm, C, own, moments);
   const A *weight = static_cast<const A*>(b.norm.weight), *bias = static_cast<const A*>(b.norm.bias);
   for (int64_t c = own.begin; c < own.end; ++c) {
     A* to = statistics + part.offset + c;
     for (int row = 0; row < 3; ++row)
-      to[row * width] = part.activates() ? moments[row * C + c] : A(row == kInvStd);
+      to[row * width] = part.normalizes() ? moments[row * C + c] : A(row == kInvStd);
     to[kScale * width] = to[kInvStd * width] * (weight ? weight[c] : A(1));
     to[kShift * width] = bias ? bias[c] : A(0);
   }
@@ -122,7 +124,7 @@ struct JoinForward {
   const int64_t N, C, H;
   const int threads;
   A *const statistics, *const squeezed;
-  const Excitation<A> excitation;
+  Excitation<A> excitation;
   std::vector<JoinPart<A>> parts;
   A *moments, *ones, *pivots;
 
@@ -136,14 +138,17 @@ struct JoinForward {
         statistics(static_cast<A*>(a.statistics)),
         squeezed(static_cast<A*>(a.squeezed)),
         excitation(excitation_of<A>(a)),
-        parts(join_parts<A>(a)) {}
+        parts(join_parts<A>(a)) {
+    excitation.hidden_activation = a.hidden_activation;
+  }
 
   bool allocate() {
-    moments = scratch<A>(4 * C + threads * C + partial_size(parts, 2));
+    moments = scratch<A>(4 * C + threads * C + N * H + partial_size(parts, 2));
     if (!moments) return false;
     ones = moments + 3 * C;
     pivots = ones + C;
-    place_partials(parts, 2, pivots + threads * C);
+    if (a.hidden_activation != kActRelu) excitation.active = pivots + threads * C;
+    place_partials(parts, 2, pivots + threads * C + N * H);
     return true;
   }
 
@@ -183,9 +188,13 @@ struct JoinForward {
   // Means of the activations of images [first, last).
   void squeeze(const Member& member, int64_t first, int64_t last, const Share& channels) const {
     for (const auto& part : parts) {
-      const auto make = [&](int64_t n) { return JoinSum<T>{affine(part, n), part.activates()}; };
       const Share tasks((last - first) * part.plan.chunks, member.id, member.size);
-      walk(part.plan, part.plan.C, first, tasks, false, part.partial, op_of(make));
+      with_activation(part.activation(a), [&](auto activation) {
+        const auto make = [&](int64_t n) {
+          return JoinSum<T, activation()>{affine(part, n), A(a.negative_slope)};
+        };
+        walk(part.plan, part.plan.C, first, tasks, false, part.partial, op_of(make));
+      });
     }
     member.barrier();
     for (const auto& part : parts)
@@ -194,13 +203,16 @@ struct JoinForward {
 
   void apply(const JoinPart<A>& part, int64_t first, const Share& tasks) const {
     const bool streams = join_may_stream<T>(part, C, a.y);
-    const auto make = [&](int64_t n) {
-      const int64_t at = n * C * a.P + part.offset * (a.channels_last ? 1 : a.P);
-      return JoinApply<T>{affine(part, n), (H ? excitation.gates + n * C : ones) + part.offset,
-                          static_cast<T*>(a.y) + at, part.activates(), streams};
-    };
-    A* none = nullptr;
-    walk(part.plan, C, first, tasks, true, none, op_of(make));
+    with_activation(part.activation(a), [&](auto activation) {
+      const auto make = [&](int64_t n) {
+        const int64_t at = n * C * a.P + part.offset * (a.channels_last ? 1 : a.P);
+        return JoinApply<T, activation()>{
+            affine(part, n), (H ? excitation.gates + n * C : ones) + part.offset,
+            static_cast<T*>(a.y) + at, A(a.negative_slope), streams};
+      };
+      A* none = nullptr;
+      walk(part.plan, C, first, tasks, true, none, op_of(make));
+    });
   }
 };
 
@@ -234,7 +246,7 @@ void join_parameters(const JoinPart<A>& part, const JoinArguments& a, const Shar
         const double d = a.H ? double(dz[row + i]) * pixel : 0.0;
         gain[i] = A(double(scale[i]) * s);
         inside[i] = A(double(scale[i]) * d);
-        if (!part.activates()) continue;
+        if (!part.normalizes()) continue;
         bias[i] += s * double(sums[0][row + i]);
         weight[i] += s * double(sums[1][row + i]);
         if (!a.H) continue;
@@ -261,13 +273,10 @@ struct JoinBackward {
   const int64_t N, C, H, kinds;
   const int threads;
   const A* const statistics;
-  // What the gate's gradient sees: a map with gain kScale and offset kShift, centred.
-  const Norm<A> norm;
-  const Excitation<A> excitation;
+  Excitation<A> excitation;
   std::vector<JoinPart<A>> parts;
-  A *sums[4];          // of join_parameters, as are the coefficients
+  A *sums[5];          // of join_parameters, as are the coefficients; the last of y' act(u)
   A *coefficients[4];  // scale, inside (N, C), slope, outside (C,) of JoinGradient
-  A *mask_p, *mask_q;
   ExcitationBuffers<A> b;
 
   explicit JoinBackward(const JoinArguments& arguments)
@@ -276,31 +285,33 @@ struct JoinBackward {
         N(a.N),
         C(a.C),
         H(a.H),
-        kinds(H ? 4 : 2),
+        kinds(!H ? 2 : homogeneous(int(a.activation)) ? 4 : 5),
         threads(thread_count(whole, a.threads)),
         statistics(static_cast<const A*>(a.statistics)),
-        norm{nullptr, statistics + kShift * C, statistics, statistics + kScale * C},
         excitation(excitation_of<A>(a)),
-        parts(join_parts<A>(a)) {}
+        parts(join_parts<A>(a)) {
+    excitation.hidden_activation = a.hidden_activation;
+  }
 
   bool allocate() {
     const int64_t map = N * C;
-    A* memory = scratch<A>(9 * map + 4 * C + N * H + partial_size(parts, kinds));
+    A* memory = scratch<A>(10 * map + 2 * C + 2 * N * H + partial_size(parts, kinds));
     if (!memory) return false;
     const auto take = [&memory](int64_t size) { return std::exchange(memory, memory + size); };
     for (A*& sum : sums) sum = take(map);
     for (int i = 0; i < 4; ++i) coefficients[i] = take(i < 2 ? map : C);
-    mask_p = take(C), mask_q = take(C);
-    b.g1 = sums[0], b.g2 = sums[1];
+    b.g1 = sums[0], b.g2 = sums[kinds == 5 ? 4 : 1];
     b.dt = take(map), b.z = take(map), b.dz = take(map), b.dhidden = take(N * H);
+    A* const active = take(N * H);
+    if (a.hidden_activation != kActRelu) excitation.active = active;
     place_partials(parts, kinds, memory);
     return true;
   }
 
   Affine<T, kNoShortcut> affine(const JoinPart<A>& part, int64_t n) const {
     const T* x = static_cast<const T*>(part.branch->x) + n * part.plan.C * a.P;
-    const int64_t c = part.offset;
-    return {x, nullptr, statistics + c, mask_p + c, mask_q + c, nullptr, nullptr};
+    const A* row = statistics + part.offset;
+    return {x, nullptr, row, row + kScale * C, row + kShift * C, nullptr, nullptr};
   }
 
   const T* gradient(const JoinPart<A>& part, int64_t n) const {
@@ -310,61 +321,63 @@ struct JoinBackward {
   void operator()(const Member& member) const {
     const Share channels(C, member.id, member.size, kLanes<A>);
     const Share units(H, member.id, member.size, kLanes<A>);
-    for (const auto& part : parts) fill_mask(part, part.own(channels));
-    member.barrier();
+    // The gate's gradient, sum of y' act(u): by itself, or as gain kScale and offset kShift make it.
+    const Norm<A> identity{nullptr, nullptr, nullptr, nullptr};
+    const Norm<A> norm{nullptr, statistics + kShift * C, statistics, statistics + kScale * C};
     for (const auto& part : parts)
       reduce(part, Share(N * part.plan.chunks, member.id, member.size));
     member.barrier();
     for (const auto& part : parts)
-      if (H || part.activates()) merge_sums(part, kinds, 0, N, part.own(channels), 1.0, C, sums);
-    if (H) gate_backward(member, excitation, b, norm, 0, N, channels, units);
+      if (H || part.normalizes()) merge_sums(part, kinds, 0, N, part.own(channels), 1.0, C, sums);
+    if (H) gate_backward(member, excitation, b, kinds == 5 ? identity : norm, 0, N, channels, units);
     for (const auto& part : parts)
       join_parameters(part, a, part.own(channels), sums, b.dz, coefficients);
     member.barrier();
     for (auto part = parts.rbegin(); part != parts.rend(); ++part)
       if (part->branch->dx)
         write_gradient(*part, Share(N * part->plan.chunks, member.id, member.size));
-    const Norm<A> identity{nullptr, nullptr, nullptr, nullptr};
     if (H) gate_parameters(excitation, b, identity, channels, units);
     finish_streams();
   }
 
-  void fill_mask(const JoinPart<A>& part, const Share& own) const {
-    for (int64_t c = part.offset + own.begin; c < part.offset + own.end; ++c) {
-      mask_p[c] = part.activates() ? statistics[kScale * C + c] : A(0);
-      mask_q[c] = part.activates() ? statistics[kShift * C + c] : A(1);
-    }
+  template <int kActivation, int kCount>
+  void reduce_as(const JoinPart<A>& part, const Share& tasks) const {
+    const auto make = [&](int64_t n) {
+      return JoinReduce<T, kActivation, kCount>{affine(part, n), gradient(part, n),
+                                                A(a.negative_slope)};
+    };
+    walk(part.plan, C, 0, tasks, false, part.partial, op_of(make));
   }
 
   void reduce(const JoinPart<A>& part, const Share& tasks) const {
-    const auto gated = [&](int64_t n) {
-      return JoinReduce<T, true>{affine(part, n), gradient(part, n)};
-    };
-    const auto plain = [&](int64_t n) {
-      return JoinReduce<T, false>{affine(part, n), gradient(part, n)};
-    };
-    if (H)
-      walk(part.plan, C, 0, tasks, false, part.partial, op_of(gated));
-    else if (part.activates())
-      walk(part.plan, C, 0, tasks, false, part.partial, op_of(plain));
+    with_activation(part.activation(a), [&](auto activation) {
+      if (!H && part.normalizes()) reduce_as<activation(), 2>(part, tasks);
+      if constexpr (homogeneous(activation()))
+        if (kinds == 4) reduce_as<activation(), 4>(part, tasks);
+      if constexpr (activation() == kActLinear || !homogeneous(activation()))
+        if (kinds == 5) reduce_as<activation(), 5>(part, tasks);
+    });
   }
 
   void write_gradient(const JoinPart<A>& part, const Share& tasks) const {
     const bool streams = may_stream(part.plan, sizeof(T), part.branch->dx);
-    const auto make = [&](int64_t n) {
-      const int64_t c = part.offset;
-      T* const dx = static_cast<T*>(part.branch->dx) + n * part.plan.C * a.P;
-      return JoinGradient<T>{affine(part, n),
-                             gradient(part, n),
-                             coefficients[0] + n * C + c,
-                             coefficients[1] + n * C + c,
-                             coefficients[2] + c,
-                             coefficients[3] + c,
-                             dx,
-                             streams};
-    };
-    A* none = nullptr;
-    walk(part.plan, C, 0, tasks, true, none, op_of(make));
+    with_activation(part.activation(a), [&](auto activation) {
+      const auto make = [&](int64_t n) {
+        const int64_t c = part.offset;
+        T* const dx = static_cast<T*>(part.branch->dx) + n * part.plan.C * a.P;
+        return JoinGradient<T, activation()>{affine(part, n),
+                                             gradient(part, n),
+                                             coefficients[0] + n * C + c,
+                                             coefficients[1] + n * C + c,
+                                             coefficients[2] + c,
+                                             coefficients[3] + c,
+                                             dx,
+                                             A(a.negative_slope),
+                                             streams};
+      };
+      A* none = nullptr;
+      walk(part.plan, C, 0, tasks, true, none, op_of(make));
+    });
   }
 };
 

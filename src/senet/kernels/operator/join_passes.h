@@ -1,33 +1,33 @@
 // The operations over the maps of joined branches; see passes.h.
 #pragma once
 
+#include "activation.h"
 #include "passes.h"
 
 namespace senet {
 namespace {
 
-// Sums of relu(norm(x)).
-template <class T>
+// Sums of act(norm(x)).
+template <class T, int kActivation>
 struct JoinSum {
   using A = Accumulator<T>;
   static constexpr int kSums = 1, kRows = 4;
   static constexpr bool kWrites = false;
   Affine<T, kNoShortcut> affine;
-  bool relus;
+  A negative_slope;
   template <int W, class L>
   SENET_INLINE auto coefficients(int64_t c) const {
     return affine.template coefficients<W, L>(c);
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i, int64_t) const {
-    const Vector<A, W> v = affine.template value<W>(k, i);
-    sum[0] += relus ? relu(v) : v;
+    sum[0] += activate<kActivation, W>(affine.template value<W>(k, i), negative_slope);
   }
   SENET_INLINE void prefetch(int64_t i, int64_t) const { affine.prefetch(i); }
 };
 
 // The operations below also touch the joined map, at j.
-template <class T>
+template <class T, int kActivation>
 struct JoinApply {
   using A = Accumulator<T>;
   static constexpr int kSums = 0, kRows = 1;
@@ -35,7 +35,8 @@ struct JoinApply {
   Affine<T, kNoShortcut> affine;
   const A* gates;
   T* y;
-  bool relus, streams;
+  A negative_slope;
+  bool streams;
   template <class M, class V>
   struct Coefficients {
     M affine;
@@ -49,35 +50,39 @@ struct JoinApply {
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t j) const {
-    Vector<A, W> v = affine.template value<W>(k.affine, i);
-    if (relus) v = relu(v);
+    const Vector<A, W> v =
+        activate<kActivation, W>(affine.template value<W>(k.affine, i), negative_slope);
     store(y + j, v * k.gate, W == kLanes<A> && streams);
   }
   SENET_INLINE void prefetch(int64_t, int64_t) const {}
 };
 
-// Sums of m y', m y' (x - mean) and for a gate m, m (x - mean); m is 1 where affine's value is positive.
-template <class T, bool kGate>
+// The first of the sums of m y', m y' (x - mean), m, m (x - mean), y' act(u); u is affine's value, m the
+// activation's derivative there.
+template <class T, int kActivation, int kCount>
 struct JoinReduce {
   using A = Accumulator<T>;
-  static constexpr int kSums = kGate ? 4 : 2, kRows = 4;
+  static constexpr int kSums = kCount, kRows = 4;
   static constexpr bool kWrites = false;
   Affine<T, kNoShortcut> affine;
   const T* gradient;
+  A negative_slope;
   template <int W, class L>
   SENET_INLINE auto coefficients(int64_t c) const {
     return affine.template coefficients<W, L>(c);
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i, int64_t j) const {
-    const Vector<A, W> d = load<W>(affine.x + i) - k.mean, v = k.p * d + k.q;
-    const Vector<A, W> g = relu_gradient<Vector<A, W>>(load<W>(gradient + j), v);
-    sum[0] += g;
-    sum[1] += g * d;
-    if constexpr (kGate) {
-      sum[2] += relu_gradient<Vector<A, W>>(splat<A, W>(1), v);
-      sum[3] += relu_gradient<Vector<A, W>>(d, v);
-    }
+    using V = Vector<A, W>;
+    const V d = load<W>(affine.x + i) - k.mean, g = load<W>(gradient + j);
+    V v;
+    const V m = derivative<kActivation, W, A>(k.p * d + k.q, negative_slope, v);
+    const V mg = through<kActivation>(g, m);
+    sum[0] += mg;
+    sum[1] += mg * d;
+    if constexpr (kSums > 2) sum[2] += m;
+    if constexpr (kSums > 2) sum[3] += through<kActivation>(d, m);
+    if constexpr (kSums > 4) sum[4] += g * v;
   }
   SENET_INLINE void prefetch(int64_t i, int64_t j) const {
     affine.prefetch(i);
@@ -86,7 +91,7 @@ struct JoinReduce {
 };
 
 // dx = m (scale y' + inside) + slope (x - mean) + outside
-template <class T>
+template <class T, int kActivation>
 struct JoinGradient {
   using A = Accumulator<T>;
   static constexpr int kSums = 0, kRows = 1;
@@ -95,6 +100,7 @@ struct JoinGradient {
   const T* gradient;
   const A *scale, *inside, *slope, *outside;
   T* dx;
+  A negative_slope;
   bool streams;
   template <class M, class V>
   struct Coefficients {
@@ -110,9 +116,12 @@ struct JoinGradient {
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t j) const {
-    const Vector<A, W> d = load<W>(affine.x + i) - k.affine.mean, v = k.affine.p * d + k.affine.q;
-    const Vector<A, W> g = k.scale * load<W>(gradient + j) + k.inside;
-    store(dx + i, relu_gradient<Vector<A, W>>(g, v) + (k.slope * d + k.outside),
+    using V = Vector<A, W>;
+    const V d = load<W>(affine.x + i) - k.affine.mean;
+    const V g = k.scale * load<W>(gradient + j) + k.inside;
+    V v;
+    const V m = derivative<kActivation, W, A>(k.affine.p * d + k.affine.q, negative_slope, v);
+    store(dx + i, through<kActivation>(g, m) + (k.slope * d + k.outside),
           W == kLanes<A> && streams);
   }
   SENET_INLINE void prefetch(int64_t, int64_t) const {}

@@ -48,6 +48,8 @@ SENET_INLINE void row_group(const Op& op, int64_t C, int64_t width, int64_t row,
   constexpr int W = kLanes<typename Op::A>;
   int64_t c = 0;
   for (; c + W <= C; c += W) row_group_lanes<Op, W, R>(op, C, width, row, c, sums);
+  if constexpr (W > 8)  // mobile networks' channels are multiples of 8
+    for (; c + 8 <= C; c += 8) row_group_lanes<Op, 8, R>(op, C, width, row, c, sums);
   for (; c < C; ++c) row_group_lanes<Op, 1, R>(op, C, width, row, c, sums);
 }
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senet.ops.maps import spread
-from senet.ops.reference import gate_value
+from senet.ops.reference import activate, gate_value
 
 
 def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -62,21 +62,59 @@ def gate_slope(s: Tensor, gate: str) -> Tensor:
             return s * (1 - s / 2)
 
 
+def through(gradient: Tensor, u: Tensor, activation: str, negative_slope: float = 0.0) -> Tensor:
+    """The gradient of u from that of its activation, one of `BRANCH_ACTIVATIONS`."""
+    match activation:
+        case "linear":
+            return gradient
+        case "relu":
+            return torch.where(u <= 0, 0, gradient)
+        case "relu6":
+            return torch.where((u <= 0) | (u >= 6), 0, gradient)
+        case "leaky_relu":
+            return torch.where(u > 0, gradient, gradient * negative_slope)
+        case "silu":
+            s = torch.sigmoid(u)
+            return gradient * (s + u * s * (1 - s))
+        case "hardswish":
+            return gradient * torch.where(u <= -3, 0, torch.where(u >= 3, 1, u / 3 + 0.5))
+        case _:
+            bell = torch.exp(u * u * -0.5) * (2 * torch.pi) ** -0.5
+            return gradient * (0.5 * torch.erfc(u * -(0.5**0.5)) + u * bell)
+
+
 def excite(
-    z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gate: str
+    z: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gate: str,
+    hidden_activation: str = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """Hidden (N,h) and gates (N,C) of a squeeze z (N,C)."""
+    """Hidden (N,h) and gates (N,C) of a squeeze z (N,C).
+
+    Hidden is what the hidden activation sees; of "relu", which needs no more, what it gives.
+    """
     first, second = (None if b is None else b.to(z.dtype) for b in (b1, b2))
-    hidden = F.relu(F.linear(z, w1.flatten(1).to(z.dtype), first))
-    return hidden, gate_value(F.linear(hidden, w2.flatten(1).to(z.dtype), second), gate)
+    hidden = F.linear(z, w1.flatten(1).to(z.dtype), first)
+    active = activate(hidden, hidden_activation)
+    s = gate_value(F.linear(active, w2.flatten(1).to(z.dtype), second), gate)
+    return active if hidden_activation == "relu" else hidden, s
 
 
 def excite_backward(
-    ds: Tensor, w1: Tensor, w2: Tensor, hidden: Tensor, gates: Tensor, gate: str
+    ds: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    gate: str,
+    hidden_activation: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z (N,C) and of what the relu (N,h) and the gate (N,C) see, from the gates'."""
+    """Gradients of z (N,C) and of what δ (N,h) and the gate (N,C) see, from the gates'."""
     dt = ds * gate_slope(gates, gate)
-    dhidden = torch.where(hidden <= 0, 0, dt @ w2.flatten(1).to(dt.dtype))
+    dhidden = through(dt @ w2.flatten(1).to(dt.dtype), hidden, hidden_activation)
     return dhidden @ w1.flatten(1).to(dt.dtype), dhidden, dt
 
 

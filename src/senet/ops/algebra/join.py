@@ -1,13 +1,13 @@
 """The closed form of the join, forward and backward: docs/algebra.md, section 6.
 
-A ReLU does not commute with the squeeze, so the activations are summed on their way: the joined map
-is written once, scaled, and never read, and the backward pass keeps no map but the branches'.
+An activation does not commute with the squeeze, so the activations are summed on their way: the
+joined map is written once, scaled, and never read, and the backward pass keeps no map but the
+branches'.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from senet.ops.algebra.common import (
@@ -18,6 +18,7 @@ from senet.ops.algebra.common import (
     pixel_mean,
     pixel_sum,
     running_statistics,
+    through,
 )
 from senet.ops.join import (
     BATCH,
@@ -31,6 +32,7 @@ from senet.ops.join import (
     empty_outputs,
 )
 from senet.ops.maps import accumulator, common_format, full_precision, spread
+from senet.ops.reference import activate
 
 
 def _rows(
@@ -53,11 +55,15 @@ def _rows(
     return torch.stack((*own, scale, zero if bias is None else bias.to(u.dtype)))
 
 
-def _activation(u: Tensor, rows: Tensor, normalization: int) -> Tensor:
+def _normalized(u: Tensor, rows: Tensor) -> Tensor:
+    mean, _, _, scale, shift = rows
+    return (u - spread(mean, u)) * spread(scale, u) + spread(shift, u)
+
+
+def _activation(u: Tensor, rows: Tensor, normalization: int, a: Arguments | Saved) -> Tensor:
     if normalization == NONE:
         return u
-    mean, _, _, scale, shift = rows
-    return F.relu((u - spread(mean, u)) * spread(scale, u) + spread(shift, u))
+    return activate(_normalized(u, rows), a.activation, a.negative_slope)
 
 
 def forward(a: Arguments) -> Outputs:
@@ -73,12 +79,13 @@ def forward(a: Arguments) -> Outputs:
     with full_precision(x.device.type):
         inputs = [t.to(accumulator(x.dtype)) for t in maps]
         rows = [_rows(u, *norm) for u, norm in zip(inputs, norms, strict=True)]
-        active = [_activation(*branch) for branch in zip(inputs, rows, kinds, strict=True)]
+        active = [_activation(*branch, a) for branch in zip(inputs, rows, kinds, strict=True)]
         absent = inputs[0].new_empty((x.shape[0], 0))
         squeezed, hidden, gates = absent, absent.clone(), absent.clone()
         if a.w1 is not None and a.w2 is not None:
             squeezed = torch.cat([pixel_mean(v) for v in active], 1)
-            hidden, gates = excite(squeezed, a.w1, a.b1, a.w2, a.b2, a.gate)
+            gate = (a.w1, a.b1, a.w2, a.b2, a.gate, a.hidden_activation)
+            hidden, gates = excite(squeezed, *gate)
             shares = gates.split(channels(maps), 1)
             active = [v * spread(s, v) for v, s in zip(active, shares, strict=True)]
         y = torch.cat([v.to(x.dtype) for v in active], 1)
@@ -93,28 +100,29 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
     with full_precision(gradient.device.type):
         rows = saved.statistics.split(sizes, 1)
         inputs = [x.to(dtype) for x in maps]
-        active = [_activation(*branch) for branch in zip(inputs, rows, kinds, strict=True)]
+        active = [_activation(*branch, saved) for branch in zip(inputs, rows, kinds, strict=True)]
         inner = [g.to(dtype) for g in gradient.split(sizes, 1)]  # becomes that of the activations
         of_gate: list[Tensor | None] = [None] * 4
         if w1 is not None and w2 is not None:
             ds = torch.cat([pixel_sum(g * v) for g, v in zip(inner, active, strict=True)], 1)
             hidden, gates = saved.hidden, saved.gates
-            dz, dhidden, dt = excite_backward(ds, w1, w2, hidden, gates, saved.gate)
+            functions = (saved.gate, saved.hidden_activation)
+            dz, dhidden, dt = excite_backward(ds, w1, w2, hidden, gates, *functions)
             of_gate = [
                 (dhidden.t() @ saved.squeezed).reshape(w1.shape),
                 dhidden.sum(0),
-                (dt.t() @ hidden).reshape(w2.shape),
+                (dt.t() @ activate(hidden, saved.hidden_activation)).reshape(w2.shape),
                 dt.sum(0),
             ]
             share = (dz / max(maps[0][:1, :1].numel(), 1)).split(sizes, 1)
             scaled = zip(inner, gates.split(sizes, 1), share, strict=True)
             inner = [spread(s, g) * g + spread(d, g) for g, s, d in scaled]
         found: Gradients[Tensor | None] = Gradients([], [], [], *of_gate)
-        for x, u, v, g, r, kind in zip(maps, inputs, active, inner, rows, kinds, strict=True):
+        for x, u, g, r, kind in zip(maps, inputs, inner, rows, kinds, strict=True):
             mean, inv_std, _, scale, _ = r
             dweight = dbias = None
             if kind != NONE:
-                g = torch.where(v <= 0, 0, g)
+                g = through(g, _normalized(u, r), saved.activation, saved.negative_slope)
                 dbias = pixel_sum(g).sum(0)
                 dweight = pixel_sum(g * (u - spread(mean, u))).sum(0) * inv_std
             dx = g * spread(scale, u)

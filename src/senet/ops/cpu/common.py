@@ -6,13 +6,21 @@ import torch
 from torch import Tensor
 
 from senet import kernels
-from senet.kernels.structs import Gate, JoinArguments, JoinBranch, TailArguments, packer
+from senet.kernels.structs import (
+    Elementwise,
+    Gate,
+    JoinArguments,
+    JoinBranch,
+    TailArguments,
+    packer,
+)
 from senet.ops.maps import accumulator
-from senet.ops.reference import GATES
+from senet.ops.reference import BRANCH_ACTIVATIONS, GATES
 
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 ACCUMULATORS = {dtype: accumulator(dtype) for dtype in STORAGE}
 GATE_NUMBERS = {name: int(Gate[name.upper()]) for name in GATES}
+ACTIVATION_NUMBERS = {name: int(Elementwise[name.upper()]) for name in BRANCH_ACTIVATIONS}
 
 # Each packed in one call, because on small maps the time of the arguments is that of the kernel.
 TAIL_BLOCK = packer(TailArguments)

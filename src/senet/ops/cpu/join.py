@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from senet.ops.cpu.common import ACCUMULATORS, GATE_NUMBERS, JOIN_BLOCK, JOIN_BRANCH, call, numbers
+from senet.ops.cpu.common import (
+    ACCUMULATORS,
+    ACTIVATION_NUMBERS,
+    GATE_NUMBERS,
+    JOIN_BLOCK,
+    JOIN_BRANCH,
+    call,
+    numbers,
+)
 from senet.ops.description import Momenta
 from senet.ops.join import (
     JOIN,
@@ -21,13 +29,20 @@ from senet.ops.join import (
 from senet.ops.maps import common_format
 
 
-def _sizes(maps: Sequence[Tensor], y: Tensor, hidden: int, gate: str) -> tuple[int, ...]:
-    """The first eight entries of JoinArguments."""
+def _sizes(
+    maps: Sequence[Tensor], y: Tensor, hidden: int, a: Arguments | Saved
+) -> tuple[float, ...]:
+    """The first eleven entries of JoinArguments."""
     N, C = y.shape[0], y.shape[1]
     P = y.numel() // (N * C)
     channels_last = P == 1 or common_format(maps) is not torch.contiguous_format
     threads = torch.get_num_threads()
-    return (N, C, P, hidden, len(maps), channels_last, threads, GATE_NUMBERS[gate])
+    return (
+        *(N, C, P, hidden, len(maps), channels_last, threads, GATE_NUMBERS[a.gate]),
+        ACTIVATION_NUMBERS[a.activation],
+        ACTIVATION_NUMBERS[a.hidden_activation],
+        a.negative_slope,
+    )
 
 
 def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
@@ -42,7 +57,7 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
     outputs = empty_outputs(a)
     block = [
         JOIN_BLOCK.pack(
-            *_sizes(maps, outputs.y, hidden, a.gate),
+            *_sizes(maps, outputs.y, hidden, a),
             *(numbers(t, dtype, kept) for t in (w1, a.b1, a.w2, a.b2)),
             *(t.data_ptr() for t in outputs),
             *(0,) * 5,
@@ -73,7 +88,7 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
     small = (saved.statistics, saved.squeezed, saved.hidden, saved.gates)
     block = [
         JOIN_BLOCK.pack(
-            *_sizes(maps, gradient, width, saved.gate),
+            *_sizes(maps, gradient, width, saved),
             *(numbers(w1, dtype, kept), 0, numbers(saved.w2, dtype, kept), 0, 0),
             *(numbers(t, dtype, kept) for t in small),
             gradient.data_ptr(),

@@ -9,6 +9,7 @@ the gate. Each program owns what it writes and loops over what it sums.
 import triton
 import triton.language as tl
 
+from senet.ops.triton.activation import activate, derivative, sigmoid, through
 from senet.ops.triton.kernels import affine
 
 
@@ -33,12 +34,6 @@ def merge_kernel(
         total /= P
     target = row.to(tl.int64)[:, None] * C + channel[None, :]
     tl.store(out + target, total.to(ACC), inside)
-
-
-@triton.jit
-def sigmoid(t):
-    """1 / (1 + exp(-t))."""
-    return 1 / (1 + tl.exp(-t))
 
 
 @triton.jit
@@ -86,8 +81,9 @@ def hidden_kernel(
     squeezed, statistics, weight, bias, w1, b1, hidden, N, C, H,
     NORMALIZED: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """hidden (N,H) = relu(z W1ᵀ + b1)."""
+    """hidden (N,H) = z W1ᵀ + b1, with HIDDEN "relu" that of it."""
     tiles = tl.cdiv(H, BLOCK_H)
     n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = (tl.program_id(0) % tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -100,7 +96,8 @@ def hidden_kernel(
         total += tl.dot(z, w, input_precision="ieee", out_dtype=ACC)
     if b1 is not None:
         total += tl.load(b1 + h, h < H, other=0)[None, :]
-    total = tl.where(total <= 0, 0, total)
+    if HIDDEN == "relu":
+        total = tl.where(total <= 0, 0, total)
     inside = (n < N)[:, None] & (h < H)[None, :]
     tl.store(hidden + n.to(tl.int64)[:, None] * H + h[None, :], total, inside)
 
@@ -109,8 +106,9 @@ def hidden_kernel(
 def gates_kernel(
     hidden, w2, b2, gates, N, C, H, GATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """gates (N,C) = gate(hidden W2ᵀ + b2)."""
+    """gates (N,C) = gate(δ(hidden) W2ᵀ + b2), δ named by HIDDEN."""
     tiles = tl.cdiv(C, BLOCK_C)
     n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -119,6 +117,7 @@ def gates_kernel(
         h = first + tl.arange(0, BLOCK_H)
         inside = (n < N)[:, None] & (h < H)[None, :]
         value = tl.load(hidden + n.to(tl.int64)[:, None] * H + h[None, :], inside, other=0)
+        value = activate(value, HIDDEN, 0.0)
         inside = (h < H)[:, None] & (c < C)[None, :]
         w = tl.load(w2 + c.to(tl.int64)[None, :] * H + h[:, None], inside, other=0)
         total += tl.dot(value, w, input_precision="ieee", out_dtype=ACC)
@@ -150,8 +149,9 @@ def hidden_gradient_kernel(
     sums, gates, hidden, statistics, weight, bias, w2, dhidden, N, C, H,
     NORMALIZED: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """dhidden (N,H), behind the relu; sums (2,N,C) of `sums_kernel` merged over an image."""
+    """dhidden (N,H), of what δ sees; sums (2,N,C) of `sums_kernel` merged over an image."""
     tiles = tl.cdiv(H, BLOCK_H)
     n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = (tl.program_id(0) % tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -167,7 +167,8 @@ def hidden_gradient_kernel(
     inside = (n < N)[:, None] & (h < H)[None, :]
     at = n.to(tl.int64)[:, None] * H + h[None, :]
     value = tl.load(hidden + at, inside, other=0)
-    tl.store(dhidden + at, tl.where(value <= 0, 0, total), inside)
+    slope = derivative(value, HIDDEN, 0.0)
+    tl.store(dhidden + at, through(total, slope, HIDDEN), inside)
 
 
 @triton.jit
@@ -196,6 +197,7 @@ def weight_gradients_kernel(
     sums, gates, hidden, dhidden, squeezed, statistics, weight, bias, dw1, db1, dw2, db2, N, C, H,
     NORMALIZED: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """dw1 (H,C), db1 (H,), dw2 (C,H) and db2 (C,), each if its pointer is; sums over images."""
     tiles = tl.cdiv(C, BLOCK_C)
@@ -220,6 +222,7 @@ def weight_gradients_kernel(
             total1 += tl.dot(tl.trans(dh), z, input_precision="ieee", out_dtype=ACC)
         if dw2 is not None:
             value = tl.load(hidden + at, inside, other=0)
+            value = activate(value, HIDDEN, 0.0)
             total2 += tl.dot(tl.trans(dt), value, input_precision="ieee", out_dtype=ACC)
         bias1 += tl.sum(dh.to(tl.float64), 0)
         bias2 += tl.sum(dt.to(tl.float64), 0)

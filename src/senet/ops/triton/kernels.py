@@ -1,8 +1,8 @@
-"""The passes over maps as Triton kernels: moments, the tail, and both passes of its gradient.
+"""The passes over maps as Triton kernels: moments, the tail, a join's branch, their gradients.
 
-`senet.ops.triton.tail` launches them; `senet.ops.triton.gate` has those of (N,C) size. No kernel
-adds into memory that another program writes: every program stores partial sums of its own, which a
-second kernel merges in a fixed order.
+`senet.ops.triton.tail` and `join` launch them; `senet.ops.triton.gate` has those of (N,C) size. No
+kernel adds into memory that another program writes: every program stores partial sums of its own,
+which a second kernel merges in a fixed order.
 
 Layout: a map is (N,P,C) in memory where CHANNELS_LAST, else (N,C,P). A program has a tile of
 BLOCK_P pixels and BLOCK_C channels of an image. ACC is the type of sums. WIDE: offsets inside a
@@ -14,6 +14,8 @@ tile need 64 bits; those of its start always have them.
 
 import triton
 import triton.language as tl
+
+from senet.ops.triton.activation import activate, derivative, through
 
 
 @triton.jit
@@ -360,3 +362,140 @@ def map_gradients_kernel(
                 r = tl.load(shortcut + at, inside, other=0).to(ACC)
                 d = tl.fma(r - s_mean[None, :], s_pull[None, :], d)
             tl.store(dshortcut + at, d.to(dshortcut.dtype.element_ty), inside)
+
+
+@triton.jit
+def branch_rows(rows, channel, inside, C):
+    """mean, scale and shift (BLOCK_C,) of a join's branch from its statistics."""
+    row = rows + channel
+    size = tl.cast(C, tl.int64)
+    return (
+        tl.load(row, inside, other=0),
+        tl.load(row + size * 3, inside, other=0),
+        tl.load(row + size * 4, inside, other=0),
+    )
+
+
+@triton.jit
+def branch_squeeze_kernel(
+    x, parts, rows, C, P, splits, tiles,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of act(norm(x)) over `tiles` tiles of an image."""
+    n, first_channel, first, row = locate(
+        tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+    )
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    kept = channel < C
+    mean, scale, shift = branch_rows(rows, channel, kept, C)
+    total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for tile in range(tiles):
+        start, offsets, inside = place(
+            n, first_channel, first + tile * BLOCK_P, C, P, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+        )
+        u = tl.load(x + start + offsets, inside, other=0).to(ACC)
+        u = tl.fma(u - mean[None, :], scale[None, :], shift[None, :])
+        total += tl.where(inside, activate(u, ACTIVATION, SLOPE), 0)
+    tl.store(parts + tl.cast(row, tl.int64) * C + channel, tl.sum(total, 0), kept)
+
+
+@triton.jit
+def branch_kernel(
+    x, y, rows, gates, C, P, splits, tiles,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = gates ⊙ act(norm(x))."""
+    n, first_channel, first, _ = locate(
+        tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+    )
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    kept = channel < C
+    mean, scale, shift = branch_rows(rows, channel, kept, C)
+    for tile in range(tiles):
+        start, offsets, inside = place(
+            n, first_channel, first + tile * BLOCK_P, C, P, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+        )
+        u = tl.load(x + start + offsets, inside, other=0).to(ACC)
+        v = activate(tl.fma(u - mean[None, :], scale[None, :], shift[None, :]), ACTIVATION, SLOPE)
+        if gates is not None:
+            v *= tl.load(gates + tl.cast(n, tl.int64) * C + channel, kept, other=0)[None, :]
+        tl.store(y + start + offsets, v.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def branch_sums_kernel(
+    gradient, x, sums, rows, C, P, count, splits, tiles,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sums (5,count,C) over `tiles` tiles: m g, m g (x - mean), m, m (x - mean), g act(u).
+
+    u = norm(x), m the activation's derivative there.
+    """
+    n, first_channel, first, row = locate(
+        tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+    )
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    kept = channel < C
+    mean, scale, shift = branch_rows(rows, channel, kept, C)
+    sum0 = tl.zeros([BLOCK_C], ACC)
+    sum1 = tl.zeros([BLOCK_C], ACC)
+    sum2 = tl.zeros([BLOCK_C], ACC)
+    sum3 = tl.zeros([BLOCK_C], ACC)
+    sum4 = tl.zeros([BLOCK_C], ACC)
+    for tile in range(tiles):
+        start, offsets, inside = place(
+            n, first_channel, first + tile * BLOCK_P, C, P, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+        )
+        g = tl.load(gradient + start + offsets, inside, other=0).to(ACC)
+        d = tl.load(x + start + offsets, inside, other=0).to(ACC) - mean[None, :]
+        u = tl.fma(d, scale[None, :], shift[None, :])
+        m = derivative(u, ACTIVATION, SLOPE)
+        mg = through(g, m, ACTIVATION)
+        sum0 += tl.sum(tl.where(inside, mg, 0), 0)
+        sum1 += tl.sum(tl.where(inside, mg * d, 0), 0)
+        sum2 += tl.sum(tl.where(inside, m, 0), 0)
+        sum3 += tl.sum(tl.where(inside, through(d, m, ACTIVATION), 0), 0)
+        sum4 += tl.sum(tl.where(inside, g * activate(u, ACTIVATION, SLOPE), 0), 0)
+    size = tl.cast(count, tl.int64) * C
+    target = sums + tl.cast(row, tl.int64) * C + channel
+    tl.store(target, sum0, kept)
+    tl.store(target + size, sum1, kept)
+    tl.store(target + 2 * size, sum2, kept)
+    tl.store(target + 3 * size, sum3, kept)
+    tl.store(target + 4 * size, sum4, kept)
+
+
+@triton.jit
+def branch_gradient_kernel(
+    gradient, x, dx, rows, per_image, per_channel, N, C, P, splits, tiles,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = m (a g + b) + c (x - mean) + e; a, b = per_image (2,N,C), c, e = per_channel (2,C)."""
+    n, first_channel, first, _ = locate(
+        tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+    )
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    kept = channel < C
+    mean, scale, shift = branch_rows(rows, channel, kept, C)
+    at = tl.cast(n, tl.int64) * C + channel
+    a = tl.load(per_image + at, kept, other=0)
+    b = tl.load(per_image + tl.cast(N, tl.int64) * C + at, kept, other=0)
+    c = tl.load(per_channel + channel, kept, other=0)
+    e = tl.load(per_channel + C + channel, kept, other=0)
+    for tile in range(tiles):
+        start, offsets, inside = place(
+            n, first_channel, first + tile * BLOCK_P, C, P, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
+        )
+        g = tl.load(gradient + start + offsets, inside, other=0).to(ACC)
+        d = tl.load(x + start + offsets, inside, other=0).to(ACC) - mean[None, :]
+        m = derivative(tl.fma(d, scale[None, :], shift[None, :]), ACTIVATION, SLOPE)
+        v = through(a[None, :] * g + b[None, :], m, ACTIVATION) + (c[None, :] * d + e[None, :])
+        tl.store(dx + start + offsets, v.to(dx.dtype.element_ty), inside)

@@ -70,7 +70,7 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
             else:
                 running = (numbers(run_mean, dtype), numbers(run_var, dtype))
                 call.statistics(statistics, row, (None, None), running, epsilon, None)
-        sizes, blocks = (call.N, call.C, call.H), {"ACC": call.acc, **GATE_BLOCKS}
+        sizes, blocks = (call.N, call.C, call.H), {"HIDDEN": "relu", "ACC": call.acc, **GATE_BLOCKS}
         if call.H:
             call.launch(
                 call.gate.hidden_kernel,
@@ -233,7 +233,7 @@ def _gate_gradients(
     gates, hidden, statistics = saved.gates, saved.hidden, saved.statistics
     sizes = (call.N, call.C, call.H)
     dhidden, dz = call.empty(call.N, call.H), call.empty(call.N, call.C)
-    kernels, options = call.gate, {"GATE": saved.gate, **flags, **GATE_BLOCKS}
+    kernels, options = call.gate, {"GATE": saved.gate, "HIDDEN": "relu", **flags, **GATE_BLOCKS}
     call.launch(
         kernels.hidden_gradient_kernel,
         call.tiles((call.N, "BLOCK_N"), (call.H, "BLOCK_H")),

@@ -1,0 +1,91 @@
+"""What stands in the place of a tail's modules: one call of the operator with their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from senet import ops
+from senet.nn.tails import own_statistics, step_norm
+from senet.ops import Activation
+from senet.ops.checks import GateParameters
+
+
+def _parameters(fc1: Any, fc2: Any) -> GateParameters:
+    """w1, b1, w2, b2 of a gate's layers."""
+    if fc1 is None or fc2 is None:
+        return None, None, None, None
+    return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+
+
+def normalized(
+    x: Tensor,
+    norm: _BatchNorm,
+    fc1: nn.Module | None,
+    fc2: nn.Module | None,
+    hidden_activation: str,
+    gate: str,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """SE(act(norm(x))) by `senet.ops.bn_act_se`; without layers act(norm(x))."""
+    own = own_statistics(norm)
+    x, given = step_norm(norm, x)
+    return ops.bn_act_se(
+        x,
+        *given[:4],
+        *_parameters(fc1, fc2),
+        training=own,
+        momentum=given.momentum,
+        eps=given.eps,
+        activation=Activation(activation, negative_slope),
+        hidden_activation=hidden_activation,
+        gate=gate,
+    )
+
+
+def added(
+    x: Tensor,
+    shortcut: Tensor,
+    norm: _BatchNorm,
+    shortcut_norm: _BatchNorm | None,
+    fc1: nn.Module | None,
+    fc2: nn.Module | None,
+    gate: str,
+    relu: bool,
+) -> Tensor:
+    """SE(norm(x)) + shortcut_norm(shortcut), with a ReLU behind, by `senet.ops.bn_se_add_relu`."""
+    if shortcut.shape != x.shape:  # broadcast
+        y = normalized(x, norm, fc1, fc2, "relu", gate, "linear", 0.0)
+        y = y + (shortcut if shortcut_norm is None else shortcut_norm(shortcut))
+        return F.relu(y) if relu else y
+    own, other = own_statistics(norm), None
+    if shortcut_norm is not None:
+        if own == own_statistics(shortcut_norm):
+            shortcut, other = step_norm(shortcut_norm, shortcut)
+        else:  # one of them is frozen
+            shortcut = shortcut_norm(shortcut)
+    x, given = step_norm(norm, x)
+    return ops.bn_se_add_relu(
+        x,
+        shortcut,
+        *given[:4],
+        *_parameters(fc1, fc2),
+        training=own,
+        momentum=given.momentum,
+        eps=given.eps,
+        gate=gate,
+        relu=relu,
+        shortcut_norm=other,
+    )
+
+
+def excited(x: Tensor, fc1: nn.Module, fc2: nn.Module, hidden_activation: str, gate: str) -> Tensor:
+    """SE(x) by `senet.ops.squeeze_excite`."""
+    w1, b1, w2, b2 = _parameters(fc1, fc2)
+    assert w1 is not None
+    assert w2 is not None
+    return ops.squeeze_excite(x, w1, b1, w2, b2, gate, hidden_activation=hidden_activation)

@@ -1,0 +1,118 @@
+"""A module's forward that runs its tails in the operator, as an attribute of the module.
+
+The module stays what it was: its class, its children, their names, its state. PyTorch calls the
+attribute in the place of the class's method; it travels with the module into copies and pickles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from senet.fusion.modules import is_norm
+from senet.fusion.rewriting import Plan, Rewritten, Unreadable, plain_numbers, rewrite
+from senet.nn.block import hooked, leaves_process
+from senet.ops import choice
+
+_said: set[str] = set()
+
+
+def _say(why: str) -> None:
+    """Warn, the first time."""
+    if why not in _said and not torch.compiler.is_compiling():
+        _said.add(why)
+        warnings.warn(
+            f"senet runs {why} in separate passes, not in its fused operator", stacklevel=4
+        )
+
+
+class FusedForward:
+    """Called in the place of a module's own forward, to which it steps aside where it has to.
+
+    It does where a module that it would pass by has hooks or was replaced, where an attribute has
+    changed on which the code may depend, under torch.func, and in graphs that leave the process.
+
+    Args:
+        owner: the module.
+        plan: how to write its forward anew.
+    """
+
+    def __init__(self, owner: nn.Module, plan: Plan) -> None:
+        self.owner, self.plan = owner, plan
+        self.rewritten: Rewritten | None = rewrite(owner, plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, "plan": self.plan}  # written anew where it is loaded
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, rewritten=None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        copy = object.__new__(FusedForward)
+        memo[id(self)] = copy
+        # The owner is being copied, and this with it.
+        copy.owner, copy.plan, copy.rewritten = memo[id(self.owner)], self.plan, self.rewritten
+        return copy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if len(args) == 1 and not kwargs and not leaves_process(args[0]):
+            rewritten = self.rewritten or self.again()
+            if rewritten is not None and (why := _obstacle(owner, rewritten)):
+                _say(why)
+            elif rewritten is not None and choice.is_fast(args[0]):
+                return rewritten.function(owner, args[0])
+        return type(owner).forward(owner, *args, **kwargs)
+
+    def obstacle(self) -> str | None:
+        """Why it would step aside now."""
+        return None if self.rewritten is None else _obstacle(self.owner, self.rewritten)
+
+    def again(self) -> Rewritten | None:
+        """Write the forward anew, of a module that was loaded."""
+        del self.owner.__dict__["forward"]  # the module's own is read
+        try:
+            self.rewritten = rewrite(self.owner, self.plan)
+        except Unreadable as why:
+            _say(f"{type(self.owner).__name__} ({why})")
+            return None
+        finally:
+            self.owner.__dict__["forward"] = self
+        return self.rewritten
+
+
+def _obstacle(owner: nn.Module, rewritten: Rewritten) -> str | None:
+    """Why the modules have to run each for itself; None where they have not."""
+    for path, kind in rewritten.touched:
+        module: nn.Module | None = owner
+        for name in path:
+            module = None if module is None else module._modules.get(name)
+        if module is None or (type(module) is not kind and not is_norm(module)):
+            return f"{type(owner).__name__} with a replaced {'.'.join(path)}"
+        if path and (why := hooked(module)):
+            return why
+    for path in rewritten.modal:
+        if owner.get_submodule(".".join(path)).training != owner.training:
+            return f"{type(owner).__name__} with parts in another mode"
+    if torch.compiler.is_compiling():
+        return None
+    if nn_module._has_any_global_hook():
+        return "modules with global hooks"
+    for path, numbers in rewritten.numbers:
+        module = owner.get_submodule(".".join(path))
+        if plain_numbers(module) != numbers:
+            return f"{type(module).__name__} with attributes that have changed"
+    return None
+
+
+def fused_forwards(model: nn.Module) -> Iterator[tuple[str, nn.Module, FusedForward]]:
+    """Modules with such a forward, by their dotted names."""
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, FusedForward):
+            yield name, module, forward

@@ -1,0 +1,379 @@
+"""Any network's tails and SE blocks through the operator: `fuse`, `unfuse`, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from senet.anatomy.example import guessed_arguments
+from senet.anatomy.excitations import Anatomy, anatomy
+from senet.anatomy.graph import Call
+from senet.anatomy.recording import run
+from senet.anatomy.tails import Part as Step
+from senet.anatomy.tails import Tail, read_tails
+from senet.errors import SenetError, UserError
+from senet.fusion.forward import FusedForward, fused_forwards
+from senet.fusion.modules import Gate, gate_of, is_norm
+from senet.fusion.rewriting import ALONE, Plan, Unreadable
+from senet.nn.block import SqueezeExcitation
+
+# Passes over a map, forward and backward, of the modules one by one: docs/fusion.md.
+_PASSES = {"norm": 8, "act": 5, "se": 12, "add": 3}
+_CLOSE = 1e-3
+_OURS = "it is ours and runs in the operator"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tail or an SE block that runs in the operator.
+
+    Attributes:
+        name: dotted name of its batch norm; of the SE block where that is alone.
+        owner: of the module whose forward was written anew.
+        form: its steps: "norm → silu → se", "norm → se → add → relu", "se", …
+        bytes_moved: memory traffic saved in a training step, for one image of the example.
+        bytes_kept: maps that the backward pass no longer keeps, likewise.
+    """
+
+    name: str
+    owner: str
+    form: str
+    bytes_moved: int
+    bytes_kept: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """What runs as before.
+
+    Attributes:
+        name: dotted name of the batch norm, or of the SE block.
+        form: its steps.
+        reason: why.
+    """
+
+    name: str
+    form: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What `fuse` did.
+
+    Attributes:
+        fused: what runs in the operator now.
+        left: what does not, with the reason.
+    """
+
+    fused: tuple[Fused, ...]
+    left: tuple[Left, ...]
+
+    @property
+    def bytes_moved(self) -> int:
+        """Memory traffic saved in a training step, for one image of the example's size."""
+        return sum(part.bytes_moved for part in self.fused)
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes of maps that the backward pass no longer keeps, for one such image."""
+        return sum(part.bytes_kept for part in self.fused)
+
+    def __str__(self) -> str:
+        forms: dict[str, int] = {}
+        for part in self.fused:
+            forms[part.form] = forms.get(part.form, 0) + 1
+        lines = [f"{count} × {form}" for form, count in sorted(forms.items(), key=lambda f: -f[1])]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for rest in self.left:
+            reasons.setdefault((rest.form, rest.reason), []).append(rest.name)
+        for (form, reason), names in reasons.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"left: {names[0]}{others} ({form}): {reason}")
+        moved, kept = self.bytes_moved / 1e6, self.bytes_kept / 1e6
+        lines.append(f"a step moves {moved:.0f} MB less, and keeps {kept:.0f} MB less, an image")
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module, example_input: Any = None) -> FusionReport:
+    """Run the tails and SE blocks of a live model through the operator, in place.
+
+    Batch norm, activation, SE, addition and ReLU between two convolutions become one call of
+    `senet.ops`, in training and evaluation. The module tree, names, parameters, state dict, hooks,
+    optimizers and copies stay as they are; outputs and gradients change by rounding only, random
+    numbers not at all. Where a module inside has hooks, its block runs as before, which is said
+    once.
+
+    Fuse before `torch.compile`, `DistributedDataParallel` and `fully_shard`, or give the module in
+    them; `unfuse` undoes it.
+
+    Args:
+        model: any network, of timm, torchvision, transformers or one's own.
+        example_input: what it is called with, a tuple for several arguments; None for zeros of the
+            size that the model says.
+
+    Returns:
+        What was fused, what was left, and why.
+
+    Raises:
+        UserError: the model cannot be run on the example, or is compiled or replicated.
+        SenetError: the outputs differ; the model is then as it was.
+    """
+    root = _inner(model)
+    unfuse(root)
+    seen, arguments = _seen(root, example_input)
+    gates = {name: gate_of(root, block) for name, block in seen.excitations.items()}
+    known = {name: gate for name, gate in gates.items() if isinstance(gate, Gate)}
+    tails = list(_single(read_tails(seen)))
+    plans, unread = _plans(root, tails, known)
+    failed: dict[str, str] = {}
+    covered: set[str] = set()
+    for name in sorted(plans, key=lambda name: name.count(".") + bool(name)):
+        if name in covered:
+            continue
+        opened = _with_inner(name, plans)
+        problem = _rewritten(root, name, opened, known)
+        failed |= problem
+        if not problem:
+            covered |= {_joined(name, inner) for inner in opened}
+    inside = {block for name, _, f in fused_forwards(root) for block in _blocks(name, f)}
+    for name in known:
+        if isinstance(seen.excitations[name].module, SqueezeExcitation):
+            failed[name] = _OURS
+        elif name not in inside:
+            failed |= _rewritten(root, name, frozenset(), known)
+    _check(root, seen, arguments)
+    return _report(root, seen, tails, gates, {**failed, **unread})
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give all modules of a model their own forwards back, which `fuse` replaced."""
+    for _, module, _ in list(fused_forwards(model)):
+        del module.__dict__["forward"]
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The network in a wrapper.
+
+    Raises:
+        UserError: a wrapper whose copies the fused forwards would not follow.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    if isinstance(model, nn.DataParallel):
+        raise UserError("fuse cannot follow nn.DataParallel; use DistributedDataParallel")
+    if type(model).__name__ == "OptimizedModule":
+        raise UserError("the model is compiled; call senet.fuse first, then torch.compile")
+    return model
+
+
+def _seen(root: nn.Module, example: Any) -> tuple[Anatomy, tuple[Any, ...]]:
+    """What the model consists of, and the arguments that showed it."""
+    *guesses, last = guessed_arguments(root, example)
+    for arguments in guesses:
+        with suppress(UserError):
+            return anatomy(root, arguments), arguments
+    return anatomy(root, last), last
+
+
+def _single(tails: Sequence[Tail]) -> Iterator[Tail]:
+    """Tails that begin with a norm, those in a concatenation too."""
+    for tail in tails:
+        if tail.parts[0].kind == "cat":
+            yield from (branch for branch in tail.branches if branch is not None)
+        else:
+            yield tail
+
+
+def _plans(
+    root: nn.Module, tails: Sequence[Tail], gates: dict[str, Gate]
+) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
+    """Modules to write anew, each with those to open in it; tails that have none, and why."""
+    plans: dict[str, frozenset[str]] = {}
+    unread: dict[str, str] = {}
+    for tail in tails:
+        first = tail.parts[0]
+        if first.kind == "affine":
+            unread[tail.name] = "its statistics are constants"
+            continue
+        chains = [_chain(step, gates) for step in _steps(tail, gates)]
+        if not chains[0] or not isinstance(chains[0][-1].module, _BatchNorm):
+            unread[tail.name] = "its batch norm is no module"
+            continue
+        norm = chains[0][-1].module
+        if not is_norm(norm):
+            unread[tail.name] = f"the batch norm {type(norm).__name__}"
+            continue
+        depth = min(map(len, chains))
+        while any(chain[depth - 1] is not chains[0][depth - 1] for chain in chains):
+            depth -= 1
+        owner = chains[0][depth - 1]
+        if type(owner.module).__module__.startswith("senet.") and len(chains) > 1:
+            unread[tail.name] = _OURS
+            continue
+        prefix = f"{owner.name}." if owner.name else ""
+        opened = {call.name.removeprefix(prefix) for c in chains for call in c[depth:-1]}
+        ends = {c[-1].name.removeprefix(prefix) for c in chains if len(c) > depth}
+        functional = {
+            c[-1].name.removeprefix(prefix)
+            for c in chains
+            if len(c) > depth and next(c[-1].module.children(), None) is not None
+        }
+        units = {n for n in ends - opened if is_norm(root.get_submodule(prefix + n))}
+        units |= {n for n in ends if prefix + n in gates}
+        opened |= functional - units
+        plans[owner.name] = plans.get(owner.name, frozenset()) | opened
+    return plans, unread
+
+
+def _with_inner(name: str, plans: dict[str, frozenset[str]]) -> frozenset[str]:
+    """What to open in a module, and in those that are opened."""
+    found: set[str] = set()
+    new = set(plans[name])
+    while new:
+        found |= new
+        new = {
+            _joined(inner, deeper)
+            for inner in new
+            for deeper in plans.get(_joined(name, inner), frozenset())
+        } - found
+    return frozenset(found)
+
+
+def _steps(tail: Tail, gates: dict[str, Gate]) -> list[Step]:
+    """The steps that the operator could take, from the norm on."""
+    steps = []
+    for part in tail.parts:
+        if part.kind == "se" and part.module not in gates:
+            break
+        steps.append(part)
+    if tail.shortcut_norm is not None and any(part.kind == "add" for part in steps):
+        steps.append(tail.shortcut_norm)
+    return steps
+
+
+def _chain(step: Step, gates: dict[str, Gate]) -> list[Call]:
+    """The module calls around a step, from the model down to the norm or block that it is."""
+    chain: list[Call] = []
+    for call in step.node.calls:
+        chain.append(call)
+        if is_norm(call.module) or (call.name in gates and step.kind == "se"):
+            break
+    return chain
+
+
+def _rewritten(
+    root: nn.Module, name: str, opened: frozenset[str], gates: dict[str, Gate]
+) -> dict[str, str]:
+    """Write a module's forward anew; where that fails, its name and the reason."""
+    module = root.get_submodule(name)
+    prefix = f"{name}." if name else ""
+    within = {n.removeprefix(prefix): g for n, g in gates.items() if n.startswith(prefix)}
+    if name in gates:
+        within = {"": gates[name]}
+    try:
+        forward = FusedForward(module, Plan(opened, within))
+        if (obstacle := forward.obstacle()) is not None:
+            return {name: obstacle}
+        module.__dict__["forward"] = forward
+    except Unreadable as why:
+        return {name: str(why) if is_norm(module) else f"{type(module).__name__}: {why}"}
+    return {}
+
+
+def _blocks(owner: str, forward: FusedForward) -> set[str]:
+    """Dotted names of the SE blocks that a forward contains."""
+    assert forward.rewritten is not None
+    names = (part.block for part in forward.rewritten.parts if part.block is not None)
+    return {_joined(owner, name) for name in names}
+
+
+def _joined(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if outer and inner else outer or inner
+
+
+def _check(root: nn.Module, seen: Anatomy, arguments: tuple[Any, ...]) -> None:
+    """Raise, and undo everything, where outputs on the example are not what they were."""
+    again = run(root, arguments)
+    pairs = zip(tree_leaves(seen.trace.result), tree_leaves(again), strict=True)
+    for before, after in pairs:
+        if not isinstance(before, Tensor) or not before.is_floating_point():
+            continue
+        scale = float(before.detach().abs().max().clamp_min(1e-30)) if before.numel() else 1.0
+        off = float((after - before).abs().max()) / scale if before.numel() else 0.0
+        if off > _CLOSE:
+            unfuse(root)
+            raise SenetError(f"fused, {type(root).__name__} gives outputs that differ by {off:.1e}")
+
+
+def _report(
+    root: nn.Module,
+    seen: Anatomy,
+    tails: Sequence[Tail],
+    gates: dict[str, Gate | str],
+    reasons: dict[str, str],
+) -> FusionReport:
+    sizes = {tail.name: _bytes(tail.parts[0]) for tail in tails}
+    sizes |= {
+        name: _bytes(Step("se", "", name, block.occurrences[0].product))
+        for name, block in seen.excitations.items()
+    }
+    fused: list[Fused] = []
+    for owner, _, forward in fused_forwards(root):
+        assert forward.rewritten is not None
+        for part in forward.rewritten.parts:
+            name = _joined(owner, part.norm if part.norm is not None else part.block or "")
+            size = sizes.get(name, 0)
+            fused.append(Fused(name, owner, part.form, *_saved(part.form, size)))
+    done = {part.name for part in fused}
+    done |= {b for name, _, f in fused_forwards(root) for b in _blocks(name, f)}
+    left = []
+    for tail in tails:
+        if tail.name not in done:
+            form = " → ".join(map(str, tail.parts))
+            why = gates.get(tail.excitation or "")
+            squeezed = f"its SE block: {why}" if isinstance(why, str) else ""
+            left.append(Left(tail.name, form, squeezed or _reason(tail, form, reasons)))
+    for name, gate in gates.items():
+        if name not in done:
+            left.append(Left(name, "se", gate if isinstance(gate, str) else reasons.get(name, "")))
+    order = {name: i for i, name in enumerate(sizes)}
+    fused.sort(key=lambda part: order.get(part.name, len(order)))
+    return FusionReport(tuple(fused), tuple(left))
+
+
+def _reason(tail: Tail, form: str, reasons: dict[str, str]) -> str:
+    """Why a tail was left."""
+    if form == "norm":
+        return ALONE
+    for name in (tail.name, *(call.name for call in reversed(tail.parts[0].node.calls))):
+        if name in reasons:
+            return reasons[name]
+    return "the operator does not have this form, or a module between its steps is random"
+
+
+def _bytes(step: Step) -> int:
+    """Of one image's map."""
+    node = step.node
+    return prod(node.shape[1:]) * torch.empty(0, dtype=node.dtype).element_size()
+
+
+def _saved(form: str, size: int) -> tuple[int, int]:
+    """Bytes that no longer move, and that are no longer kept."""
+    steps = form.split(" → ")
+    apart = sum(_PASSES.get(step, _PASSES["act"]) for step in steps)
+    together = 5 if steps == ["se"] else 8
+    if "add" in steps:
+        together = 11 if steps[-1] == "relu" else 9
+    kept = ("se" in steps and "norm" in steps) + (
+        len(steps) > 1 and steps[1] not in ("relu", "relu6", "leaky_relu", "add", "se")
+    )
+    return max(apart - together, 0) * size, kept * size

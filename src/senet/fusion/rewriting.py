@@ -1,0 +1,462 @@
+"""The forward of a module written anew, with its tails as calls of the operator.
+
+torch.fx traces the module's own forward, its children closed but for those that hold a part of a
+tail that ends outside of them. In the graph each batch norm is followed to the end of its tail.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from senet.fusion import execution
+from senet.fusion.modules import (
+    Gate,
+    activation_of,
+    function_activation,
+    is_norm,
+    normalizes_and_activates,
+    own_activation,
+)
+from senet.ops import Activation
+
+ALONE = "a batch norm alone, at which PyTorch is as fast"
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_LINEAR = Activation("linear")
+# What reading a forward with stand-ins for tensors may raise.
+_UNREADABLE = (
+    *(RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, KeyError),
+    *(NotImplementedError, NameError),
+)
+
+
+class Unreadable(Exception):  # noqa: N818  # a reason, which the report gives
+    """Why a module's forward cannot be written anew."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a module.
+
+    Attributes:
+        opened: names of its modules that are traced into.
+        gates: SE blocks within it that the operator can compute, by their names; "" is the module.
+    """
+
+    opened: frozenset[str]
+    gates: Mapping[str, Gate]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tail that runs in the operator.
+
+    Attributes:
+        norm: name of its batch norm within the module; "" where it is the module, or for SE alone.
+        block: name of its SE block, likewise; None without.
+        form: its steps, as `senet.anatomy.tails` names them.
+    """
+
+    norm: str | None
+    block: str | None
+    form: str
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A forward that was written anew.
+
+    Attributes:
+        function: (module, x) → what its forward gives.
+        parts: the tails in it.
+        touched: paths of the modules that it passes by, with the class each had.
+        numbers: plain attributes of the modules that were read, on which their code may depend.
+        modal: paths of those that have to be in the module's own mode, training or evaluation.
+    """
+
+    function: Callable[[nn.Module, Tensor], Any]
+    parts: tuple[Part, ...]
+    touched: tuple[tuple[tuple[str, ...], type], ...]
+    numbers: tuple[tuple[tuple[str, ...], tuple[tuple[str, object], ...]], ...]
+    modal: tuple[tuple[str, ...], ...] = ()
+
+
+class _Tracer(fx.Tracer):
+    """Opens the modules it is told to, and calls no hooks."""
+
+    def __init__(self, opened: frozenset[str]) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.opened
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.is_leaf_module(m, self.path_of_module(m)):
+            return type(m).forward(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def plain_numbers(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """Attributes of a module that its code may branch on."""
+    kinds = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if type(value) in kinds and name != "training" and not name.startswith("_")
+    )
+
+
+def _traced(module: nn.Module, opened: frozenset[str]) -> list[fx.Graph]:
+    """The graph of its forward: where they differ, that in training and that in evaluation.
+
+    Raises:
+        Unreadable: there is none.
+    """
+    if "forward" in vars(module):
+        raise Unreadable("its forward was replaced")
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
+        raise Unreadable("its forward takes more than one argument")
+    before = set(vars(module))
+    modes = [(m, m.training) for m in module.modules()]
+    graphs = []
+    try:
+        for training in (True, False):
+            for m, _ in modes:
+                m.training = training
+            graphs.append(_Tracer(opened).trace(module))
+    except _UNREADABLE as error:
+        raise Unreadable(f"its forward cannot be read ({str(error).splitlines()[0]})") from error
+    finally:
+        for m, training in modes:
+            m.training = training
+        made = [name for name in vars(module) if name not in before]
+        for name in made:
+            delattr(module, name)
+    if made:
+        raise Unreadable("its forward makes tensors of its own")
+    return graphs[:1] if str(graphs[0]) == str(graphs[1]) else graphs
+
+
+def _whole(module: nn.Module, plan: Plan) -> Rewritten:
+    """Of a module that is a tail, or an SE block, and nothing else.
+
+    Raises:
+        Unreadable: the operator does not have its activation.
+    """
+    if "" in plan.gates:
+        gate = plan.gates[""]
+        names, part = gate.inside, Part(None, "", "se")
+
+        def function(module: nn.Module, x: Tensor) -> Tensor:
+            fc1, fc2 = module.get_submodule(gate.fc1), module.get_submodule(gate.fc2)
+            return execution.excited(x, fc1, fc2, gate.hidden_activation, gate.gate)
+
+    else:
+        activation = own_activation(module)
+        if activation is None:
+            raise Unreadable(f"the activation {type(module.act).__name__}")
+        if activation == _LINEAR:
+            raise Unreadable(ALONE)
+        name, slope = activation
+        names = tuple(n for n, _ in module.named_modules() if n)
+        part = Part("", None, f"norm → {name}")
+
+        def function(module: nn.Module, x: Tensor) -> Tensor:
+            assert isinstance(module, _BatchNorm)
+            return execution.normalized(x, module, None, None, "relu", "sigmoid", name, slope)
+
+    touched = tuple((tuple(n.split(".")), type(module.get_submodule(n))) for n in names)
+    return Rewritten(function, (part,), (((), type(module)), *touched), ())
+
+
+def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
+    """Its forward, written anew.
+
+    Raises:
+        Unreadable: the forward cannot be read, or has no tail.
+    """
+    if is_norm(module) or "" in plan.gates:
+        return _whole(module, plan)
+    graphs = _traced(module, plan.opened)
+    (parts, touched), *others = [_Replacement(module, plan, graph).run() for graph in graphs]
+    if any(other != (parts, touched) for other in others):
+        raise Unreadable("its tails differ between training and evaluation")
+    if not parts:
+        raise Unreadable("no part of it has the form that the operator computes")
+    functions = [_compiled(graph, type(module).__name__) for graph in graphs]
+    passed = {tuple(name.split(".")): module.get_submodule(name) for name in touched | plan.opened}
+    read = {(): module, **{tuple(n.split(".")): module.get_submodule(n) for n in plan.opened}}
+    return Rewritten(
+        functions[0] if len(functions) == 1 else _by_mode(*functions),
+        tuple(parts),
+        tuple((path, type(m)) for path, m in sorted(passed.items())),
+        tuple((path, plain_numbers(m)) for path, m in sorted(read.items())),
+        tuple(path for path in sorted(read) if path) if len(functions) > 1 else (),
+    )
+
+
+def _compiled(graph: fx.Graph, name: str) -> Callable[[nn.Module, Tensor], Any]:
+    """A graph as a function of the module and its input."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<senet.fuse of {name}>", "exec"), namespace)
+    return namespace["forward"]
+
+
+def _by_mode(
+    training: Callable[[nn.Module, Tensor], Any], evaluation: Callable[[nn.Module, Tensor], Any]
+) -> Callable[[nn.Module, Tensor], Any]:
+    return lambda module, x: (training if module.training else evaluation)(module, x)
+
+
+class _Replacement:
+    """Replaces the tails in a graph."""
+
+    def __init__(self, module: nn.Module, plan: Plan, graph: fx.Graph) -> None:
+        self.module, self.plan, self.graph = module, plan, graph
+        self.parts: list[Part] = []
+        self.touched: set[str] = set()
+
+    def run(self) -> tuple[list[Part], set[str]]:
+        for node in list(self.graph.nodes):
+            if self.norm(node) and not self.is_shortcut(node):
+                self.replace(node)
+        for node in list(self.graph.nodes):
+            if node.op == "call_module" and node.target in self.plan.gates:
+                self.replace_block(node)
+        return self.parts, self.touched
+
+    def submodule(self, node: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def norm(self, node: fx.Node) -> bool:
+        """Whether a batch norm of a map, and nothing else, gives this."""
+        return node.op == "call_module" and len(node.args) == 1 and is_norm(self.submodule(node))
+
+    def next(self, node: fx.Node) -> fx.Node | None:
+        """What alone reads a result; modules that give it on are passed over."""
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        return user
+
+    def activation(self, node: fx.Node) -> Activation | None:
+        """The activation that a node is."""
+        if node.op == "call_module":
+            found = None if node.target in self.plan.gates else activation_of(self.submodule(node))
+            return found if len(node.args) == 1 and not node.kwargs else None
+        if node.op in ("call_function", "call_method"):
+            return function_activation(node.target, node.args, node.kwargs)
+        return None
+
+    def is_shortcut(self, node: fx.Node) -> bool:
+        """Whether a norm ends in the addition of another one's tail."""
+        end = self.follow(node).end
+        user = self.next(end)
+        if user is None or not _is_addition(user):
+            return False
+        first, second = user.args
+        other = second if first is end else first
+        assert isinstance(other, fx.Node)
+        rival = self.tail_before(other)
+        if rival is None or not rival.known:
+            return False
+        mine = self.follow(node)
+        if mine.activation != _LINEAR or rival.activation != _LINEAR:
+            return False
+        if (mine.block is None) != (rival.block is None):
+            return mine.block is None
+        return first is not end
+
+    def tail_before(self, end: fx.Node) -> _Tail | None:
+        """The tail whose last step, before an addition, gives this."""
+        node = end
+        while node.op in ("call_module", "call_function", "call_method") and node.args:
+            if self.norm(node):
+                found = self.follow(node)
+                return found if found.end is end else None
+            source = node.args[0]
+            if not isinstance(source, fx.Node):
+                return None
+            node = source
+        return None
+
+    def follow(self, node: fx.Node) -> _Tail:
+        """The tail up to an addition."""
+        tail = _Tail(node, [node])
+        own = own_activation(self.submodule(node))
+        if own is None:
+            tail.known = False
+            return tail
+        tail.activation = own
+        while (user := self.next(tail.end)) is not None:
+            gated = user.op == "call_module" and user.target in self.plan.gates
+            found = self.activation(user)
+            if gated and len(user.args) == 1 and tail.block is None:
+                tail.block = user
+            elif found is not None and (found == _LINEAR or tail.activates(found)):
+                tail.activation = tail.activation if found == _LINEAR else found
+            else:
+                break
+            tail.nodes.append(user)
+        return tail
+
+    def gate(self, tail: _Tail) -> Gate | None:
+        return None if tail.block is None else self.plan.gates[str(tail.block.target)]
+
+    def replace(self, node: fx.Node) -> None:
+        tail = self.follow(node)
+        if not tail.known:
+            return
+        gate = self.gate(tail)
+        addition = self.next(tail.end)
+        adds = (
+            addition is not None
+            and _is_addition(addition)
+            and tail.activation == _LINEAR
+            and (gate is None or gate.hidden_activation == "relu")
+        )
+        if adds and addition is not None:
+            self.replace_sum(tail, gate, addition)
+        else:
+            self.replace_tail(tail, gate)
+
+    def replace_tail(self, tail: _Tail, gate: Gate | None) -> None:
+        while isinstance(self.submodule(tail.end), nn.Identity):
+            tail.nodes.pop()  # left where it is, for whoever listens there
+        if len(tail.nodes) == 1 and tail.activation == _LINEAR:
+            return
+        with self.graph.inserting_after(tail.end):
+            made = self.graph.call_function(execution.normalized)
+        hidden, sigma = ("relu", "sigmoid") if gate is None else gate[2:4]
+        functions = (hidden, sigma, tail.activation.name, tail.activation.parameter)
+        with self.graph.inserting_before(made):
+            layers = self.layers(tail, gate)
+            norm = self.fetch(str(tail.first.target))
+            made.args = (tail.first.args[0], norm, *layers, *functions)
+        steps = [] if tail.activation == _LINEAR else [tail.activation.name]
+        self.finish(tail, tail.nodes, made, steps)
+
+    def replace_sum(self, tail: _Tail, gate: Gate | None, addition: fx.Node) -> None:
+        nodes, end = [*tail.nodes, addition], addition
+        after = self.next(addition)
+        relu = after is not None and self.activation(after) == Activation("relu")
+        if relu and after is not None:
+            nodes.append(after)
+            end = after
+        first, second = addition.args
+        shortcut = second if first is tail.end else first
+        assert isinstance(shortcut, fx.Node)
+        other = self.norm_alone(shortcut)
+        with self.graph.inserting_after(end):
+            made = self.graph.call_function(execution.added)
+        with self.graph.inserting_before(made):
+            norm = self.fetch(str(tail.first.target))
+            shortcut_norm = None if other is None else self.fetch(str(other.target))
+            layers = self.layers(tail, gate)
+            added = shortcut if other is None else other.args[0]
+            sigma = "sigmoid" if gate is None else gate.gate
+            source = tail.first.args[0]
+            made.args = (source, added, norm, shortcut_norm, *layers, sigma, relu)
+        if other is not None:
+            nodes.insert(0, other)
+        self.finish(tail, nodes, made, ["add", *(["relu"] if relu else [])])
+
+    def norm_alone(self, shortcut: fx.Node) -> fx.Node | None:
+        """The batch norm whose result a shortcut is; None where it is more or something else."""
+        if len(shortcut.users) != 1 or not self.norm(shortcut):
+            return None
+        return shortcut if own_activation(self.submodule(shortcut)) == _LINEAR else None
+
+    def replace_block(self, node: fx.Node) -> None:
+        if len(node.args) != 1 or node.kwargs:
+            return
+        name = str(node.target)
+        gate = self.plan.gates[name]
+        with self.graph.inserting_before(node):
+            fc1, fc2 = (self.fetch(_joined(name, layer)) for layer in gate[:2])
+            arguments = (node.args[0], fc1, fc2, gate.hidden_activation, gate.gate)
+            made = self.graph.call_function(execution.excited, arguments)
+        self.touch(name, gate)
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+        self.parts.append(Part(None, name, "se"))
+
+    def fetch(self, name: str) -> fx.Node:
+        """A module as an argument."""
+        return self.graph.get_attr(name)
+
+    def layers(self, tail: _Tail, gate: Gate | None) -> tuple[fx.Node | None, fx.Node | None]:
+        if gate is None or tail.block is None:
+            return None, None
+        name = str(tail.block.target)
+        return self.fetch(_joined(name, gate.fc1)), self.fetch(_joined(name, gate.fc2))
+
+    def finish(
+        self, tail: _Tail, nodes: list[fx.Node], made: fx.Node, following: list[str]
+    ) -> None:
+        """Put `made` in the place of the nodes, of which the last gave the tail's result."""
+        gate = self.gate(tail)
+        nodes[-1].replace_all_uses_with(made)
+        for node in reversed(nodes):
+            if node.op == "call_module":
+                self.touch(str(node.target), self.plan.gates.get(str(node.target)))
+            self.graph.erase_node(node)
+        block = None if tail.block is None else str(tail.block.target)
+        squeezed = [] if gate is None else ["se"]
+        steps = [*squeezed, *following] if "add" in following else [*following, *squeezed]
+        self.parts.append(Part(str(tail.first.target), block, " → ".join(["norm", *steps])))
+
+    def touch(self, name: str, gate: Gate | None) -> None:
+        self.touched.add(name)
+        module = self.module.get_submodule(name)
+        if gate is not None:
+            self.touched |= {_joined(name, inner) for inner in gate.inside}
+        elif normalizes_and_activates(module):
+            self.touched |= {_joined(name, inner) for inner in ("drop", "act")}
+
+
+class _Tail:
+    """The steps of a tail up to an addition.
+
+    Attributes:
+        first: the batch norm.
+        nodes: all steps in their order.
+        activation: behind the norm.
+        block: the SE block, behind that; None without.
+        known: whether the operator has the activation.
+    """
+
+    def __init__(self, first: fx.Node, nodes: list[fx.Node]) -> None:
+        self.first, self.nodes = first, nodes
+        self.activation = _LINEAR
+        self.block: fx.Node | None = None
+        self.known = True
+
+    @property
+    def end(self) -> fx.Node:
+        return self.nodes[-1]
+
+    def activates(self, found: Activation) -> bool:
+        """Whether another activation can still come."""
+        return self.activation == _LINEAR and self.block is None
+
+
+def _is_addition(node: fx.Node) -> bool:
+    """Whether two results, and no more, are added."""
+    called = node.op in ("call_function", "call_method") and node.target in _ADDITIONS
+    two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+    return called and two and not node.kwargs and node.args[0] is not node.args[1]
+
+
+def _joined(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if outer else inner

@@ -1,0 +1,558 @@
+"""Foreign networks in the operator: the same numbers, and everything else as it was."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
+
+import senet
+from senet import ops
+from senet.errors import UserError
+from senet.fusion import forward as forwards
+from senet.fusion.forward import FusedForward, fused_forwards
+
+HIDDEN = {"torchvision.ops.misc": SqueezeExcitation}
+
+
+class Bottleneck(nn.Module):
+    """conv → BN → ReLU → conv → BN → SE → drop path → add → ReLU, a projection where asked."""
+
+    def __init__(self, inputs: int, outputs: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, 8, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.se = SqueezeExcitation(outputs, 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop_path = DropPath(drop) if drop else nn.Identity()
+        self.downsample = None
+        if inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.se(self.bn2(self.conv2(x)))
+        x = self.drop_path(x)
+        x += shortcut
+        return F.relu(x)
+
+
+class Net(nn.Module):
+    """Two bottlenecks and torchvision's way to write BN → SiLU → SE."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.block1 = Bottleneck(3, 12)
+        self.block2 = Bottleneck(12, 12, drop)
+        squeeze = SqueezeExcitation(16, 4, activation=nn.SiLU)
+        self.mobile = nn.Sequential(
+            Conv2dNormActivation(12, 16, 3, groups=4, activation_layer=nn.SiLU), squeeze
+        )
+        self.dropout = nn.Dropout(drop)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mobile(self.block2(self.block1(x)))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+FORMS = {"norm → relu": 2, "norm → se → add → relu": 2, "norm → silu → se": 1}
+
+
+def pair(model: nn.Module | None = None, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A network, and the same fused."""
+    torch.manual_seed(0)
+    plain = (Net(**options) if model is None else model).double()
+    fused = copy.deepcopy(plain)
+    senet.fuse(fused, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    return plain, fused
+
+
+def images(n: int = 4, side: int = 8) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1)).double()
+
+
+def ran(model: nn.Module) -> list[str]:
+    """Names of the modules whose fused forward is in place."""
+    return [name for name, _, _ in fused_forwards(model)]
+
+
+def step(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers of one step."""
+    torch.manual_seed(2)
+    model.zero_grad()
+    y = model(images() if x is None else x)
+    (y * torch.linspace(-1, 1, y.numel()).to(y).view_as(y)).sum().backward()
+    found = {"y": y.detach()}
+    found |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found | {n: b.detach().clone().double() for n, b in model.named_buffers()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-10) -> None:
+    assert a.keys() == b.keys()
+    scale = max(float(t.abs().max()) for t in b.values())
+    for name, value in b.items():
+        size = max(float(value.abs().max()), 1e-3 * scale)  # gradients that are zero but for noise
+        assert float((a[name] - value).abs().max()) <= bound * size, name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Operators that `senet.ops` was asked for."""
+    names: list[str] = []
+    for name in ("bn_act_se", "bn_se_add_relu", "squeeze_excite"):
+        real = getattr(ops, name)
+
+        def recorded(*arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            names.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(ops, name, recorded)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def _warned_anew() -> Iterator[None]:
+    forwards._said.clear()
+    yield
+    forwards._said.clear()
+
+
+MODELS = {
+    "timm:efficientnet_b0": {"norm → silu": 32, "norm → silu → se": 16, "norm → add": 9},
+    "timm:mobilenetv3_large_100": {
+        "norm → relu": 14,
+        "norm → hardswish": 26,
+        "norm → relu → se": 3,
+        "norm → hardswish → se": 5,
+        "norm → add": 10,
+    },
+    "timm:regnety_016": {"norm → relu": 28, "norm → relu → se": 27, "norm → add → relu": 27},
+    "timm:seresnet50": {"norm → relu": 33, "norm → se → add → relu": 16},
+    "timm:seresnext50_32x4d": {"norm → relu": 33, "norm → se → add → relu": 16},
+    "torchvision:efficientnet_b0": {"norm → silu": 17, "norm → silu → se": 16},
+    "torchvision:mobilenet_v3_large": {
+        "norm → relu": 8,
+        "norm → hardswish": 15,
+        "norm → relu → se": 3,
+        "norm → hardswish → se": 5,
+        "norm → add": 10,
+    },
+    "torchvision:regnet_y_800mf": {
+        "norm → relu": 15,
+        "norm → relu → se": 14,
+        "norm → add → relu": 14,
+    },
+    "torchvision:resnet50": {"norm → relu": 33, "norm → add → relu": 16},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_that_people_have(name: str) -> None:
+    library, _, model_name = name.partition(":")
+    torch.manual_seed(0)
+    make: Callable[..., nn.Module] = (
+        timm.create_model if library == "timm" else torchvision.models.get_model
+    )
+    plain = make(model_name, num_classes=4).double()
+    fused = copy.deepcopy(plain)
+    report = senet.fuse(fused, images(1, 32))
+    assert Counter(part.form for part in report.fused) == MODELS[name]
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in fused.named_modules()] == [n for n, _ in plain.named_modules()]
+    x = images(3, 48)
+    # F.hardswish has 1/6 in float32, in float64 too
+    bound = 1e-7 if "mobilenet" in name else 1e-9
+    assert_same(step(fused, x), step(plain, x), bound)
+    plain.eval(), fused.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=bound, atol=bound)
+
+
+def test_own_network_in_training_and_evaluation(calls: list[str]) -> None:
+    plain, fused = pair()
+    report = senet.fuse(fused, images(1))
+    assert Counter(part.form for part in report.fused) == FORMS
+    assert report.left == ()
+    calls.clear()
+    assert_same(step(fused), step(plain))
+    assert calls.count("bn_se_add_relu") == 2
+    assert calls.count("bn_act_se") == 3
+    for part in (plain, fused):
+        part.train()
+        for module in part.modules():  # frozen statistics
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    assert_same(step(fused), step(plain))
+    fused.block1.downsample[1].train(), plain.block1.downsample[1].train()
+    assert_same(step(fused), step(plain))
+    torch.testing.assert_close(fused.eval()(images()), plain.eval()(images()))
+
+
+def test_report() -> None:
+    torch.manual_seed(0)
+    report = senet.fuse(Net(), torch.zeros(1, 3, 8, 8))
+    names = [part.name for part in report.fused]
+    assert names == ["block1.bn1", "block1.bn2", "block2.bn1", "block2.bn2", "mobile.0.1"]
+    silu = report.fused[-1]
+    assert (silu.owner, silu.form) == ("mobile", "norm → silu → se")
+    size = 16 * 8 * 8 * 4  # bytes of the map
+    assert silu.bytes_kept == 2 * size  # of BN, of SiLU
+    assert silu.bytes_moved == (8 + 5 + 12 - 8) * size
+    assert report.bytes_kept > silu.bytes_kept
+    assert "2 × norm → se → add → relu" in str(report)
+
+
+def test_random_numbers_are_the_same() -> None:
+    """Drop path stands between SE and the addition: the tail ends there."""
+    plain, fused = pair(drop=0.4)
+    assert "block2.bn2" in [part.name for part in senet.fuse(fused, images(1)).fused]
+    for _ in range(3):
+        assert_same(step(fused), step(plain))
+
+
+def test_unfuse_and_fuse_again() -> None:
+    plain, fused = pair()
+    senet.unfuse(fused)
+    assert ran(fused) == []
+    for a, b in zip(fused.modules(), plain.modules(), strict=True):
+        assert vars(a).keys() == vars(b).keys()
+    assert torch.equal(fused(images()), plain(images()))
+    first = senet.fuse(fused, images(1))
+    assert senet.fuse(fused, images(1)) == first
+    assert ran(fused) == ["block1", "block2", "mobile"]
+
+
+def test_copies_are_independent() -> None:
+    plain, fused = pair()
+    twin = copy.deepcopy(fused)
+    assert ran(twin) == ran(fused)
+    with torch.no_grad():
+        for p in fused.parameters():
+            p.zero_()
+    assert_same(step(twin), step(plain))
+    averaged = AveragedModel(twin)
+    twin.zero_grad()
+    averaged.update_parameters(twin)
+    assert ran(averaged.module) == ran(fused)
+    torch.testing.assert_close(averaged(images()), twin(images()))
+
+
+@pytest.mark.filterwarnings("ignore:.*weights_only")
+def test_pickled_and_saved(calls: list[str]) -> None:
+    plain, fused = pair()
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    for twin in (pickle.loads(pickle.dumps(fused)), torch.load(file, weights_only=False)):
+        assert ran(twin) == ran(fused)
+        calls.clear()
+        assert_same(step(twin), step(copy.deepcopy(plain)))
+        assert calls.count("bn_act_se") == 3
+    other = Net().double()
+    other.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(other.eval()(images()), fused.eval()(images()))
+
+
+def test_hooks_are_called_and_it_is_said_once() -> None:
+    plain, fused = pair()
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    for name in ("block1.bn1", "mobile.0", "block2.se.fc1", "block1.downsample.1"):
+        fused.get_submodule(name).register_forward_hook(
+            lambda _, x, y, name=name: seen.append((name, tuple(y.shape)))
+        )
+    block: list[Tensor] = []
+    fused.block1.register_forward_hook(lambda _, x, y: block.append(y))
+    with pytest.warns(UserWarning, match=r"modules with hooks \(BatchNorm2d\) in separate passes"):
+        found = step(fused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = step(fused)
+    assert_same(found, step(plain))
+    assert_same(again, step(plain))
+    assert [name for name, _ in seen[:4]] == [
+        *("block1.downsample.1", "block1.bn1", "block2.se.fc1", "mobile.0")
+    ]
+    assert len(seen) == 8
+    assert block[0].shape == (4, 12, 8, 8)
+
+
+def test_what_has_hooks_from_the_start_is_left() -> None:
+    model = Net()
+    model.block1.bn2.register_forward_hook(lambda *_: None)
+    report = senet.fuse(model, torch.zeros(1, 3, 8, 8))
+    assert [left.name for left in report.left] == ["block1.bn1", "block1.bn2"]
+    assert {left.reason for left in report.left} == {"modules with hooks (BatchNorm2d)"}
+    assert ran(model) == ["block1.se", "block2", "mobile"]
+
+
+def test_a_hook_on_a_block_does_not_open_it(calls: list[str]) -> None:
+    _, fused = pair()
+    fused.block1.register_forward_pre_hook(lambda *_: None)
+    fused.block1.register_full_backward_hook(lambda *_: None)
+    calls.clear()
+    step(fused, images().requires_grad_())
+    assert calls.count("bn_act_se") == 3
+
+
+def test_gates_are_recorded_of_a_fused_network() -> None:
+    plain, fused = pair()
+    batches = [images()]
+    found = senet.record_gates(fused.eval(), batches).blocks
+    expected = senet.record_gates(plain.eval(), batches).blocks
+    assert found.keys() == expected.keys() == senet.anatomy.excitations(fused, images()).keys()
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].mean, block.mean)
+
+
+@pytest.mark.parametrize("what", ["norm", "se", "attribute", "layer"])
+def test_what_was_replaced_counts(what: str) -> None:
+    plain, fused = pair()
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        match what:
+            case "norm":
+                model.block1.bn2 = nn.GroupNorm(3, 12).double()
+            case "se":
+                model.block1.se = nn.Identity()
+            case "layer":
+                model.block1.se.fc1 = nn.Sequential(nn.Conv2d(12, 4, 1), nn.Dropout(0.0)).double()
+            case "attribute":
+                model.block2.downsample = nn.Identity()
+                model.block2.extra = True
+    if what == "attribute":
+        fused.block2.downsample = plain.block2.downsample = None
+    with pytest.warns(UserWarning, match=r"Bottleneck with (a replaced|attributes)"):
+        found = step(fused)
+    assert_same(found, step(plain))
+
+
+def test_batch_norm_of_our_own_over_processes() -> None:
+    """Alone in its process it is a batch norm."""
+    plain, fused = pair()
+    norm = senet.nn.sync_bn.SyncBatchNorm(12).double()
+    norm.load_state_dict(fused.block1.bn2.state_dict())
+    fused.block1.bn2 = norm
+    assert_same(step(fused), step(plain))
+
+
+def test_compiled_in_one_graph() -> None:
+    plain, fused = pair()
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), plain(images()))
+    compiled(images()).sum().backward()
+    with pytest.raises(UserError, match=r"senet\.fuse first, then torch\.compile"):
+        senet.fuse(compiled, images(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graphs_that_leave_the_process_hold_pytorchs_operators() -> None:
+    plain, fused = pair()
+    plain.eval(), fused.eval()
+    traced = torch.jit.trace(fused, images())
+    torch.testing.assert_close(traced(images()), plain(images()))
+    exported = torch.export.export(fused, (images(),))
+    assert not any("senet" in str(node.target) for node in exported.graph.nodes)
+    symbolic = torch.fx.symbolic_trace(fused)
+    torch.testing.assert_close(symbolic(images()), plain(images()))
+
+
+def test_under_torch_func() -> None:
+    plain, fused = pair()
+    plain.eval(), fused.eval()
+    values = dict(fused.named_parameters())
+    other = {name: value.detach() * 1.1 for name, value in values.items()}
+    found = torch.func.functional_call(fused, other, images())
+    torch.testing.assert_close(found, torch.func.functional_call(plain, other, images()))
+    (gradient,) = torch.func.grad(lambda x: fused(x).sum(), argnums=(0,))(images())
+    (expected,) = torch.func.grad(lambda x: plain(x).sum(), argnums=(0,))(images())
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_autocast() -> None:
+    """In bfloat16 not much farther from float64 than the modules."""
+    exact, _ = pair()
+    results = []
+    for model in (copy.deepcopy(exact).float(), copy.deepcopy(exact).float(), exact):
+        if not results:
+            senet.fuse(model, torch.zeros(1, 3, 8, 8))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is not exact):
+            y = model(images().to(model.head.weight.dtype))
+        assert y.dtype == (torch.bfloat16 if model is not exact else torch.float64)
+        y.double().square().sum().backward()
+        gradients = [p.grad.flatten().double() for p in model.parameters()]
+        results.append([y.detach().double(), torch.cat(gradients)])
+    for fused, plain, true in zip(*results, strict=True):
+        assert (fused - true).norm() <= 2 * (plain - true).norm()
+
+
+def test_under_checkpointing() -> None:
+    plain, fused = pair()
+    x = images().requires_grad_()
+    found = []
+    for model in (fused, plain):
+        y = checkpoint(model, x, use_reentrant=False)
+        y.square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers()))
+    assert_same(*found)
+
+
+@pytest.fixture
+def _process_group(tmp_path: Any) -> Iterator[None]:
+    where = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", where, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_ddp_before_and_after(calls: list[str]) -> None:
+    plain, fused = pair()
+    expected = step(plain)
+    found = step(DistributedDataParallel(fused))
+    assert_same({k.removeprefix("module."): v for k, v in found.items()}, expected)
+    _, other = pair()
+    senet.unfuse(other)
+    wrapped = DistributedDataParallel(other)
+    senet.fuse(wrapped, images(1))
+    calls.clear()
+    found = step(wrapped)
+    assert_same({k.removeprefix("module."): v for k, v in found.items()}, expected)
+    assert calls.count("bn_act_se") == 3
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_fsdp_of_the_blocks(calls: list[str]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    plain, fused = pair()
+    for module in (fused.block1, fused.block2, fused.mobile, fused):
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    calls.clear()
+    y = fused(images())
+    torch.testing.assert_close(y, plain(images()))
+    y.sum().backward()
+    assert calls.count("bn_act_se") == 3
+
+
+def test_optimizers_go_on() -> None:
+    plain, fused = pair()
+    for model in (plain, fused):
+        torch.manual_seed(4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images()), torch.tensor([0, 1, 2, 3])).backward()
+            optimizer.step()
+    assert_same(fused.state_dict(), plain.state_dict(), 1e-7)
+
+
+class Branching(nn.Module):
+    """Its forward asks for values, so nobody can read it; its parts are fused all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.end = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Hardswish())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv(x)))
+        if x.detach().sum() > 1e9:
+            x = x / 2
+        return self.end(x).mean((2, 3))
+
+
+def test_a_forward_that_cannot_be_read_is_left_with_the_reason() -> None:
+    plain = Branching()
+    fused = copy.deepcopy(plain)
+    report = senet.fuse(fused, torch.zeros(1, 3, 8, 8))
+    assert [part.name for part in report.fused] == ["end.1"]
+    (left,) = report.left
+    assert (left.name, left.form) == ("bn", "norm → relu")
+    assert "Branching: its forward cannot be read" in left.reason
+    x = images().float()
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+class Modal(nn.Module):
+    """Dropout by a function: another graph in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        if self.training:
+            x = F.dropout(x, 0.5)
+        return x.mean((2, 3))
+
+
+def test_a_forward_that_differs_in_training(calls: list[str]) -> None:
+    plain, fused = pair(Modal())
+    for mode in (True, False):
+        plain.train(mode), fused.train(mode)
+        calls.clear()
+        assert_same(step(fused), step(plain))
+        assert calls == ["bn_act_se"]
+
+
+def test_blocks_that_the_operator_does_not_have() -> None:
+    model = timm.create_model("ese_vovnet19b_dw")
+    report = senet.fuse(model, torch.zeros(1, 3, 64, 64))
+    reasons = {left.form: left.reason for left in report.left}
+    assert reasons["se"] == "1 layers, the operator has two"
+    assert {part.form for part in report.fused} == {"norm → relu"}
+
+
+def test_se_alone(calls: list[str]) -> None:
+    """Behind what is no batch norm; a hidden SiLU."""
+    block = SqueezeExcitation(6, 3, activation=nn.SiLU, scale_activation=nn.Hardsigmoid)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), block, nn.Conv2d(6, 2, 1))
+    plain, fused = pair(model)
+    assert ran(fused) == ["1"]
+    calls.clear()
+    assert_same(step(fused), step(plain), 1e-7)  # F.hardsigmoid has 1/6 in float32
+    assert calls == ["squeeze_excite"]
+
+
+def test_our_own_networks_are_left() -> None:
+    model = senet.create_model("se_resnet8_cifar", num_classes=3)
+    report = senet.fuse(model, torch.zeros(1, 3, 16, 16))
+    assert report.fused == ()
+    assert {left.reason for left in report.left} == {"it is ours and runs in the operator"}
+
+
+def test_wrappers_that_it_cannot_follow() -> None:
+    with pytest.raises(UserError, match=r"nn\.DataParallel; use DistributedDataParallel"):
+        senet.fuse(nn.DataParallel(Net()), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="example_input"):
+        senet.fuse(nn.Linear(3, 3))
+
+
+def test_a_wrong_result_undoes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FusedForward.__call__
+    monkeypatch.setattr(FusedForward, "__call__", lambda self, x: 2 * real(self, x))
+    model = Net()
+    with pytest.raises(senet.errors.SenetError, match="outputs that differ by"):
+        senet.fuse(model, torch.ones(1, 3, 8, 8))
+    assert ran(model) == []
