@@ -20,7 +20,6 @@ from senet.inference.builder import (
     Constants,
     Sums,
     TorchStep,
-    native_activation,
     native_gate,
 )
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
@@ -30,6 +29,7 @@ from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
 from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
+from senet.ops.activations import RELU
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -212,7 +212,7 @@ class Lowering:
         assert x is not None
         name = str(node.target)
         match module:
-            case FusedConv() | Pointwise() if native_activation(module) is not None:
+            case FusedConv() | Pointwise():
                 gates, shortcut = (*maps[1:], None, None)[:2]
                 in_place = isinstance(module, Pointwise) and shortcut is None
                 y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)
@@ -330,7 +330,7 @@ class Lowering:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         x = self._read(source)
-        self.builder.copy(x, self._over(node, x, None), relu=True)
+        self.builder.copy(x, self._over(node, x, None), activation=RELU)
         return True
 
     def _multiply(self, node: fx.Node) -> bool:

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../gate.h"
 #include "geometry.h"
 #include "passes.h"
 #include "product.h"
@@ -106,40 +105,11 @@ void convolution(const Step& s, int64_t task, float* scratch) {
     e.y = s.y + begin * s.y_ld + out;
     e.y_ld = s.y_ld;
     e.columns = std::min<int64_t>(kPanel, outputs - column);
-    e.relu = s.activation == kPositive;
+    e.ending = ending_of(s, out);
     panel_product(a, lda, rows, s.weights + panel * depth * kPanel, depth, e);
-    if (s.activation >= kFirstGate)
-      for (int64_t r = 0; r < rows; ++r)
-        gate_forward<float>(e.y + r * s.y_ld, e.columns, int(s.activation - kFirstGate));
     if (s.sums) {
       float* to = s.sums + (image * row_blocks + row_block) * s.sums_ld + out;
       sum_rows(e.y, s.y_ld, rows, to, e.columns);
-    }
-  }
-}
-
-// Depthwise: weights [kernel_h * kernel_w][weights_ld], a task is one output row. OC may be a multiple
-// of C.
-void depthwise(const Step& s, int64_t task) {
-  const int64_t n = task / s.OH, top = task % s.OH * s.stride_h - s.pad_h;
-  for (int64_t ow = 0; ow < s.OW; ++ow) {
-    const int64_t left = ow * s.stride_w - s.pad_w;
-    const int64_t row = task * s.OW + ow;
-    for (int64_t c = 0; c < s.OC; c += kWidth) {
-      V sum = load<kWidth>(s.bias + c);
-      for (int64_t i = 0; i < s.kernel_h; ++i) {
-        const int64_t h = top + i * s.dilation_h;
-        if (h < 0 || h >= s.H) continue;
-        const float* from = s.x + (n * s.H + h) * s.W * s.x_ld + c;
-        const float* w = s.weights + i * s.kernel_w * s.weights_ld + c;
-        for (int64_t j = 0; j < s.kernel_w; ++j) {
-          const int64_t column = left + j * s.dilation_w;
-          if (column < 0 || column >= s.W) continue;
-          sum += load<kWidth>(from + column * s.x_ld) * load<kWidth>(w + j * s.weights_ld);
-        }
-      }
-      if (s.activation == kPositive) sum = relu(sum);
-      store_columns(s.y + row * s.y_ld + c, sum, s.OC - c);
     }
   }
 }
