@@ -23,7 +23,7 @@ from senet.inference.schedule import (
     winograd_tile,
 )
 from senet.kernels.structs import Activation as Function
-from senet.kernels.structs import Kind
+from senet.kernels.structs import Kind, Limit
 from senet.ops.activations import LINEAR, RELU, Activation
 
 # Rows of a task that passes over a map once.
@@ -192,12 +192,14 @@ class Builder:
         With `sums` the step adds up y as it writes it, and they are returned; None where it cannot.
         """
         kernel = (module.weight.shape[2], module.weight.shape[3])
-        geometry = Geometry(kernel, module.stride, module.padding, module.dilation, module.groups)
         _, H, W, C = x.shape
         ending = self._ending(name, module, y.shape[3])
-        tile = winograd_tile(geometry, C, y.shape[3], H, W)
+        before, _ = module.zeros(H, W)
+        geometry = Geometry(kernel, module.stride, before, module.dilation, module.groups)
+        even = geometry.output(H, W) == y.shape[1:3]  # as many zeros behind as before
+        tile = winograd_tile(geometry, C, y.shape[3], H, W) if even else 0
         maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
-        if geometry.groups == C == y.shape[3] and C > 1:
+        if geometry.groups == C == y.shape[3] and 1 < C <= Limit.CHANNELS:
             taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
             return self._depthwise(name, module, taps, geometry, maps, ending, sums)
         if narrow_groups(geometry, C, y.shape[3]):

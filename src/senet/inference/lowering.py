@@ -86,6 +86,7 @@ class Lowering:
     Attributes:
         builder: the steps.
         values: map of each node that lies in the arena.
+        fixed: what nodes give that follows from the input's shape.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
         input_images: images that an INPUT step reads.
@@ -107,6 +108,7 @@ class Lowering:
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.sums: dict[fx.Node, Sums] = {}
         self.segment: frozenset[fx.Node] = frozenset()
+        self.fixed: dict[fx.Node, Any] = {}
         self.output: Any = None
         self.escaping: set[fx.Node] = set()
         self.crossing: fx.Node | None = None
@@ -170,6 +172,9 @@ class Lowering:
                 else:
                     self._escapes(source)
             return
+        if self._follows_from_shapes(node):
+            self.fixed[node] = self.results[node]
+            return
         if node.op == "get_attr":
             self.builder.steps.append(TorchStep(node, None))
             return
@@ -185,6 +190,18 @@ class Lowering:
         for source in node.all_input_nodes:
             if source in self.values:
                 self.values[source].buffer.waiting.discard(node)
+
+    def _follows_from_shapes(self, node: fx.Node) -> bool:
+        """Whether what a node gives follows from the input's shape: sizes, and what reads those."""
+        if node.op not in ("call_function", "call_method"):
+            return False
+        parts = torch.utils._pytree.tree_leaves(self.results[node])
+        if any(isinstance(part, Tensor) for part in parts):
+            return False
+        sizes = node.target is getattr and node.args[1] in ("shape", "ndim")
+        if sizes or (node.op == "call_method" and node.target in ("size", "dim", "numel")):
+            return True
+        return bool(node.all_input_nodes) and all(n in self.fixed for n in node.all_input_nodes)
 
     def _escapes(self, node: fx.Node) -> None:
         """Note that a node's result is returned: what PyTorch makes of maps must be its own."""

@@ -43,10 +43,14 @@ class FusedConv(nn.Module):
     """Convolution with all that follows it: y = δ(gates ⊙ (W x + b) + shortcut).
 
     Args:
-        conv: the convolution; zero padding given in numbers.
+        conv: the convolution; it pads with zeros.
         bn: batch norm behind it, folded into weight and bias in float64.
 
     Attributes:
+        padding: zeros above and to the left.
+        behind: zeros below and to the right.
+        same: whether there are instead as many as TensorFlow's "same" needs for an input, those
+            behind one more where they are odd: the output has ⌈H/stride⌉ rows.
         activation: δ.
         slopes: with a linear δ: slopes (D,) or (1,) of a PReLU in its place.
     """
@@ -59,13 +63,53 @@ class FusedConv(nn.Module):
             scale, offset = batch_norm_affine(bn)
             weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + offset
         self.weight, self.bias = constant(weight, conv.weight), constant(bias, conv.weight)
-        assert not isinstance(conv.padding, str)
-        self.stride, self.padding, self.dilation = map(
-            two, (conv.stride, conv.padding, conv.dilation)
-        )
+        self.stride, self.dilation = two(conv.stride), two(conv.dilation)
+        if isinstance(conv.padding, str):
+            total = self._needed() if conv.padding == "same" else (0, 0)
+            self.padding = (total[0] // 2, total[1] // 2)
+            self.behind = (total[0] - self.padding[0], total[1] - self.padding[1])
+        else:
+            self.padding = self.behind = two(conv.padding)
+        self.same = False
         self.groups = conv.groups
         self.activation: Activation = LINEAR
         self.slopes: nn.Parameter | None = None
+
+    def _needed(self) -> tuple[int, int]:
+        """Zeros with which stride 1 keeps the size, along height and width."""
+        kernel = self.weight.shape[2:]
+        return self.dilation[0] * (kernel[0] - 1), self.dilation[1] * (kernel[1] - 1)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether nothing is padded."""
+        return not self.same and self.padding == self.behind == (0, 0)
+
+    def pad(self, before: tuple[int, int], behind: tuple[int, int]) -> None:
+        """Add zeros around the input, before and behind it along height and width."""
+        self.padding = (self.padding[0] + before[0], self.padding[1] + before[1])
+        self.behind = (self.behind[0] + behind[0], self.behind[1] + behind[1])
+
+    def zeros(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Zeros before and behind an input of that size, each along height and width."""
+        if not self.same:
+            return self.padding, self.behind
+        before, behind = [], []
+        for size, needed, stride in zip((height, width), self._needed(), self.stride, strict=True):
+            total = (-(-size // stride) - 1) * stride + needed + 1 - size
+            total = torch.sym_max(total, 0)
+            before.append(total // 2)
+            behind.append(total - total // 2)
+        return two(tuple(before)), two(tuple(behind))
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of that size."""
+        before, behind = self.zeros(height, width)
+        sizes = (
+            (size + before[i] + behind[i] - self._needed()[i] - 1) // self.stride[i] + 1
+            for i, size in enumerate((height, width))
+        )
+        return two(tuple(sizes))
 
     def forward(
         self,
@@ -74,7 +118,11 @@ class FusedConv(nn.Module):
         shortcut: Float[Tensor, "n d a b"] | None = None,
     ) -> Float[Tensor, "n d a b"]:
         """(N,C,H,W) → (N,D,A,B); gates are known beforehand, one per image and output channel."""
-        options = (self.stride, self.padding, self.dilation, self.groups)
+        padding = self.padding
+        if self.same or self.padding != self.behind:
+            (top, left), (bottom, right) = self.zeros(x.shape[2], x.shape[3])
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        options = (self.stride, padding, self.dilation, self.groups)
         if _in_one_pass(self, x, gates, shortcut):
             y = F.conv2d(x, self.weight, None, *options)
             return _finish_on_gpu(self, y, self.bias, gates, shortcut)
@@ -85,6 +133,13 @@ class FusedConv(nn.Module):
         """Multiply the convolution's output, before gates and shortcut, by a number."""
         self.weight.mul_(factor)
         self.bias.mul_(factor)
+
+    def take_in(self, scale: Tensor, offset: Tensor) -> None:
+        """Let a·y + b follow the convolution, before gates and shortcut; a and b (D,) or ()."""
+        a, b = scale.double(), offset.double()
+        weight = self.weight.double() * a.reshape(-1, 1, 1, 1)
+        bias = self.bias.double() * a + b
+        self.weight, self.bias = constant(weight, self.weight), constant(bias, self.bias)
 
     def extra_repr(self) -> str:
         """Shape, stride and what follows, as `print(model)` shows them."""
@@ -173,12 +228,20 @@ class Pointwise(nn.Module):
         """Multiply the output, before gates and shortcut, by a number."""
         self.factor *= factor
 
+    def take_in(self, scale: Tensor, offset: Tensor, like: Tensor) -> None:
+        """Let a·y + b follow, before gates and shortcut; a and b (C,), kept in `like`'s type."""
+        a, b = scale.double() * self.factor, offset.double()
+        if self.scale is not None and self.offset is not None:
+            a, b = a * self.scale.double(), b + a * self.offset.double()
+        self.scale, self.offset, self.factor = constant(a, like), constant(b, like), 1.0
+
     def forward(
         self, x: Tensor, gates: Tensor | None = None, shortcut: Tensor | None = None
     ) -> Tensor:
-        """X (N,C,H,W) → the same shape."""
+        """X (N,C,*) → the same shape."""
         if self.scale is not None and self.offset is not None:
-            x = torch.addcmul(self.offset.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
+            each = (-1, *(1 for _ in x.shape[2:]))
+            x = torch.addcmul(self.offset.view(each), x, self.scale.view(each))
         if self.factor != 1:
             x = x * self.factor
         if _in_one_pass(self, x, gates, shortcut):

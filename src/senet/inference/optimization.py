@@ -14,6 +14,7 @@ from senet import kernels
 from senet.errors import SenetError, UserError
 from senet.inference.plans import Plans
 from senet.inference.rewrite import Rewriter
+from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
 
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
@@ -169,8 +170,8 @@ def _optimized(
     """The model as an `OptimizedPart`, or with those of its children replaced that allow it."""
     try:
         rewriter = Rewriter(model)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except FAILURES as error:
+        reason = reason_of(error)
         left.append((name or type(model).__name__, f"torch.fx cannot trace it: {reason}"))
         for child_name, child in model.named_children():
             if next(child.parameters(), None) is not None and not _is_leaf(child):

@@ -81,6 +81,7 @@ class Program:
         self.module, self.threads = module, threads
         self.output, self.escaping = lowering.output, lowering.escaping
         self.images = lowering.input_images
+        self.fixed = lowering.fixed
         self.maps = {n: (m, lowering.results[n].ndim) for n, m in lowering.values.items()}
         builder = lowering.builder
         self.arena = place(list(builder.buffers.values())) + kernels.SLACK
@@ -136,7 +137,7 @@ class Program:
             workspace.parts = [p.at(address) if isinstance(p, Stretch) else p for p in self.parts]
             workspace.prepared_for = self
         scratch = memory[self.arena : self.size]
-        run = _Run(self, memory, {})
+        run = _Run(self, memory, dict(self.fixed))
         group = 0
         for part in workspace.parts:
             if isinstance(part, Stretch):

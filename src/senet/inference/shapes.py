@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
-from senet.inference.schedule import Geometry
 
 
 def outline(module: fx.GraphModule) -> nn.Module:
@@ -79,9 +78,7 @@ def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...]
     shape: tuple[int, ...] | None = None
     match module:
         case FusedConv() if x.ndim == 4 and x.shape[1] == module.weight.shape[1] * module.groups:
-            kernel = (module.weight.shape[2], module.weight.shape[3])
-            geometry = Geometry(kernel, module.stride, module.padding, module.dilation)
-            height, width = geometry.output(x.shape[2], x.shape[3])
+            height, width = module.output_size(x.shape[2], x.shape[3])
             shape = (x.shape[0], len(module.weight), height, width)
         case Pointwise():
             channels = None if module.scale is None else len(module.scale)

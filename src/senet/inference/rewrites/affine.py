@@ -1,0 +1,154 @@
+"""Batch norms in every clothing: one scale and offset a channel, folded into what is before.
+
+A batch norm with running statistics is a·x + b (docs/algebra.md), whether it is a module, a call
+of F.batch_norm, or a product and a sum with constants (frozen batch norm).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from senet.inference.modules import FusedConv, Pointwise, batch_norm_affine
+from senet.inference.rewrites.editor import Editor, plain
+
+_SUMS, _PRODUCTS = ("add", "sub"), ("mul", "multiply", "div")
+
+
+def norms(edit: Editor) -> None:
+    """Fold batch norms, and products and sums with constants of one number a channel."""
+    for node in list(edit.graph.nodes):
+        found = _norm(edit, node)
+        what = "batch norm"
+        if found is None:
+            found, what = _with_constant(edit, node), "constants"
+        if found is not None:
+            _apply(edit, node, found, what)
+
+
+def factors(edit: Editor) -> None:
+    """Fold products with a number into the module before."""
+    for node in list(edit.graph.nodes):
+        if edit.operation(node) not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+            continue
+        numbers = [a for a in node.args if isinstance(a, int | float)]
+        sources = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(numbers) != 1 or len(sources) != 1:
+            continue
+        divided = edit.operation(node) == "div"
+        if divided and node.args[0] is not sources[0]:
+            continue
+        module = edit.takes_more(sources[0])
+        if module is not None and len(sources[0].args) == 1:
+            module.multiply(1 / numbers[0] if divided else numbers[0])
+            edit.replace(node, sources[0])
+
+
+class _Affine(NamedTuple):
+    """a·x + b: the node x, a and b (C,) in float64, and a tensor of the model's type."""
+
+    source: Any
+    scale: Tensor
+    offset: Tensor
+    like: Tensor
+
+
+def _norm(edit: Editor, node: fx.Node) -> _Affine | None:
+    """What a batch norm computes."""
+    module = edit.called(node)
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        wanted = 4 if isinstance(module, nn.BatchNorm2d) else 2
+        dimensions = len(edit.shape(node) or ()) or 4
+        if not plain(module) or module.running_mean is None or dimensions != wanted:
+            return None
+        scale, offset = batch_norm_affine(module)
+        return _Affine(node.args[0], scale, offset, module.running_mean)
+    if edit.operation(node) != "batch_norm" or node.op != "call_function":
+        return None
+    names = ("running_mean", "running_var", "weight", "bias")
+    given = [edit.argument(node, 1 + i, name) for i, name in enumerate(names)]
+    numbers = [edit.constant(value) for value in given]
+    if any(
+        value is not None and number is None for value, number in zip(given, numbers, strict=True)
+    ):
+        return None
+    mean, var, weight, bias = numbers
+    training = edit.argument(node, 5, "training", False)
+    eps = edit.argument(node, 7, "eps", 1e-5)
+    if mean is None or var is None or training is not False or not isinstance(eps, float):
+        return None
+    shape = edit.shape(node)
+    if shape is None or len(shape) not in (2, 4):
+        return None
+    scale = torch.rsqrt(var.double() + eps)
+    scale = scale if weight is None else scale * weight.double()
+    offset = -mean.double() * scale
+    offset = offset if bias is None else offset + bias.double()
+    return _Affine(node.args[0], scale, offset, mean)
+
+
+def _with_constant(edit: Editor, node: fx.Node) -> _Affine | None:
+    """What a product or sum with one constant number a channel computes."""
+    name = edit.operation(node)
+    if name not in (*_SUMS, *_PRODUCTS) or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    swapped = edit.constant(a) is not None
+    if swapped:
+        a, b = b, a
+    number, shape = edit.constant(b), edit.shape(a)
+    if number is None or shape is None or len(shape) != 4 or edit.shape(node) != shape:
+        return None
+    C = shape[1]
+    if number.ndim < 3 or tuple(number.shape[-3:]) != (C, 1, 1) or number.numel() != C:
+        return None
+    values = number.detach().flatten().double()
+    one, zero = torch.ones_like(values), torch.zeros_like(values)
+    match name:
+        case "add":
+            return _Affine(a, one, values, number)
+        case "sub":
+            sign = -one if swapped else one
+            return _Affine(a, sign, values if swapped else -values, number)
+        case "div":
+            return None if swapped else _Affine(a, 1 / values, zero, number)
+        case _:
+            return _Affine(a, values, zero, number)
+
+
+def _apply(edit: Editor, node: fx.Node, found: _Affine, what: str) -> None:
+    source, scale, offset, like = found
+    module = edit.takes_more(source)
+    before = edit.called(source)
+    if module is not None and len(source.args) == 1:
+        if isinstance(module, FusedConv):
+            module.take_in(scale, offset)
+            into = "convolution"
+        else:
+            module.take_in(scale, offset, like)
+            into = "pass before"
+        edit.say(source, f"{what} {edit.name_of(node)} folded into the {into}")
+        edit.replace(node, source)
+    elif isinstance(before, nn.Linear) and plain(before) and edit.single_use(source):
+        new = edit.insert_in_place_of(source, _scaled(before, scale, offset), source.args)
+        edit.say(new, f"{what} {edit.name_of(node)} folded into the layer")
+        edit.replace(node, new)
+    else:
+        made = Pointwise()
+        made.take_in(scale, offset, like)
+        new = edit.insert(made, node, (source,), edit.name_of(node))
+        edit.say(new, f"{what} as one scale and offset")
+        edit.replace(node, new)
+
+
+@torch.no_grad()
+def _scaled(linear: nn.Linear, scale: Tensor, offset: Tensor) -> nn.Linear:
+    """A fully connected layer with a scale and an offset behind it; both (D,)."""
+    made = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    weight = linear.weight
+    bias = 0 if linear.bias is None else linear.bias.double()
+    made.weight = nn.Parameter((weight.double() * scale[:, None]).to(weight), False)
+    made.bias = nn.Parameter((bias * scale + offset).to(weight), False)
+    return made

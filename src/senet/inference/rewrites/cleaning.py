@@ -1,0 +1,166 @@
+"""What says nothing in evaluation mode goes, what works in place becomes a function, and what does
+not depend on the input is computed once."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from senet.inference.rewrites.editor import Editor, without_gradient
+
+_NOTHING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
+# Functions of a tensor that return it where their argument `training` is False.
+_DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path")
+_STOCHASTIC_DEPTH = "stochastic_depth"  # torchvision's
+_IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    torch.nn.functional.relu_: torch.relu,
+}
+_COMPARISONS = (operator.eq, operator.ne, operator.ge, operator.gt, operator.le, operator.lt)
+_METHODS = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
+
+
+def clean(edit: Editor) -> None:
+    """Apply all of it to a graph."""
+    for node in list(edit.graph.nodes):
+        _drop(edit, node)
+    for node in list(edit.graph.nodes):
+        _out_of_place(edit, node)
+    _fold_ranks(edit)
+    for node in list(edit.graph.nodes):
+        _drop_whole_slices(edit, node)
+    fold_constants(edit)
+
+
+def remove_dead(edit: Editor) -> None:
+    """Remove what nothing reads."""
+    edit.graph.eliminate_dead_code()
+
+
+def _drop(edit: Editor, node: fx.Node) -> None:
+    nothing = isinstance(edit.called(node), _NOTHING)
+    name = edit.operation(node)
+    if node.op == "call_function" and name in _DROPS:
+        nothing = edit.argument(node, 2, "training", True) is False
+    elif node.op == "call_function" and name == _STOCHASTIC_DEPTH:
+        nothing = edit.argument(node, 3, "training", True) is False
+    source = node.args[0] if node.args else None
+    if nothing and isinstance(source, fx.Node):
+        edit.replace(node, source)
+
+
+def _out_of_place(edit: Editor, node: fx.Node) -> None:
+    """What reads a tensor after it was changed in place reads the changed one."""
+    module = edit.called(node)
+    in_place = (
+        node.target in _IN_PLACE
+        or (node.op == "call_method" and node.target in _METHODS)
+        or node.kwargs.get("inplace") is True
+        or getattr(module, "inplace", False) is True
+    )
+    source = node.args[0] if node.args else None
+    if not in_place or not isinstance(source, fx.Node):
+        return
+    for user in list(source.users):
+        if user is not node and node < user:
+            user.replace_input_with(source, node)
+    if node.target in _IN_PLACE:
+        node.target = _IN_PLACE[node.target]
+    elif node.op == "call_method":
+        node.target = str(node.target).removesuffix("_")
+    elif "inplace" in node.kwargs:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif module is not None:
+        module = copy.copy(module)  # the model itself stays as it is
+        module.inplace = False  # type: ignore[assignment]
+        edit.insert_in_place_of(node, module, node.args)
+
+
+def _fold_ranks(edit: Editor) -> None:
+    """Number of dimensions, which no batch or image size changes; assertions about it go."""
+    for node in list(edit.graph.nodes):
+        name = edit.operation(node)
+        source = node.args[0] if node.args else None
+        shape = edit.shape(source)
+        rank = (name == "getattr" and node.args[1] == "ndim") or name in ("dim", "ndimension")
+        if rank and shape is not None:
+            _let_be(node, len(shape))
+        elif (
+            node.op == "call_function" and node.target in _COMPARISONS and not node.all_input_nodes
+        ):
+            assert callable(node.target)
+            _let_be(node, node.target(*node.args))
+        elif node.target is torch._assert and source is True:
+            edit.graph.erase_node(node)
+
+
+def _let_be(node: fx.Node, value: Any) -> None:
+    """Put a number in the place of a node."""
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)
+
+
+def _drop_whole_slices(edit: Editor, node: fx.Node) -> None:
+    """Slices that take all channels of a map."""
+    shape = edit.shape(node.args[0] if node.args else None)
+    if edit.operation(node) != "getitem" or shape is None or edit.shape(node) != shape:
+        return
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if not all(isinstance(part, slice) for part in index) or len(index) < 2:
+        return
+    others = (*index[:1], *index[2:])
+    channels = index[1] in (slice(0, shape[1]), slice(None, shape[1]), slice(None))
+    if channels and all(part == slice(None) for part in others):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        edit.replace(node, source)
+
+
+def fold_constants(edit: Editor) -> None:
+    """Compute what depends on parameters and numbers only."""
+    values: dict[fx.Node, Any] = {}
+    for node in list(edit.graph.nodes):
+        if node.op == "get_attr":
+            value = edit.constant(node)
+            if value is not None:
+                values[node] = value
+        elif _computable(node, values):
+            values[node] = _computed(node, values)
+    for node, value in values.items():
+        needed = any(user not in values for user in node.users)
+        if node.op == "get_attr" or not needed or not isinstance(value, Tensor):
+            continue
+        name = "constant"
+        while hasattr(edit.module, name):
+            name += "_"
+        edit.module.register_parameter(name, without_gradient(value))
+        with edit.graph.inserting_before(node):
+            new = edit.graph.get_attr(name)
+        edit.replace(node, new)
+
+
+def _computable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    sources = node.all_input_nodes
+    if node.op not in ("call_function", "call_method") or not sources or node.is_impure():
+        return False
+    if node.op == "call_method" and str(node.target).endswith("_"):
+        return False
+    return all(source in values for source in sources)
+
+
+@torch.no_grad()
+def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

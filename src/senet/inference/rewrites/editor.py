@@ -1,0 +1,171 @@
+"""A traced model whose graph is being rewritten: looking at its nodes and replacing them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from senet.inference.modules import FusedConv, Pointwise, ends_openly
+from senet.inference.rewrites.tracing import Tracer
+from senet.inference.shapes import outline, traced_results
+
+# Attributes of a tensor that tell nothing of its numbers.
+_ABOUT = ("shape", "ndim", "dtype", "device", "is_cuda")
+
+
+class Editor:
+    """A traced model and what is done to it.
+
+    Args:
+        model: model in evaluation mode; its parameters are read, not changed.
+        example: an input of it, which tells the shapes; without it less can be rewritten.
+
+    Attributes:
+        graph: the graph.
+        module: the graph as a module.
+        closed: modules that could not be followed, and why.
+        fused: for each rewrite the module that it starts from, and what was done.
+        left: SE blocks that stay as they are, and why.
+        gated: modules with a product of a map and gates that was rewritten, once for each product.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
+        tracer = Tracer()
+        self.graph = tracer.trace(model)
+        for node in self.graph.nodes:
+            node.type = None  # annotations of shapes cannot be pickled
+        self.module = fx.GraphModule(model, self.graph)
+        self.closed = tracer.closed
+        self.fused: list[tuple[str, str]] = []
+        self.left: list[tuple[str, str]] = []
+        self.gated: list[str] = []
+        self.scopes = tracer.scopes
+        self.origin: dict[fx.Node, str] = {}
+        self.results: dict[fx.Node, Any] = {}
+        if example is not None:
+            self.results = traced_results(self.module, outline(self.module), example)
+
+    def called(self, node: Any) -> nn.Module | None:
+        """The module that a node calls."""
+        if isinstance(node, fx.Node) and node.op == "call_module":
+            return self.module.get_submodule(str(node.target))
+        return None
+
+    def operation(self, node: fx.Node) -> str:
+        """Name of a function or method, without a mark of working in place; "" of anything else."""
+        if node.op == "call_function":
+            name = str(getattr(node.target, "__name__", ""))
+            in_place = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+            return in_place.get(name, {"truediv": "div"}.get(name, name.rstrip("_")))
+        return str(node.target).rstrip("_") if node.op == "call_method" else ""
+
+    def argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+        """An argument of a call, by position or by name."""
+        if name in node.kwargs:
+            return node.kwargs[name]
+        return node.args[position] if len(node.args) > position else default
+
+    def shape(self, node: Any) -> tuple[int, ...] | None:
+        """The shape that a node has for the example; None where it is unknown, or no tensor."""
+        result = self.results.get(node)
+        return tuple(result.shape) if isinstance(result, Tensor) else None
+
+    def single_use(self, node: fx.Node) -> bool:
+        """Whether one node alone reads this one."""
+        return len(node.users) == 1
+
+    def reads_shape(self, node: fx.Node) -> bool:
+        """Whether a node reads nothing but sizes, type or device of a tensor."""
+        name = self.operation(node)
+        return (name == "getattr" and node.args[1] in _ABOUT) or (
+            node.op == "call_method" and name in ("size", "dim", "numel", "ndimension")
+        )
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The parameter or buffer that a node stands for."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        value: Any = self.module
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return value if isinstance(value, Tensor) else None
+
+    def insert(self, module: nn.Module, at: fx.Node, args: tuple[Any, ...], origin: str) -> fx.Node:
+        """A call of a new module in front of node `at`."""
+        name = "_".join(["fused", *origin.split(".")])
+        while hasattr(self.module, name):
+            name += "_"
+        self.module.add_submodule(name, module)
+        with self.graph.inserting_before(at):
+            node = self.graph.call_module(name, args)
+        self.origin[node] = origin
+        self.scopes[node] = self.scopes.get(at, "")
+        return node
+
+    def insert_in_place_of(
+        self, node: fx.Node, module: nn.Module, args: tuple[Any, ...]
+    ) -> fx.Node:
+        """A call of a new module instead of node `node`, which goes."""
+        new = self.insert(module, node, args, self.name_of(node))
+        self.replace(node, new)
+        return new
+
+    def move(self, node: fx.Node, at: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        """The call of `node` with other arguments in place of node `at`; both nodes go."""
+        with self.graph.inserting_before(at):
+            new = self.graph.call_module(str(node.target), args)
+        self.origin[new] = self.origin[node]
+        self.scopes[new] = self.scopes.get(node, "")
+        self.replace(at, new)
+        self.graph.erase_node(node)
+        return new
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let `new` stand for `old`, which goes."""
+        if old in self.results:
+            self.results[new] = self.results[old]
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def name_of(self, node: fx.Node) -> str:
+        """What the report calls a node: its module, or its operation in the module around it."""
+        if node in self.origin:
+            return self.origin[node]
+        if node.op == "call_module":
+            return str(node.target)
+        scope = self.scopes.get(node, "")
+        return f"{scope}.{node.name}" if scope else node.name
+
+    def say(self, node: fx.Node, what: str) -> None:
+        """Note a rewrite for the report."""
+        self.fused.append((self.name_of(node), what))
+
+    def takes_more(self, node: Any) -> FusedConv | Pointwise | None:
+        """The module of a node that can take in what follows: nobody else reads what it gives.
+
+        Its shape may be read: that stays.
+        """
+        module = self.called(node)
+        if not isinstance(module, FusedConv | Pointwise) or not ends_openly(module):
+            return None
+        readers = [user for user in node.users if not self.reads_shape(user)]
+        return module if len(readers) == 1 else None
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a layer computes what its name says: PyTorch's own class, not one derived from it.
+
+    Parametrized layers are of a class of their own, but differ in where the weights come from only.
+    """
+    kind: type = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]
+    return kind in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def without_gradient(value: Tensor) -> nn.Parameter:
+    """A parameter of these numbers."""
+    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), False)

@@ -1,0 +1,94 @@
+"""A model as a torch.fx graph, free of batch and image size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from senet.models.residual import PaddedShortcut
+from senet.nn.block import SqueezeExcitation
+
+# What code raises that wants numbers where a symbolic trace has none.
+FAILURES = (
+    *(fx.proxy.TraceError, TypeError, NotImplementedError, ValueError, RuntimeError),
+    *(AttributeError, IndexError, KeyError),
+)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class Tracer(fx.Tracer):
+    """Follows a model down to PyTorch's own modules and SE blocks.
+
+    A module that cannot be followed is called as a whole. What a model returns keeps its kind: fx
+    itself takes an OrderedDict, or a dataclass that is one, for a plain dict, and returns its own
+    immutable lists inside of named tuples.
+
+    Attributes:
+        closed: modules that could not be followed, and why.
+        scopes: for each node the dotted name of the innermost module around it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed: dict[str, str] = {}
+        self.scopes: dict[fx.Node, str] = {}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node, of which it is kept in which module it stands."""
+        node = super().create_node(*args, **kwargs)
+        self.scopes[node] = self.scope.module_path
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands in the graph for an argument."""
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self.create_node("call_function", type(a), tuple(map(self.create_arg, a)), {})
+        kind: type = type(a)
+        plain_dicts = (dict, fx.immutable_collections.immutable_dict)
+        if not isinstance(a, dict) or kind in plain_dicts:
+            return super().create_arg(a)
+        if dataclasses.is_dataclass(kind):
+            given = {f.name: getattr(a, f.name) for f in dataclasses.fields(kind) if f.init}
+            kwargs = {name: self.create_arg(value) for name, value in given.items()}
+            return self.create_node("call_function", kind, (), kwargs)
+        return self.create_node("call_function", kind, (super().create_arg(dict(a)),), {})
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the graph calls m and does not look into it."""
+        own = isinstance(m, SqueezeExcitation | PaddedShortcut)
+        return own or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What a module gives: the graph of its inside, or a call of it where that fails."""
+        name = self.path_of_module(m)
+        if name not in self.closed:
+            last, depth = next(iter(reversed(self.graph.nodes))), len(self.module_stack)
+            try:
+                return super().call_module(m, forward, args, kwargs)
+            except FAILURES as error:
+                self.closed[name] = reason_of(error)
+                while len(self.module_stack) > depth:
+                    self.module_stack.popitem()
+                self._forget_after(last)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def _forget_after(self, last: fx.Node) -> None:
+        """Take back the nodes behind `last`; parameters stay, fx keeps them by name."""
+        for node in list(reversed(self.graph.nodes)):
+            if node is last:
+                return
+            if node.op != "get_attr":
+                self.graph.erase_node(node)
