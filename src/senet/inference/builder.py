@@ -118,6 +118,12 @@ def ending(activation: Activation) -> Ending:
     return Ending(Function[activation.name.upper()], activation.parameter)
 
 
+def takes_input_gates(module: FusedConv) -> bool:
+    """Whether the kernels can scale a convolution's input as they read it."""
+    dense = module.groups == 1 and module.unpadded
+    return dense and module.weight.shape[2:] == (1, 1) and module.stride == (1, 1)
+
+
 def native_gate(module: SqueezeGate) -> bool:
     """Whether the kernels know the activation and the gate of an SE block."""
     return module.gate_name in _GATES and isinstance(module.activation, nn.ReLU)
@@ -185,10 +191,12 @@ class Builder:
         gates: Map | None = None,
         shortcut: Map | None = None,
         *,
+        input_gates: Map | None = None,
         sums: bool = False,
     ) -> Sums | None:
-        """y = δ(gates ⊙ conv(x) + shortcut); y may be where the shortcut is.
+        """y = δ(gates ⊙ conv(input_gates ⊙ x) + shortcut); y may be where the shortcut is.
 
+        `input_gates` only for a convolution that `takes_input_gates`.
         With `sums` the step adds up y as it writes it, and they are returned; None where it cannot.
         """
         kernel = (module.weight.shape[2], module.weight.shape[3])
@@ -198,7 +206,7 @@ class Builder:
         geometry = Geometry(kernel, module.stride, before, module.dilation, module.groups)
         even = geometry.output(H, W) == y.shape[1:3]  # as many zeros behind as before
         tile = winograd_tile(geometry, C, y.shape[3], H, W) if even else 0
-        maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
+        maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut, "input_gates": input_gates}
         if geometry.groups == C == y.shape[3] and 1 < C <= Limit.CHANNELS:
             taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
             return self._depthwise(name, module, taps, geometry, maps, ending, sums)
@@ -235,11 +243,13 @@ class Builder:
         assert isinstance(y, Map)
         depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
         panels = groups * math.ceil(y.shape[3] / groups / kernels.PANEL)
-        images = y.shape[0] if sums or maps.get("gates") is not None else 1
+        scaled = maps.get("input_gates") is not None
+        images = y.shape[0] if sums or scaled or maps.get("gates") is not None else 1
         tasks = convolution_tasks(
             images, y.pixels // images, depth, panels, geometry.in_place, self.threads
         )
-        self.scratch = max(self.scratch, tasks.scratch)
+        panel = depth * kernels.PANEL if scaled else 0  # the panel that is scaled
+        self.scratch = max(self.scratch, tasks.scratch, panel)
         fields = geometry.fields() | ending.fields | {"groups": groups}
         summed = self._summed(y, math.ceil(y.pixels / images / tasks.rows)) if sums else None
         self.emit(
@@ -399,8 +409,11 @@ class Builder:
                 buffer.use(start)
                 buffer.use(last)
 
-    def means(self, x: Map, geometry: Geometry, y: Map) -> None:
-        """y (N, taps · C): mean of what each tap sees of x."""
+    def means(self, x: Map, geometry: Geometry, y: Map, sums: Sums | None = None) -> None:
+        """y (N, taps · C): mean of what each tap sees of x, which may have been summed."""
+        if sums is not None:
+            self._means_of(sums, geometry, y)
+            return
         N, H, W, C = x.shape
         rows = max(16, math.ceil(H * W * N / (4 * self.threads)))
         rows = min(rows, H * W)

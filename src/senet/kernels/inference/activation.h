@@ -20,7 +20,7 @@ SENET_INLINE void store_columns(float* to, V v, int64_t columns) {
   if (columns >= kWidth)
     std::memcpy(to, &v, sizeof v);
   else if (columns > 0)
-    std::memcpy(to, &v, size_t(columns) * sizeof(float));
+    store_lanes(to, v, columns);
 }
 
 // What ends a step: the function, its number, and a PReLU's slopes from the first column on.

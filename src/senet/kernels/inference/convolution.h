@@ -64,9 +64,21 @@ SENET_INLINE bool reads_in_place(const Step& s) {
 }
 
 // With gates or sums the rows of a task lie in one image.
-SENET_INLINE int64_t row_images(const Step& s) { return s.gates || s.sums ? s.N : 1; }
+SENET_INLINE int64_t row_images(const Step& s) {
+  return s.gates || s.input_gates || s.sums ? s.N : 1;
+}
 SENET_INLINE int64_t image_rows(const Step& s) { return s.N / row_images(s) * s.OH * s.OW; }
 SENET_INLINE int64_t group_panels(const Step& s) { return ceil_div(s.OC / s.groups, kPanel); }
+
+// A panel of weights times the gates of its inputs: cheaper than to scale the inputs, as the rows of a
+// task are more than a panel's columns.
+SENET_INLINE void scale_panel(const float* panel, const float* gates, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int v = 0; v < 2; ++v) {
+      const V scaled = load<kWidth>(panel + k * kPanel + v * kWidth) * gates[k];
+      std::memcpy(to + k * kPanel + v * kWidth, &scaled, sizeof scaled);
+    }
+}
 
 int64_t convolution_tasks(const Step& s) {
   return row_images(s) * ceil_div(image_rows(s), s.rows) *
@@ -106,7 +118,12 @@ void convolution(const Step& s, int64_t task, float* scratch) {
     e.y_ld = s.y_ld;
     e.columns = std::min<int64_t>(kPanel, outputs - column);
     e.ending = ending_of(s, out);
-    panel_product(a, lda, rows, s.weights + panel * depth * kPanel, depth, e);
+    const float* weights = s.weights + panel * depth * kPanel;
+    if (s.input_gates) {  // reads in place, so all of the scratch is free
+      scale_panel(weights, s.input_gates + image * s.input_gates_ld, depth, scratch);
+      weights = scratch;
+    }
+    panel_product(a, lda, rows, weights, depth, e);
     if (s.sums) {
       float* to = s.sums + (image * row_blocks + row_block) * s.sums_ld + out;
       sum_rows(e.y, s.y_ld, rows, to, e.columns);

@@ -47,11 +47,12 @@ enum class Activation : int64_t {
 struct Step {
   int64_t kind, next, done;  // next: the first task that no thread has taken; done: tasks finished
   const float *x, *weights, *bias, *gates, *shortcut, *slopes;
+  const float* input_gates;  // of a 1×1 convolution: factors of its input, [N][input_gates_ld]
   float *y, *patches;  // patches: of a Winograd convolution that transforms all inputs first
   // Sums over parts of each image, [N][sum_blocks][sums_ld]: of x (kSums), of what a convolution
   // writes; read by kMeans.
   float* sums;
-  int64_t x_ld, weights_ld, y_ld, gates_ld, shortcut_ld, sums_ld;
+  int64_t x_ld, weights_ld, y_ld, gates_ld, shortcut_ld, sums_ld, input_gates_ld;
   int64_t N, H, W, C, OH, OW, OC;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   int64_t activation;
@@ -72,9 +73,10 @@ constexpr int64_t kMaxChannels = 8192;
 #define FIELD(name) SENET_FIELD(Step, name)
 constexpr Field kStepFields[] = {
     FIELD(kind), FIELD(next), FIELD(done),
-    FIELD(x), FIELD(weights), FIELD(bias), FIELD(gates), FIELD(shortcut), FIELD(slopes),
+    FIELD(x), FIELD(weights), FIELD(bias), FIELD(gates), FIELD(shortcut), FIELD(slopes), FIELD(input_gates),
     FIELD(y), FIELD(patches), FIELD(sums),
     FIELD(x_ld), FIELD(weights_ld), FIELD(y_ld), FIELD(gates_ld), FIELD(shortcut_ld), FIELD(sums_ld),
+    FIELD(input_gates_ld),
     FIELD(N), FIELD(H), FIELD(W), FIELD(C), FIELD(OH), FIELD(OW), FIELD(OC),
     FIELD(kernel_h), FIELD(kernel_w), FIELD(stride_h), FIELD(stride_w), FIELD(pad_h), FIELD(pad_w),
     FIELD(dilation_h), FIELD(dilation_w), FIELD(groups), FIELD(activation), FIELD(parameter),
