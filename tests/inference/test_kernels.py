@@ -79,7 +79,7 @@ class Tail(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.se(self.bn(self.conv(x)))
         if self.shortcut:
-            y = y + self.other(x)
+            y = y + self.other(torch.relu(x))  # of another map: else one convolution does both
         return torch.relu(y) if self.relu else y
 
 

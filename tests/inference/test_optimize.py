@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from senet.errors import SenetError
 from senet.inference import OptimizedModel, optimize, rounding
 from senet.inference.modules import SqueezeGate
-from senet.inference.optimization import OptimizedPart
+from senet.inference.part import OptimizedPart
 from senet.models import list_models
 from senet.networks.create import create_model
 from senet.nn.block import SqueezeExcitation

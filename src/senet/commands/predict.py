@@ -116,7 +116,7 @@ def make_engine(
             path = Path(folder) / f"network{suffix}"
             export(model, path, example_input=example)
             return open_exported(path).run
-    network = model.eval() if name == "eager" else optimize(model, example)
+    network = model.eval() if name == "eager" else optimize(model, example, measure=False)
     network = network.to(device)
 
     def run(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Inference at the cost of the plain network: `optimize`."""
 
-from senet.inference.optimization import OptimizationReport as OptimizationReport
 from senet.inference.optimization import OptimizedModel as OptimizedModel
 from senet.inference.optimization import optimize as optimize
+from senet.inference.report import OptimizationReport as OptimizationReport

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from senet import kernels
-from senet.errors import SenetError, UserError
-from senet.inference.plans import Plans
+from senet.errors import SenetError
+from senet.inference.blocks import outcomes
+from senet.inference.measurement import called, medians, outside
+from senet.inference.part import OptimizedPart, refuse_layer
+from senet.inference.report import CHANNELS_LAST, OPTIMIZED, ORIGINAL, OptimizationReport
 from senet.inference.rewrite import Rewriter
 from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
@@ -22,112 +25,6 @@ from senet.inference.rounding import allowed, difference
 # (`senet.inference.rounding`).
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _LOW_PRECISION = 0.1
-# Held while a network's `Plans` are made, which threads that call it at the same time share.
-_MAKING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class OptimizationReport:
-    """What `optimize` did.
-
-    Attributes:
-        fused: per rewrite the module it starts from, and what was done.
-        left: modules that were left as they are, and why.
-        difference: largest difference of the outputs from the original model's for the example,
-            relative to the largest output.
-        kernels: instruction set of the C++ kernels, or the reason why there are none.
-    """
-
-    fused: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
-    difference: float
-    kernels: str
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {what}" for name, what in self.fused]
-        lines += [f"{name}: left as it is ({why})" for name, why in self.left]
-        lines.append(f"largest relative difference from the original: {self.difference:.1e}")
-        lines.append(f"C++ kernels: {self.kernels}")
-        return "\n".join(lines)
-
-
-class OptimizedPart(nn.Module):
-    """A rewritten graph that runs on the C++ kernels where it can and in PyTorch elsewhere.
-
-    The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; anything else, and
-    any graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any
-    number of threads may call it at the same time. Weights that were edited since they were packed
-    are packed anew (see `senet.inference.weights.Watch`).
-
-    Args:
-        graph: the rewritten graph.
-    """
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph_module = graph
-        self._plans: Plans | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without programs and packed weights: they are made anew where they are needed."""
-        return {**self.__dict__, "_plans": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPart:
-        return OptimizedPart(copy.deepcopy(self.graph_module, memo)).train(self.training)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _refuse_layer(self, name, value, "graph_module")
-        super().__setattr__(name, value)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> OptimizedPart:
-        self.repack()  # weights move or change their type: what was packed of them may go
-        super()._apply(*args, **kwargs)
-        return self
-
-    def repack(self) -> None:
-        """Let the next call pack the weights anew."""
-        self._plans = None
-
-    def forward(self, *inputs: Any) -> Any:
-        """What the original model returns for the same inputs."""
-        if len(inputs) == 1 and self._takes(inputs[0]):
-            plans = self._current_plans()
-            if not (torch.is_grad_enabled() and plans.watch.wants_gradients()):
-                return plans.run(inputs[0])
-        return self.graph_module(*inputs)
-
-    def _current_plans(self) -> Plans:
-        plans = self._plans
-        if plans is None or plans.watch.changed():
-            with _MAKING:
-                if self._plans is plans or self._plans is None:  # else another thread was faster
-                    self._plans = Plans(self.graph_module)
-                plans = self._plans
-        return plans
-
-    def _takes(self, x: Any) -> bool:
-        """Whether the kernels can run for this input."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or kernels.MISSING:
-            return False
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
-            return False
-        if x.ndim != 4 or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
-            return False
-        weight = next(self.graph_module.parameters(), x)
-        return weight.dtype == torch.float32 and weight.device.type == "cpu"
-
-
-def _refuse_layer(module: nn.Module, name: str, value: object, own: str) -> None:
-    """Refuse a layer or parameter set where the optimized network would not use it.
-
-    Raises:
-        UserError: it is one.
-    """
-    if isinstance(value, nn.Module | nn.Parameter) and name != own:
-        raise UserError(
-            f"an optimized network has no {name} to replace (its layers are rewritten): set it in "
-            "the original network and optimize that again"
-        )
 
 
 class OptimizedModel(nn.Module):
@@ -146,7 +43,7 @@ class OptimizedModel(nn.Module):
         self.report = report
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _refuse_layer(self, name, value, "network")
+        refuse_layer(self, name, value, "network")
         super().__setattr__(name, value)
 
     def repack(self) -> None:
@@ -164,29 +61,160 @@ class OptimizedModel(nn.Module):
         return self.network(x)
 
 
-def _optimized(
-    model: nn.Module, name: str, fused: list[tuple[str, str]], left: list[tuple[str, str]]
-) -> nn.Module:
-    """The model as an `OptimizedPart`, or with those of its children replaced that allow it."""
+class _Original(nn.Module):
+    """A network as it was, because it is faster so.
+
+    Args:
+        network: the network; with `channels_last` its weights are laid out so.
+        channels_last: whether its images are, too.
+    """
+
+    def __init__(self, network: nn.Module, channels_last: bool) -> None:
+        super().__init__()
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.original = network
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Any:
+        """What the network returns for images (N,C,H,W)."""
+        if self.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.original(x)
+
+
+@dataclass
+class _Part:
+    """A part that was optimized for itself, because torch.fx cannot trace what is around it.
+
+    Attributes:
+        name: its dotted name.
+        parent: the module that holds it.
+        key: under which name.
+        before: the part as it was.
+        after: the part optimized.
+        example: an input of it.
+    """
+
+    name: str
+    parent: nn.Module
+    key: str
+    before: nn.Module
+    after: OptimizedPart
+    example: Tensor
+
+
+class _Optimizer:
+    """Rewrites a network, and where it cannot be traced, its parts.
+
+    Args:
+        model: a copy of the network, which is taken apart.
+        example: images.
+
+    Attributes:
+        fused, left: as in the report.
+        gated: modules with a product that was rewritten.
+        parts: what was optimized for itself.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.fused: list[tuple[str, str]] = []
+        self.left: list[tuple[str, str]] = []
+        self.gated: list[str] = []
+        self.parts: list[_Part] = []
+        self._model, self._example = model, example
+        self._inputs: dict[str, Tensor] | None = None
+
+    def run(self) -> nn.Module:
+        """The network rewritten."""
+        return self._optimized(self._model, "")
+
+    def _optimized(self, model: nn.Module, name: str) -> nn.Module:
+        """The model as an `OptimizedPart`, or with those of its children replaced that allow it."""
+        example = self._example if not name else self._examples().get(name)
+        try:
+            rewriter = Rewriter(model, example)
+        except FAILURES as error:
+            why = f"torch.fx cannot trace it: {reason_of(error)}"
+            self.left.append((name or type(model).__name__, why))
+            for key, child in model.named_children():
+                self._replace(model, key, child, joined(name, key))
+            return model
+        graph = rewriter.run()
+        for said, of in ((self.fused, rewriter.fused), (self.left, rewriter.left)):
+            said += [(joined(name, what), how) for what, how in of]
+        self.gated += [
+            f"{name}.{path}" if name and path else name or path for path in rewriter.gated
+        ]
+        for path in rewriter.closed:
+            parent, _, key = path.rpartition(".")
+            held = graph.get_submodule(parent)
+            self._replace(held, key, graph.get_submodule(path), f"{name}.{path}" if name else path)
+        return OptimizedPart(graph)
+
+    def _replace(self, parent: nn.Module, key: str, child: nn.Module, name: str) -> None:
+        """Put the optimized form of a child in its place."""
+        if next(child.parameters(), None) is None or _is_leaf(child):
+            return
+        new = self._optimized(child, name)
+        if new is not child:
+            setattr(parent, key, new)
+        example = self._examples().get(name)
+        if isinstance(new, OptimizedPart) and example is not None:
+            self.parts.append(_Part(name, parent, key, child, new, example))
+
+    def _examples(self) -> dict[str, Tensor]:
+        """An input of each module that is called with one tensor."""
+        if self._inputs is None:
+            self._inputs = _inputs_of(self._model, self._example)
+        return self._inputs
+
+
+@torch.no_grad()
+def _inputs_of(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    """Random inputs of the shapes that each module is called with."""
+    found: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                found[name] = args[0].to("meta")
+
+        return note
+
+    handles = [m.register_forward_pre_hook(noting(name)) for name, m in model.named_modules()]
     try:
-        rewriter = Rewriter(model)
-    except FAILURES as error:
-        reason = reason_of(error)
-        left.append((name or type(model).__name__, f"torch.fx cannot trace it: {reason}"))
-        for child_name, child in model.named_children():
-            if next(child.parameters(), None) is not None and not _is_leaf(child):
-                path = f"{name}.{child_name}" if name else child_name
-                setattr(model, child_name, _optimized(child, path, fused, left))
-        return model
-    graph = rewriter.run()
-    for said, of in ((fused, rewriter.fused), (left, rewriter.left)):
-        said += [(f"{name}.{what}" if name else what, how) for what, how in of]
-    return OptimizedPart(graph)
+        model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.randn_like(x, device=example.device) for name, x in found.items()}
+
+
+def joined(outer: str, inner: str) -> str:
+    """Dotted name of a module within another one."""
+    return f"{outer}.{inner}" if outer and inner else outer or inner
 
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module alone offers nothing to fuse."""
     return next(module.children(), None) is None
+
+
+def _undo_slower(parts: list[_Part]) -> list[tuple[str, float, float]]:
+    """Put those parts back that were faster before: name, and milliseconds before and after."""
+    slower = []
+    for part in parts:
+        times = medians(
+            {
+                ORIGINAL: called(part.before, part.example),
+                OPTIMIZED: called(part.after, part.example),
+            }
+        )
+        if times[OPTIMIZED] > times[ORIGINAL]:
+            setattr(part.parent, part.key, part.before)
+            slower.append((part.name, times[ORIGINAL], times[OPTIMIZED]))
+    return slower
 
 
 def _check_example(example: object) -> None:
@@ -195,16 +223,17 @@ def _check_example(example: object) -> None:
         raise TypeError(f"example_input must be a tensor (N,C,H,W), got {kind}")
 
 
-def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
-    """A copy of the model for inference: as exact as the original, faster.
+def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -> OptimizedModel:
+    """A copy of the model for inference: as exact as the original, and never slower.
 
     Batch norms are folded into convolutions; an SE block's squeeze is taken before the last
     convolution of its branch, whose output is then scaled, added to the shortcut and passed
-    through ReLU while it is written (docs/algebra.md, section 3). On the CPU in float32 the whole
-    network runs in C++ kernels with buffers that are planned once per input shape and used again;
-    elsewhere the same graph runs in PyTorch, also under torch.compile and torch.export. On a GPU
-    what follows a convolution (bias, gates, shortcut, ReLU) is one Triton kernel, and under
-    torch.compile one of the compiler's.
+    through its activation while it is written (docs/algebra.md, section 3). No class names count:
+    batch norms, activations and SE blocks are known by what they compute, in any library's
+    network. On the CPU in float32 what the kernels know runs in C++ with buffers that are planned
+    once per input shape and used again; elsewhere the same graph runs in PyTorch, also under
+    torch.compile and torch.export. On a GPU what follows a convolution (bias, gates, shortcut,
+    ReLU) is one Triton kernel, and under torch.compile one of the compiler's.
 
     The result takes any batch and image size, can be called by any number of threads at the same
     time, can be pickled, copied and saved, and has no gradients to its weights unless they ask for
@@ -213,13 +242,16 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
     anew (`OptimizedModel.repack` says which edits it cannot notice).
 
     Args:
-        model: any module that takes images (N,C,H,W); best known are those of `create_model`.
-            It stays as it is. What cannot be rewritten is left alone, and the report says so.
-            It may return tensors in tuples, named tuples, lists, dicts and dataclasses.
+        model: any module that takes images (N,C,H,W). It stays as it is. What cannot be rewritten
+            is left alone, and the report says so. It may return tensors in tuples, named tuples,
+            lists, dicts and dataclasses.
         example_input: an input of it, to compare both models on.
+        measure: whether to time both on the example, the original with channels last too, and to
+            keep what is fastest, part by part where the model could not be traced as a whole; takes
+            some ten runs of each. False keeps the optimized network, whatever its speed.
 
     Returns:
-        The optimized model in evaluation mode; `report` tells what was fused.
+        The optimized model in evaluation mode; `report` tells what was fused, and what it gained.
 
     Raises:
         TypeError: `example_input` is no tensor.
@@ -228,10 +260,9 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
     """
     _check_example(example_input)
     original = copy.deepcopy(model).eval()
-    fused: list[tuple[str, str]] = []
-    left: list[tuple[str, str]] = []
     working = copy.deepcopy(original).requires_grad_(False)
-    network = _optimized(working, "", fused, left).eval()
+    optimizer = _Optimizer(working, example_input)
+    network = optimizer.run().eval()
     with torch.no_grad():
         wanted = original(example_input)
         found = difference(network(example_input), wanted)
@@ -243,10 +274,35 @@ def optimize(model: nn.Module, example_input: Tensor) -> OptimizedModel:
         )
     isa = kernels.instruction_set()
     report = OptimizationReport(
-        tuple(fused), tuple(left), found, isa or f"none ({kernels.MISSING})"
+        fused=tuple(optimizer.fused),
+        left=tuple(optimizer.left),
+        difference=found,
+        kernels=isa or f"none ({kernels.MISSING})",
+        blocks=outcomes(original, example_input, optimizer.gated, optimizer.left),
     )
+    if measure:
+        slower = tuple(_undo_slower(optimizer.parts))
+        network, report = _fastest(original, network, example_input, replace(report, slower=slower))
     optimized = OptimizedModel(network, report).eval()
     for attribute in ("config", "input_size", "min_input_size", "num_features", "preprocessing"):
         if hasattr(model, attribute):
             setattr(optimized, attribute, copy.deepcopy(getattr(model, attribute)))
     return optimized
+
+
+def _fastest(
+    original: nn.Module, network: nn.Module, x: Tensor, report: OptimizationReport
+) -> tuple[nn.Module, OptimizationReport]:
+    """The network that is fastest on an example, and the report with the times."""
+    original.requires_grad_(False)
+    networks = {
+        ORIGINAL: _Original(original, channels_last=False),
+        CHANNELS_LAST: _Original(copy.deepcopy(original), channels_last=True),
+        OPTIMIZED: network,
+    }
+    times = medians({name: called(each, x) for name, each in networks.items()})
+    kept = min(
+        reversed(times), key=lambda name: times[name]
+    )  # the optimized one where all are equal
+    shares = outside(network, x)
+    return networks[kept], replace(report, milliseconds=times, kept=kept, outside=shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,12 +124,35 @@ class Program:
                 setattr(done, name, tensor.data_ptr())
         self.parts.append(_stretch(steps, np.array(positions, np.intp)))
 
-    def run(self, x: Tensor, workspace: Workspace | None = None) -> Any:
+    def profile(self, x: Tensor, clock: Callable[[], float]) -> dict[fx.Node | None, float]:
+        """Seconds of each node that PyTorch runs, and under None those of the kernels."""
+        seconds: dict[fx.Node | None, float] = {None: 0.0}
+        last = 0.0
+
+        def note(part: Stretch | TorchStep) -> None:
+            nonlocal last
+            key = part.node if isinstance(part, TorchStep) else None
+            last, before = clock(), last
+            seconds[key] = seconds.get(key, 0.0) + last - before
+
+        workspace = Workspace(self.size)
+        self.run(x, workspace)
+        last = clock()
+        self.run(x, workspace, note)
+        return seconds
+
+    def run(
+        self,
+        x: Tensor,
+        workspace: Workspace | None = None,
+        after: Callable[[Stretch | TorchStep], None] | None = None,
+    ) -> Any:
         """The network's output for x, which has the program's shape.
 
         Args:
             x: the input.
             workspace: memory for this run alone; None allocates some.
+            after: called after each part with it.
         """
         workspace = Workspace(self.size) if workspace is None else workspace
         memory = workspace.memory
@@ -148,6 +172,8 @@ class Program:
                 kernels.run(part.steps, self.threads, scratch)
             else:
                 run.in_torch(part)
+            if after is not None:
+                after(part)
         return rebuilt(self.output, run.result)
 
 

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from senet.inference.rewrites import activations, additions, affine, cleaning, convolutions, gates
+from senet.inference.rewrites import (
+    activations,
+    additions,
+    affine,
+    branches,
+    cleaning,
+    convolutions,
+    gates,
+)
 from senet.inference.rewrites.editor import Editor
 from senet.inference.rewrites.editor import plain as plain
 
@@ -23,6 +31,7 @@ _REWRITES = (
     cleaning.clean,
     convolutions.recognise,
     affine.norms,
+    branches.merge,
     activations.recognise,
     affine.factors,
     activations.take_in,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, finish
-from senet.inference.optimization import OptimizedModel, OptimizedPart, optimize
+from senet.inference.optimization import OptimizedModel, optimize
+from senet.inference.part import OptimizedPart
 from senet.ops.activations import LINEAR
 
 Form = Literal["plain", "squeeze_first", "expanded"]
@@ -79,9 +80,8 @@ def in_form(model: nn.Module, example: Tensor, form: Form) -> nn.Module | None:
     """A copy of the model in a form, in evaluation mode; None where it has no such form."""
     if form == "plain":
         return copy.deepcopy(model).eval()
-    optimized = (
-        copy.deepcopy(model) if isinstance(model, OptimizedModel) else optimize(model, example)
-    )
+    own = isinstance(model, OptimizedModel)
+    optimized = copy.deepcopy(model) if own else optimize(model, example, measure=False)
     parts = [part for part in optimized.modules() if isinstance(part, OptimizedPart)]
     if form == "expanded" and sum(_expand(part.graph_module) for part in parts) == 0:
         return None

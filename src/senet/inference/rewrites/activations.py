@@ -145,8 +145,8 @@ def _activation(edit: Editor, first: fx.Node) -> None:
 def _grown(edit: Editor, region: _Region) -> _Region | None:
     """The region with the next operation that reads it, and what that reads besides."""
     inside = {region.entry, *region.steps}
-    following = [user for step in region.steps for user in step.users if user not in inside]
-    for user in dict.fromkeys(following):
+    following = {user for step in region.steps for user in step.users if user not in inside}
+    for user in sorted(following):
         more = _within(edit, user, inside)
         if more is not None:
             steps = sorted({*region.steps, *more})

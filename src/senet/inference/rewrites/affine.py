@@ -29,21 +29,47 @@ def norms(edit: Editor) -> None:
 
 
 def factors(edit: Editor) -> None:
-    """Fold products with a number into the module before."""
+    """Fold products with a number into the module before, or the convolutions behind."""
     for node in list(edit.graph.nodes):
-        if edit.operation(node) not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+        found = _factor(edit, node)
+        if found is None:
             continue
-        numbers = [a for a in node.args if isinstance(a, int | float)]
-        sources = [a for a in node.args if isinstance(a, fx.Node)]
-        if len(numbers) != 1 or len(sources) != 1:
-            continue
-        divided = edit.operation(node) == "div"
-        if divided and node.args[0] is not sources[0]:
-            continue
-        module = edit.takes_more(sources[0])
-        if module is not None and len(sources[0].args) == 1:
-            module.multiply(1 / numbers[0] if divided else numbers[0])
-            edit.replace(node, sources[0])
+        source, factor = found
+        module = edit.takes_more(source)
+        if module is not None and len(source.args) == 1:
+            module.multiply(factor)
+            edit.replace(node, source)
+        elif _into_users(edit, node, factor):
+            edit.replace(node, source)
+        elif len(edit.shape(node) or ()) == 4:
+            made = Pointwise()
+            made.multiply(factor)
+            edit.insert_in_place_of(node, made, (source,))
+
+
+def _factor(edit: Editor, node: fx.Node) -> tuple[fx.Node, float] | None:
+    """What a node multiplies by which number."""
+    name = edit.operation(node)
+    if name not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    if name != "div" and isinstance(a, int | float):
+        a, b = b, a
+    if not isinstance(a, fx.Node) or not isinstance(b, int | float):
+        return None
+    return a, float(1 / b if name == "div" else b)
+
+
+def _into_users(edit: Editor, node: fx.Node, factor: float) -> bool:
+    """Let the convolutions that alone read a node multiply their inputs."""
+    convolutions = [edit.called(user) for user in node.users]
+    for user, module in zip(node.users, convolutions, strict=True):
+        if not isinstance(module, FusedConv) or user.args != (node,):
+            return False
+    for module in convolutions:
+        assert isinstance(module, FusedConv)
+        module.weight.mul_(factor)
+    return bool(convolutions)
 
 
 class _Affine(NamedTuple):
@@ -102,9 +128,10 @@ def _with_constant(edit: Editor, node: fx.Node) -> _Affine | None:
     if number is None or shape is None or len(shape) != 4 or edit.shape(node) != shape:
         return None
     C = shape[1]
-    if number.ndim < 3 or tuple(number.shape[-3:]) != (C, 1, 1) or number.numel() != C:
+    each = number.ndim >= 3 and tuple(number.shape[-3:]) == (C, 1, 1) and number.numel() == C
+    if not each and number.numel() != 1:
         return None
-    values = number.detach().flatten().double()
+    values = number.detach().flatten().double().expand(C)
     one, zero = torch.ones_like(values), torch.zeros_like(values)
     match name:
         case "add":

@@ -33,6 +33,8 @@ def clean(edit: Editor) -> None:
     for node in list(edit.graph.nodes):
         _drop(edit, node)
     for node in list(edit.graph.nodes):
+        _drop_neutral(edit, node)
+    for node in list(edit.graph.nodes):
         _out_of_place(edit, node)
     _fold_ranks(edit)
     for node in list(edit.graph.nodes):
@@ -55,6 +57,18 @@ def _drop(edit: Editor, node: fx.Node) -> None:
     source = node.args[0] if node.args else None
     if nothing and isinstance(source, fx.Node):
         edit.replace(node, source)
+
+
+def _drop_neutral(edit: Editor, node: fx.Node) -> None:
+    """0 + x, as `sum` begins, and 1 · x."""
+    neutral = {"add": 0, "mul": 1}.get(edit.operation(node))
+    if neutral is None or len(node.args) != 2 or node.kwargs:
+        return
+    for x, number in (node.args, node.args[::-1]):
+        plain = isinstance(number, int | float) and number == neutral
+        if plain and isinstance(x, fx.Node) and edit.shape(x) is not None:
+            edit.replace(node, x)
+            return
 
 
 def _out_of_place(edit: Editor, node: fx.Node) -> None:

@@ -9,7 +9,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from senet.inference.modules import FusedConv
 from senet.inference.rewrites.editor import Editor, plain
@@ -35,31 +37,79 @@ def _of_module(edit: Editor, node: fx.Node) -> FusedConv | None:
     if plain(module):
         return FusedConv(module)
     name = str(node.target)
-    if name not in edit.closed or not _pads_to_same_size(module):
-        return None
-    del edit.closed[name]
-    fused = FusedConv(module)
-    fused.padding = fused.behind = (0, 0)
-    fused.same = True
+    fused = _padding_to_same_size(module) if name in edit.closed else None
+    if fused is not None:
+        del edit.closed[name]
     return fused
 
 
+class _Watch(TorchFunctionMode):
+    """Keeps weight and bias of the convolution that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.conv2d:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            self.seen.append((given["weight"], given.get("bias")))
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def _pads_to_same_size(conv: nn.Conv2d) -> bool:
-    """Whether a convolution pads as TensorFlow's "same" does, tried on images of several sizes."""
-    tried = copy.deepcopy(conv).cpu().double()
-    fused = FusedConv(tried)
-    fused.padding = fused.behind = (0, 0)
-    fused.same = True
+def _padding_to_same_size(conv: nn.Conv2d) -> FusedConv | None:
+    """A convolution that pads as TensorFlow's "same" does; None if it computes anything else.
+
+    It is tried on images of several sizes; its weights may be computed of its parameters.
+    """
+    tried, watch = copy.deepcopy(conv).cpu().double(), _Watch()
+    with watch:
+        tried(torch.zeros(1, conv.in_channels, *conv.kernel_size, dtype=torch.float64))
+    if len(watch.seen) != 1:
+        return None
+    weight, bias = watch.seen[0]
+    if weight.shape != conv.weight.shape:
+        return None
+    exact = _same(_convolution(weight, bias, conv.stride, 0, conv.dilation, conv.groups))
     largest = max(conv.kernel_size)
     generator = torch.Generator().manual_seed(0)
     for extra in range(max(conv.stride) + 1):
         sides = (largest + extra, largest + 2 * extra + 1)
         x = torch.rand(1, conv.in_channels, *sides, generator=generator, dtype=torch.float64)
-        wanted, found = tried(x), fused(x)
+        wanted, found = tried(x), exact(x)
         if wanted.shape != found.shape or not torch.allclose(wanted, found):
-            return False
-    return True
+            return None
+    return exact.to(conv.weight.device, conv.weight.dtype)
+
+
+def _same(conv: nn.Conv2d) -> FusedConv:
+    fused = FusedConv(conv)
+    fused.same = True
+    return fused
+
+
+def _convolution(
+    weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> nn.Conv2d:
+    """A layer of these numbers."""
+    conv = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        (weight.shape[2], weight.shape[3]),
+        pair(stride),
+        padding if isinstance(padding, str) else pair(padding),
+        pair(dilation),
+        groups,
+        bias=bias is not None,
+        device="meta",
+    )
+    conv.weight = nn.Parameter(weight, False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias, False)
+    return conv
 
 
 def _of_function(edit: Editor, node: fx.Node) -> FusedConv | None:
@@ -78,22 +128,7 @@ def _of_function(edit: Editor, node: fx.Node) -> FusedConv | None:
     ]
     if any(isinstance(leaf, fx.Node) for value in given for leaf in _leaves(value)):
         return None
-    stride, padding, dilation, groups = given
-    conv = nn.Conv2d(
-        weight.shape[1] * groups,
-        weight.shape[0],
-        tuple(weight.shape[2:]),
-        pair(stride),
-        padding if isinstance(padding, str) else pair(padding),
-        pair(dilation),
-        groups,
-        bias=offset is not None,
-        device="meta",
-    )
-    conv.weight = nn.Parameter(weight, False)
-    if offset is not None:
-        conv.bias = nn.Parameter(offset, False)
-    return FusedConv(conv)
+    return FusedConv(_convolution(weight, offset, *given))
 
 
 def _linear(edit: Editor, node: fx.Node) -> None:

@@ -188,7 +188,7 @@ class Vectors:
 
     def _as_map(self, node: fx.Node, at: fx.Node) -> fx.Node | None:
         edit, shape = self.edit, self.edit.shape(node)
-        if shape is None or shape[2:] not in ((), (1, 1)):
+        if shape is None or len(shape) < 2 or not set(shape[2:]) <= {1}:
             return None
         module = edit.called(node)
         if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
@@ -196,7 +196,7 @@ class Vectors:
         if _only_shapes(edit, node):
             source = node.args[0]
             before = edit.shape(source)
-            same = before is not None and before[:2] == shape[:2] and before[2:] in ((), (1, 1))
+            same = before is not None and before[:2] == shape[:2] and set(before[2:]) <= {1}
             return self.as_map(source, at) if same else None
         if not node.args or node.kwargs:
             return None
@@ -278,12 +278,13 @@ def products(edit: Editor) -> None:
 
 def _flatten(edit: Editor, vectors: Vectors, node: fx.Node) -> None:
     """Make a torch.flatten of whatever takes the last two dimensions off a vector (N,C,1,1)."""
-    source = node.args[0] if node.args else None
+    source: Any = node
+    while vectors.is_vector(source) and _only_shapes(edit, source):
+        source = source.args[0]
     before = edit.shape(source)
-    if not vectors.is_vector(source) or before is None or before[2:] != (1, 1):
+    if source is node or not vectors.is_vector(source) or before is None or before[2:] != (1, 1):
         return
-    if edit.shape(node) == before[:2] and _only_shapes(edit, node):
-        assert isinstance(source, fx.Node)
+    if edit.shape(node) == before[:2]:
         new = _flattened(edit, source, node)
         vectors.known[new] = True
         edit.replace(node, new)

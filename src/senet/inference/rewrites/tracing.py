@@ -73,7 +73,10 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """What a module gives: the graph of its inside, or a call of it where that fails."""
-        name = self.path_of_module(m)
+        try:
+            name = self.path_of_module(m)
+        except NameError:  # made in a forward pass: it has no name to be called by
+            return forward(*args, **kwargs)
         if name not in self.closed:
             last, depth = next(iter(reversed(self.graph.nodes))), len(self.module_stack)
             try:

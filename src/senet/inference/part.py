@@ -1,0 +1,100 @@
+"""A rewritten graph that runs on the kernels where it can."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from senet import kernels
+from senet.errors import UserError
+from senet.inference.plans import Plans
+
+# Held while a network's `Plans` are made, which threads that call it at the same time share.
+_MAKING = threading.Lock()
+
+
+class OptimizedPart(nn.Module):
+    """A rewritten graph that runs on the C++ kernels where it can and in PyTorch elsewhere.
+
+    The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; anything else, and
+    any graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any
+    number of threads may call it at the same time. Weights that were edited since they were packed
+    are packed anew (see `senet.inference.weights.Watch`).
+
+    Args:
+        graph: the rewritten graph.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self._plans: Plans | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without programs and packed weights: they are made anew where they are needed."""
+        return {**self.__dict__, "_plans": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPart:
+        return OptimizedPart(copy.deepcopy(self.graph_module, memo)).train(self.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_layer(self, name, value, "graph_module")
+        super().__setattr__(name, value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> OptimizedPart:
+        self.repack()  # weights move or change their type: what was packed of them may go
+        super()._apply(*args, **kwargs)
+        return self
+
+    def repack(self) -> None:
+        """Let the next call pack the weights anew."""
+        self._plans = None
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the original model returns for the same inputs."""
+        if len(inputs) == 1 and self._takes(inputs[0]):
+            plans = self._current_plans()
+            if not (torch.is_grad_enabled() and plans.watch.wants_gradients()):
+                return plans.run(inputs[0])
+        return self.graph_module(*inputs)
+
+    def plans(self, *inputs: Any) -> Plans | None:
+        """The programs that these inputs run on; None where PyTorch runs the graph."""
+        return self._current_plans() if len(inputs) == 1 and self._takes(inputs[0]) else None
+
+    def _current_plans(self) -> Plans:
+        plans = self._plans
+        if plans is None or plans.watch.changed():
+            with _MAKING:
+                if self._plans is plans or self._plans is None:  # else another thread was faster
+                    self._plans = Plans(self.graph_module)
+                plans = self._plans
+        return plans
+
+    def _takes(self, x: Any) -> bool:
+        """Whether the kernels can run for this input."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or kernels.MISSING:
+            return False
+        if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        if x.ndim != 4 or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        weight = next(self.graph_module.parameters(), x)
+        return weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def refuse_layer(module: nn.Module, name: str, value: object, own: str) -> None:
+    """Refuse a layer or parameter set where the optimized network would not use it.
+
+    Raises:
+        UserError: it is one.
+    """
+    if isinstance(value, nn.Module | nn.Parameter) and name != own:
+        raise UserError(
+            f"an optimized network has no {name} to replace (its layers are rewritten): set it in "
+            "the original network and optimize that again"
+        )

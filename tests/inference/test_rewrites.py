@@ -1,0 +1,611 @@
+"""Each rewrite on small models: what it computes, and that it happened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from senet import kernels
+from senet.inference.builder import TorchStep
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.program import Program
+from senet.inference.rewrite import Rewriter
+from senet.nn.block import SqueezeExcitation
+from senet.ops.activations import Activation
+
+SHAPES = [(2, 8, 12, 12), (3, 8, 9, 14)]  # the second is another batch and size than the example's
+
+
+class Net(nn.Module):
+    """Layers, and a function of them and the images."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """With statistics and biases as after training: fresh ones hide mistakes."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean, 0, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            nn.init.normal_(bias, 0, 0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def rewritten(model: nn.Module, shapes: list[tuple[int, ...]] = SHAPES) -> fx.GraphModule:
+    """The graph, which gives what the model gives for inputs of all these shapes.
+
+    It does so in PyTorch and in a program, whose kernels take what they know.
+    """
+    randomised(model)
+    graph = Rewriter(model, torch.randn(shapes[0])).run()
+    for shape in shapes:
+        x = torch.randn(shape)
+        wanted = model(x)
+        torch.testing.assert_close(graph(x), wanted, rtol=1e-5, atol=1e-5)
+        if not kernels.MISSING and x.ndim == 4:
+            found = Program(graph, x, 1, {}).run(x)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    return graph
+
+
+def operations(graph: fx.GraphModule) -> list[str]:
+    """What a graph calls, in order."""
+    found = []
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            found.append(type(graph.get_submodule(str(node.target))).__name__)
+        elif node.op in ("call_function", "call_method"):
+            found.append(getattr(node.target, "__name__", str(node.target)))
+    return found
+
+
+def only(graph: fx.GraphModule, kind: type[nn.Module]) -> nn.Module:
+    (found,) = (module for module in graph.modules() if type(module) is kind)
+    return found
+
+
+class Frozen(nn.Module):
+    """As torchvision's FrozenBatchNorm2d: buffers, a product and a sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "mean", "var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.reshape(1, -1, 1, 1) * (self.var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.mean.reshape(1, -1, 1, 1) * scale)
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: an assertion on the shape, F.batch_norm, and an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim}")
+        stats = (self.running_mean, self.running_var)
+        return F.silu(F.batch_norm(x, *stats, self.weight, self.bias, False, 0.1, self.eps))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "module": lambda: nn.BatchNorm2d(6),
+    "without scale": lambda: nn.BatchNorm2d(6, affine=False),
+    "frozen": lambda: Frozen(6),
+    "with activation": lambda: NormAct(6),
+}
+BEFORE: dict[str, Callable[[], nn.Module]] = {
+    "3x3": lambda: nn.Conv2d(8, 6, 3),
+    "1x1 with bias": lambda: nn.Conv2d(8, 6, 1),
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 5, 2, 2, groups=6)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("before", BEFORE)
+def test_norms_of_any_kind_fold_into_the_convolution(norm: str, before: str) -> None:
+    graph = rewritten(nn.Sequential(BEFORE[before](), NORMS[norm]()))
+    assert set(operations(graph)) == {"FusedConv"}
+
+
+def test_norms_that_no_convolution_precedes() -> None:
+    graph = rewritten(nn.Sequential(NORMS["frozen"](), nn.ReLU()), [(2, 6, 5, 5)])
+    assert operations(graph) == ["Pointwise"]
+    graph = rewritten(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), [(4, 8), (2, 8)])
+    assert operations(graph) == ["Linear"]
+
+
+def test_norms_behind_each_other_are_one() -> None:
+    graph = rewritten(nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU()))
+    assert operations(graph) == ["Pointwise"]
+
+
+def test_a_convolution_that_is_read_twice_keeps_its_output() -> None:
+    model = Net(
+        lambda m, x: m.bn(m.conv(x)) + m.conv(x).abs(),
+        conv=nn.Conv2d(8, 6, 3),
+        bn=nn.BatchNorm2d(6),
+    )
+    rewritten(model)
+    model = Net(
+        lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)),
+        conv=nn.Conv2d(8, 6, 3),
+        bn=nn.BatchNorm2d(6),
+    )
+    rewritten(model)
+
+
+class Same(nn.Conv2d):
+    """As timm's Conv2dSame: the padding is computed of the size, which torch.fx cannot follow."""
+
+    def kernel(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (1, 0):
+            size, k, s = x.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
+            total = max((math.ceil(size / s) - 1) * s + (k - 1) * self.dilation[axis] + 1 - size, 0)
+            pads += [total // 2, total - total // 2]
+        x = F.pad(x, pads)
+        return F.conv2d(x, self.kernel(), self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Centred(Same):
+    """The same with weights that are computed: without their mean."""
+
+    def kernel(self) -> Tensor:
+        return self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+
+
+class Twice(Same):
+    """Something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("stride", [1, 2, (3, 1)])
+@pytest.mark.parametrize("kernel", [3, 4, (5, 2)])
+@pytest.mark.parametrize("kind", [Same, Centred])
+def test_padding_to_the_same_size(kind: type[Same], kernel: object, stride: object) -> None:
+    model = nn.Sequential(kind(8, 4, kernel, stride), nn.BatchNorm2d(4), nn.ReLU())
+    graph = rewritten(model, [(2, 8, 12, 12), (1, 8, 11, 13), (1, 8, 7, 8)])
+    assert operations(graph) == ["FusedConv"]
+
+
+def test_a_convolution_that_computes_something_else_is_called_as_it_is() -> None:
+    model = nn.Sequential(Twice(8, 4, 3, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU())
+    assert operations(rewritten(model)) == ["Twice", "Pointwise", "FusedConv"]
+
+
+PADDED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "function": lambda m, x: m.conv(F.pad(x, (1, 2, 0, 3))),
+    "constant": lambda m, x: m.conv(F.pad(x, [1, 2, 0, 3], mode="constant", value=0.0)),
+    "module": lambda m, x: m.conv(nn.ZeroPad2d((1, 2, 0, 3))(x)),
+}
+
+
+@pytest.mark.parametrize("how", PADDED)
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}], ids=str)
+def test_zeros_padded_before_a_convolution(how: str, options: dict[str, int]) -> None:
+    graph = rewritten(Net(PADDED[how], conv=nn.Conv2d(8, 4, 3, **options)))
+    assert operations(graph) == ["FusedConv"]
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda x: F.pad(x, (1, 1, 1, 1), value=1.0),
+        lambda x: F.pad(x, (-1, 1, 0, 0)),
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    ],
+)
+def test_other_padding_stays(pad: Callable[[Tensor], Tensor]) -> None:
+    graph = rewritten(Net(lambda m, x: m.conv(pad(x)), conv=nn.Conv2d(8, 4, 3)))
+    assert operations(graph) == ["pad", "FusedConv"]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding: str) -> None:
+    conv = nn.Conv2d(8, 4, (4, 3), padding=padding, dilation=(1, 2))
+    assert operations(rewritten(nn.Sequential(conv, nn.ReLU()))) == ["FusedConv"]
+
+
+class Standardised(nn.Conv2d):
+    """Weights that are computed of parameters by functions: constants."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(
+            self.weight.reshape(1, 4, -1), None, None, training=True, momentum=0.0
+        )
+        weight = weight.reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def test_computed_weights_are_computed_once() -> None:
+    model = nn.Sequential(Standardised(8, 4, 3, padding=1), nn.BatchNorm2d(4))
+    assert operations(rewritten(model)) == ["FusedConv"]
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Activation]] = {
+    "relu": (lambda x: x.clamp(min=0), Activation("relu")),
+    "relu, in place": (lambda x: x.relu_(), Activation("relu")),
+    "relu6": (lambda x: torch.clamp(x, 0.0, 6.0), Activation("relu6")),
+    "relu6, module": (nn.Hardtanh(0.0, 6.0), Activation("relu6")),
+    "leaky": (nn.LeakyReLU(0.2), Activation("leaky_relu", 0.2)),
+    "elu": (nn.ELU(0.7), Activation("elu", 0.7)),
+    "swish": (lambda x: x * x.sigmoid(), Activation("silu")),
+    "swish, in place": (lambda x: x.mul(x.sigmoid()), Activation("silu")),
+    "hard swish": (lambda x: x * F.relu6(x + 3.0) / 6.0, Activation("hardswish")),
+    "hard swish, factor": (
+        lambda x: x.mul((x + 3.0).clamp(0, 6).mul(1 / 6)),
+        Activation("hardswish"),
+    ),
+    "hard sigmoid": (lambda x: F.relu6(x + 3.0) / 6.0, Activation("hardsigmoid")),
+    "mish": (lambda x: x * torch.tanh(F.softplus(x)), Activation("mish")),
+    "gelu": (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), Activation("gelu")),
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), Activation("gelu_tanh")),
+    "sigmoid": (lambda x: 1 / (1 + (-x).exp()), Activation("sigmoid")),
+    "tanh": (nn.Tanh(), Activation("tanh")),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_by_what_they_compute(name: str) -> None:
+    function, wanted = ACTIVATIONS[name]
+    graph = rewritten(Net(lambda m, x: function(m.conv(x)), conv=nn.Conv2d(8, 4, 3)))
+    assert operations(graph) == ["FusedConv"]
+    found = only(graph, FusedConv).activation
+    assert found.name == wanted.name
+    assert found.parameter == pytest.approx(wanted.parameter)
+
+
+@pytest.mark.parametrize("slopes", [1, 4])
+def test_prelu_becomes_slopes(slopes: int) -> None:
+    graph = rewritten(nn.Sequential(nn.Conv2d(8, 4, 3), nn.PReLU(slopes)))
+    assert operations(graph) == ["FusedConv"]
+    assert only(graph, FusedConv).slopes.shape == (slopes,)
+
+
+STAY: dict[str, Callable[[Tensor], Tensor]] = {
+    "unknown": lambda x: torch.sigmoid(2 * x),
+    "of two maps": lambda x: x * torch.sigmoid(x.flip(1)),
+    "of a part that is read elsewhere": lambda x: (lambda s: x * s + s)(torch.sigmoid(x)),
+    "hard swish of another": lambda x: (x + 1) * F.relu6(x + 3.0) / 6.0,
+    "softmax": lambda x: x.softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_what_is_no_activation_stays(name: str) -> None:
+    rewritten(Net(lambda m, x: STAY[name](m.conv(x)), conv=nn.Conv2d(8, 4, 3)))
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda y: (lambda z: z + y)(F.relu(y, inplace=True)),
+    "module": lambda y: (lambda z: z + 2 * y)(nn.SiLU(inplace=True)(y)),
+    "addition": lambda y: (lambda z: z * y)(y.add_(1.0)),
+    "twice": lambda y: (lambda z: z * y)(F.relu(y.mul_(2.0), inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_was_changed_in_place_is_read_changed(name: str) -> None:
+    rewritten(Net(lambda m, x: IN_PLACE[name](m.conv(x)), conv=nn.Conv2d(8, 4, 3)))
+
+
+def gate(
+    squeeze: Callable[[Tensor], Tensor],
+    scale: Callable[[Tensor, Tensor], Tensor],
+    *layers: nn.Module,
+) -> Callable[[Tensor], Tensor]:
+    inner = nn.Sequential(*layers)
+    return Net(lambda m, x: scale(x, m.inner(squeeze(x))), inner=inner)  # type: ignore[return-value]
+
+
+def _linears(norm: bool = False) -> list[nn.Module]:
+    between = [nn.BatchNorm1d(3)] if norm else []
+    return [nn.Linear(6, 3), *between, nn.ReLU(), nn.Linear(3, 6), nn.Sigmoid()]
+
+
+def _convolutions(
+    norm: bool = False, act: type[nn.Module] = nn.ReLU, last: type[nn.Module] = nn.Sigmoid
+) -> list[nn.Module]:
+    between = [nn.BatchNorm2d(3)] if norm else []
+    return [nn.Conv2d(6, 3, 1), *between, act(), nn.Conv2d(3, 6, 1), last()]
+
+
+def _mean4(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+SE: dict[str, Callable[[], nn.Module]] = {
+    "own": lambda: SqueezeExcitation(6, hidden=3),
+    "convolutions": lambda: gate(_mean4, torch.mul, *_convolutions()),
+    "pooling module": lambda: gate(nn.AdaptiveAvgPool2d(1), torch.mul, *_convolutions()),
+    "pooling made in the pass": lambda: gate(
+        lambda x: nn.AdaptiveAvgPool2d(1)(x), torch.mul, *_convolutions()
+    ),
+    "pooling function": lambda: gate(
+        lambda x: F.adaptive_avg_pool2d(x, (1, 1)), torch.mul, *_convolutions()
+    ),
+    "pooling by size": lambda: gate(
+        lambda x: F.avg_pool2d(x, x.size()[2:]), lambda x, s: x * s, *_convolutions()
+    ),
+    "pooling by sizes": lambda: gate(
+        lambda x: F.avg_pool2d(x, (x.shape[2], x.shape[3])), torch.mul, *_convolutions()
+    ),
+    "positions in a row": lambda: gate(
+        lambda x: x.flatten(2).mean(-1), lambda x, s: x * s[:, :, None, None], *_linears()
+    ),
+    "view": lambda: gate(
+        lambda x: x.mean((-2, -1)), lambda x, s: x * s.view(x.size(0), x.size(1), 1, 1), *_linears()
+    ),
+    "expand": lambda: gate(
+        lambda x: x.mean((2, 3)),
+        lambda x, s: x * s.unsqueeze(2).unsqueeze(3).expand_as(x),
+        *_linears(),
+    ),
+    "factor first": lambda: gate(_mean4, lambda x, s: s * x, *_convolutions()),
+    "in place": lambda: gate(_mean4, lambda x, s: x.mul_(s), *_convolutions()),
+    "norm": lambda: gate(_mean4, torch.mul, *_convolutions(norm=True)),
+    "norm of vectors": lambda: gate(
+        lambda x: x.mean((2, 3)), lambda x, s: x * s[..., None, None], *_linears(norm=True)
+    ),
+    "hard gates": lambda: gate(_mean4, torch.mul, *_convolutions(act=nn.SiLU, last=nn.Hardsigmoid)),
+    "gate as a function": lambda: gate(
+        _mean4, lambda x, s: x * (F.relu6(s + 3) / 6), *_convolutions(last=nn.Identity)
+    ),
+    "an unknown gate": lambda: gate(_mean4, lambda x, s: x * (2 * s), *_convolutions()),
+    "one layer": lambda: gate(_mean4, torch.mul, nn.Conv2d(6, 6, 1), nn.Hardsigmoid()),
+    "grouped layers": lambda: gate(
+        _mean4,
+        torch.mul,
+        nn.Conv2d(6, 6, 1, groups=2),
+        nn.SiLU(),
+        nn.Conv2d(6, 6, 1, groups=3),
+        nn.Sigmoid(),
+    ),
+    "maximum": lambda: gate(nn.AdaptiveMaxPool2d(1), torch.mul, *_convolutions()),
+    "largest values": lambda: gate(
+        lambda x: x.amax((2, 3), keepdim=True), torch.mul, *_convolutions()
+    ),
+    "mean and maximum": lambda: gate(
+        lambda x: _mean4(x) + x.amax((2, 3), keepdim=True), torch.mul, *_convolutions()
+    ),
+    "two squeezes joined": lambda: gate(
+        lambda x: torch.cat([_mean4(x), x.amax((2, 3), keepdim=True)], 1),
+        torch.mul,
+        nn.Conv2d(12, 6, 1),
+        nn.Sigmoid(),
+    ),
+    "eca": lambda: gate(
+        lambda x: x.mean((2, 3)).view(x.shape[0], 1, -1),
+        lambda x, s: x * s.view(x.shape[0], -1, 1, 1),
+        nn.Conv1d(1, 1, 3, padding=1),
+        nn.Sigmoid(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SE)
+@pytest.mark.parametrize("order", ["resnet", "mbconv"])
+def test_se_in_any_clothing(name: str, order: str) -> None:
+    """Its product is a `Pointwise` with gates, or gone into the convolution before it."""
+    if order == "resnet":
+        model = Net(
+            lambda m, x: torch.relu(m.se(m.bn(m.conv(x))) + m.other(x)),
+            conv=nn.Conv2d(8, 6, 3, padding=1),
+            bn=nn.BatchNorm2d(6),
+            se=SE[name](),
+            other=nn.Conv2d(8, 6, 1),
+        )
+    else:
+        layers = (nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.SiLU(), SE[name](), nn.Conv2d(6, 8, 1))
+        model = nn.Sequential(*layers)
+    graph = rewritten(model)
+    gated = [
+        n
+        for n in graph.graph.nodes
+        if n.op == "call_module" and len(n.args) > 1 and n.args[1] is not None
+    ]
+    assert len(gated) == 1
+    assert not {"mul", "mul_"} & set(operations(graph)) or name in ("an unknown gate",)
+    kind = type(graph.get_submodule(str(gated[0].target)))
+    two = (
+        "own",
+        "convolutions",
+        "view",
+        "expand",
+        "norm",
+        "norm of vectors",
+        "hard gates",
+        "in place",
+    )
+    if order == "resnet" and name in two:
+        assert kind is FusedConv
+        assert only(graph, SqueezeGate).weight1.shape == (3, 8 * 9)
+        assert operations(graph).count("FusedConv") == 2
+    if order == "mbconv":
+        assert kind is Pointwise
+        assert gated[0].users.keys() == {n for n in graph.graph.nodes if gated[0] in n.args}
+    if name not in ("eca", "largest values", "mean and maximum", "two squeezes joined", "own"):
+        layers_of = [m for m in graph.modules() if isinstance(m, nn.Linear)]
+        assert not layers_of  # they are 1×1 convolutions on (N,C,1,1)
+
+
+NO_SE: dict[str, Callable[[Tensor], Tensor]] = {
+    "by position": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
+    "one for all": lambda x: x * x.mean((1, 2, 3), keepdim=True).sigmoid(),
+    "a map of one pixel at this size": lambda x: x * F.max_pool2d(x, 8).sigmoid(),
+    "vectors of the images' number": lambda x: x * x.mean((2, 3)).sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", NO_SE)
+def test_what_is_no_se_stays(name: str) -> None:
+    """Among them what only looks like gates for the example's size."""
+    shapes = {
+        "a map of one pixel at this size": [(2, 8, 8, 8)],
+        "vectors of the images' number": [(8, 8, 8, 8)],
+    }
+    graph = rewritten(Net(lambda m, x: NO_SE[name](x)), shapes.get(name, SHAPES))
+    assert not any(len(n.args) > 1 for n in graph.graph.nodes if n.op == "call_module")
+
+
+NOT_FIRST: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "read elsewhere": lambda m, x: (lambda y: m.se(y) + y)(m.conv(x)),
+    "squeeze read elsewhere": lambda m, x: (
+        lambda y: y * m.se.inner(y.mean((2, 3), keepdim=True)) + y.mean((2, 3), keepdim=True)
+    )(m.conv(x)),
+    "with stride": lambda m, x: m.se(m.strided(x)),
+    "uneven padding": lambda m, x: m.se(m.uneven(x)),
+    "behind an activation": lambda m, x: m.se(torch.relu(m.conv(x))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", NOT_FIRST)
+def test_where_the_squeeze_stays_behind_the_convolution(name: str) -> None:
+    model = Net(
+        NOT_FIRST[name],
+        conv=nn.Conv2d(8, 6, 3),
+        strided=nn.Conv2d(8, 6, 1, 2),
+        uneven=nn.Conv2d(8, 6, 2, padding="same"),
+        se=SE["convolutions"](),
+    )
+    graph = rewritten(model)
+    assert not any(isinstance(m, SqueezeGate) for m in graph.modules())
+    assert "mul" not in operations(graph)
+
+
+def test_a_vector_that_is_added_to_a_map() -> None:
+    model = Net(
+        lambda m, x: m.conv(x) + m.context(x.mean((2, 3), keepdim=True)),
+        conv=nn.Conv2d(8, 6, 3),
+        context=nn.Conv2d(8, 6, 1),
+    )
+    rewritten(model)
+
+
+def test_a_squeeze_of_another_map() -> None:
+    model = Net(
+        lambda m, x: torch.relu(m.conv(x)) * m.gate(x.mean((2, 3), keepdim=True)).sigmoid(),
+        conv=nn.Conv2d(8, 6, 3),
+        gate=nn.Conv2d(8, 6, 1),
+    )
+    assert "mul" not in operations(rewritten(model))
+
+
+def test_heads_end_in_a_flatten_and_a_linear_layer() -> None:
+    heads: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m.fc(m.pool(x).flatten(1)),
+        lambda m, x: m.fc(m.pool(x).view(x.size(0), -1)),
+        lambda m, x: m.fc(m.pool(x).view(-1, 8)),
+        lambda m, x: m.fc(x.mean([2, 3])),
+        lambda m, x: m.fc(m.pool(x).squeeze(3).squeeze(2)),
+        lambda m, x: m.fc(m.pool(x)[:, :, 0, 0]),
+        lambda m, x: m.fc(m.drop(torch.flatten(m.pool(x), 1))),
+        lambda m, x: F.linear(
+            F.adaptive_avg_pool2d(x, 1).reshape(x.shape[0], -1), m.fc.weight, m.fc.bias
+        ),
+    ]
+    for head in heads:
+        layers = {"pool": nn.AdaptiveAvgPool2d(1), "fc": nn.Linear(8, 5), "drop": nn.Dropout(0.3)}
+        graph = rewritten(Net(head, **layers))
+        assert operations(graph) == ["AdaptiveAvgPool2d", "flatten", "Linear"]
+
+
+BRANCHES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], int]] = {
+    "all": (lambda m, x: torch.relu(m.a(x) + m.b(x) + m.bn(x)), 1),
+    "from zero": (lambda m, x: torch.relu(sum([m.a(x), m.b(x), m.bn(x)])), 1),
+    "difference": (lambda m, x: m.b(x) - m.a(x), 1),
+    "of other maps": (lambda m, x: m.a(x) + m.b(x + 1), 2),
+    "behind an activation": (lambda m, x: m.a(x) + torch.relu(m.b(x)), 2),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_parallel_convolutions_are_one(name: str, groups: int) -> None:
+    function, convolutions = BRANCHES[name]
+    a = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+    b = nn.Sequential(nn.Conv2d(8, 8, 1, groups=groups), nn.BatchNorm2d(8))
+    graph = rewritten(Net(function, a=a, b=b, bn=nn.BatchNorm2d(8)))
+    assert operations(graph).count("FusedConv") == convolutions
+
+
+@pytest.mark.parametrize(
+    "b",
+    [
+        nn.Conv2d(8, 8, 1, padding=1),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+        nn.Conv2d(8, 8, 1, groups=2),
+    ],
+    ids=str,
+)
+def test_convolutions_that_do_not_fit_into_each_other_stay_two(b: nn.Conv2d) -> None:
+    a = nn.Conv2d(8, 8, 3, padding=2 if b.padding == (1, 1) and b.kernel_size == (1, 1) else 1)
+    graph = rewritten(Net(lambda m, x: m.a(x) + m.b(x), a=a, b=b))
+    fits = b.kernel_size == (1, 1) and b.padding == (1, 1)
+    assert operations(graph).count("FusedConv") == (1 if fits else 2)
+
+
+def test_numbers_go_into_convolutions_before_and_behind() -> None:
+    layers = {"a": nn.Conv2d(8, 8, 3), "b": nn.Conv2d(8, 4, 3, padding=1)}
+    graph = rewritten(Net(lambda m, x: m.b(F.gelu(m.a(x) * 0.3) * 1.7), **layers))
+    assert operations(graph) == ["FusedConv", "FusedConv"]
+    graph = rewritten(Net(lambda m, x: F.gelu(m.a(x)).div(3) + x[..., 2:, 2:], **layers))
+    assert "div" not in operations(graph)
+
+
+@pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)
+def test_sizes_take_no_time() -> None:
+    """What reads shapes is known when a program is made; only the view runs in PyTorch."""
+    model = Net(
+        lambda m, x: m.conv(x).view(x.size(0), x.shape[1] // 2, 2, -1), conv=nn.Conv2d(8, 8, 1)
+    )
+    program = Program(rewritten(model), torch.randn(SHAPES[0]), 1, {})
+    (step,) = (part for part in program.parts if isinstance(part, TorchStep))
+    assert step.node.target == "view"
+
+
+class Branching(nn.Module):
+    """Control flow that depends on numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+def test_a_module_that_cannot_be_followed_is_called_as_a_whole() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Sequential(Branching(), nn.Conv2d(8, 8, 1)), nn.ReLU()
+    )
+    graph = rewritten(model)
+    assert operations(graph) == ["FusedConv", "Branching", "FusedConv"]
+    rewriter = Rewriter(model, torch.randn(SHAPES[0]))
+    assert list(rewriter.closed) == ["2.0"]
+    assert "control flow" in rewriter.closed["2.0"]
