@@ -12,18 +12,19 @@ from torch import Tensor, fx, nn
 
 from senet.inference import kernels, packing
 from senet.inference.buffers import Buffer, Map, new_map
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_plainly
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.schedule import (
     Geometry,
     convolution_tasks,
+    depthwise_tasks,
     narrow_groups,
     row_stride,
     winograd_tasks,
     winograd_tile,
 )
-from senet.kernels.structs import Activation, Gate, Kind
-from senet.ops.activations import RELU
-from senet.ops.reference import GATES
+from senet.kernels.structs import Activation as Function
+from senet.kernels.structs import Kind, Limit
+from senet.ops.activations import LINEAR, RELU, Activation
 
 # Rows of a task that passes over a map once.
 _PASS_ROWS = 256
@@ -33,6 +34,15 @@ _CACHED_WEIGHTS = 1 << 15
 _EXCITATION_IMAGES = 8
 Constants = dict[tuple[object, ...], Tensor]
 Maps = Mapping[str, Map | Buffer | None]
+Fields = Mapping[str, float]
+# The gates of our own SE block, as functions that end a step.
+_GATES = {
+    "sigmoid": Function.SIGMOID,
+    "tanh": Function.TANH,
+    "relu": Function.RELU,
+    "hard_sigmoid": Function.HARDSIGMOID,
+    "identity_sigmoid": Function.IDENTITY_SIGMOID,
+}
 
 
 @dataclass
@@ -45,7 +55,7 @@ class NativeStep:
         constants: tensor for a pointer of `Step`.
     """
 
-    fields: dict[str, int]
+    fields: dict[str, float]
     maps: dict[str, Map | Buffer]
     constants: dict[str, Tensor] = field(default_factory=dict)
 
@@ -78,16 +88,45 @@ class Sums:
     blocks: int
 
 
-def native_activation(module: FusedConv | Pointwise) -> Activation | None:
-    """What a module ends in, as the kernels know it; None where they do not."""
-    if not ends_plainly(module):
-        return None
-    return Activation.RELU if module.activation == RELU else Activation.LINEAR
+@dataclass(frozen=True)
+class Ending:
+    """What a step ends with.
+
+    Attributes:
+        function: the function of each element.
+        parameter: its number.
+        slopes: of a PReLU, one per channel.
+    """
+
+    function: Function = Function.LINEAR
+    parameter: float = 0.0
+    slopes: Tensor | None = None
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """As fields of a `Step`."""
+        return {"activation": self.function, "parameter": self.parameter}
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """As constants of a `Step`."""
+        return {} if self.slopes is None else {"slopes": self.slopes}
+
+
+def ending(activation: Activation) -> Ending:
+    """An activation as the kernels know it."""
+    return Ending(Function[activation.name.upper()], activation.parameter)
+
+
+def takes_input_gates(module: FusedConv) -> bool:
+    """Whether the kernels can scale a convolution's input as they read it."""
+    dense = module.groups == 1 and module.unpadded
+    return dense and module.weight.shape[2:] == (1, 1) and module.stride == (1, 1)
 
 
 def native_gate(module: SqueezeGate) -> bool:
     """Whether the kernels know the activation and the gate of an SE block."""
-    return module.gate_name in GATES and isinstance(module.activation, nn.ReLU)
+    return module.gate_name in _GATES and isinstance(module.activation, nn.ReLU)
 
 
 class Builder:
@@ -120,12 +159,12 @@ class Builder:
         self,
         kind: Kind,
         maps: Maps,
-        fields: Mapping[str, int],
+        fields: Fields,
         constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add a step; the shapes of x and y become its sizes where `fields` has no others."""
         present = {name: where for name, where in maps.items() if where is not None}
-        numbers: dict[str, int] = {"kind": int(kind)}
+        numbers: dict[str, float] = {"kind": int(kind)}
         for name, where in present.items():
             self.touch(where)
             if isinstance(where, Map) and f"{name}_ld" in kernels.STRIDES:
@@ -152,38 +191,39 @@ class Builder:
         gates: Map | None = None,
         shortcut: Map | None = None,
         *,
+        input_gates: Map | None = None,
         sums: bool = False,
     ) -> Sums | None:
-        """y = δ(gates ⊙ conv(x) + shortcut); y may be where the shortcut is.
+        """y = δ(gates ⊙ conv(input_gates ⊙ x) + shortcut); y may be where the shortcut is.
 
+        `input_gates` only for a convolution that `takes_input_gates`.
         With `sums` the step adds up y as it writes it, and they are returned; None where it cannot.
         """
         kernel = (module.weight.shape[2], module.weight.shape[3])
         _, H, W, C = x.shape
+        ending = self._ending(name, module, y.shape[3])
         before, _ = module.zeros(H, W)
         geometry = Geometry(kernel, module.stride, before, module.dilation, module.groups)
-        activation = native_activation(module)
-        assert activation is not None
         even = geometry.output(H, W) == y.shape[1:3]  # as many zeros behind as before
         tile = winograd_tile(geometry, C, y.shape[3], H, W) if even else 0
-        maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut}
-        if geometry.groups == C == y.shape[3] and C > 1:
+        maps = {"x": x, "y": y, "gates": gates, "shortcut": shortcut, "input_gates": input_gates}
+        if geometry.groups == C == y.shape[3] and 1 < C <= Limit.CHANNELS:
             taps = self.constant((name, "taps"), lambda: packing.depthwise(module.weight))
-            self._by_rows(Kind.DEPTHWISE, name, module, taps, geometry, maps, activation)
-            return None
+            return self._depthwise(name, module, taps, geometry, maps, ending, sums)
         if narrow_groups(geometry, C, y.shape[3]):
             taps = self.constant((name, "taps"), lambda: packing.grouped(module.weight))
-            self._by_rows(Kind.GROUPED, name, module, taps, geometry, maps, activation)
-            return None
+            return self._by_rows(
+                Kind.GROUPED, name, module, taps, geometry, maps, ending, y.shape[1] if sums else 0
+            )
         if tile:
-            return self._winograd(name, module, geometry, maps, activation, tile, sums)
+            return self._winograd(name, module, geometry, maps, ending, tile, sums)
         merge = packing.merged_groups(geometry.groups, y.shape[3] // geometry.groups)
         groups = geometry.groups // merge
         weights = self.constant(
             (name, "panels"), lambda: packing.convolution(module.weight, module.groups, merge)
         )
         bias = self.constant((name, "panel bias"), lambda: packing.panel_bias(module.bias, groups))
-        return self._product(maps, weights, bias, activation, geometry, groups, sums)
+        return self._product(maps, weights, bias, ending, geometry, groups, sums)
 
     def _summed(self, y: Map, blocks: int) -> Sums:
         return Sums(y, new_map((y.shape[0] * blocks, 1, 1, y.shape[3])), blocks)
@@ -193,7 +233,7 @@ class Builder:
         maps: Maps,
         weights: Tensor,
         bias: Tensor,
-        activation: int,
+        ending: Ending,
         geometry: Geometry,
         groups: int = 1,
         sums: bool = False,
@@ -203,18 +243,20 @@ class Builder:
         assert isinstance(y, Map)
         depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
         panels = groups * math.ceil(y.shape[3] / groups / kernels.PANEL)
-        images = y.shape[0] if sums or maps.get("gates") is not None else 1
+        scaled = maps.get("input_gates") is not None
+        images = y.shape[0] if sums or scaled or maps.get("gates") is not None else 1
         tasks = convolution_tasks(
             images, y.pixels // images, depth, panels, geometry.in_place, self.threads
         )
-        self.scratch = max(self.scratch, tasks.scratch)
-        fields = geometry.fields() | {"groups": groups, "activation": activation}
+        panel = depth * kernels.PANEL if scaled else 0  # the panel that is scaled
+        self.scratch = max(self.scratch, tasks.scratch, panel)
+        fields = geometry.fields() | ending.fields | {"groups": groups}
         summed = self._summed(y, math.ceil(y.pixels / images / tasks.rows)) if sums else None
         self.emit(
             Kind.CONVOLUTION,
             {**maps, "sums": None if summed is None else summed.parts},
             fields | {"rows": tasks.rows, "panels": tasks.panels},
-            {"weights": weights, "bias": bias},
+            {"weights": weights, "bias": bias, **ending.constants},
         )
         return summed
 
@@ -224,14 +266,14 @@ class Builder:
         module: FusedConv,
         geometry: Geometry,
         maps: Maps,
-        activation: int,
+        ending: Ending,
         tile: int,
         sums: bool,
     ) -> Sums | None:
         x, y = maps["x"], maps["y"]
         assert isinstance(x, Map)
         assert isinstance(y, Map)
-        constants = {
+        constants = ending.constants | {
             "weights": self.constant(
                 (name, "winograd", tile), lambda: packing.winograd(module.weight, tile)
             ),
@@ -243,7 +285,7 @@ class Builder:
         tasks, patches_first = winograd_tasks(tile, tiles, x.shape[3], panels, self.threads)
         self.scratch = max(self.scratch, tasks.scratch)
         fields = geometry.fields() | {
-            "activation": activation,
+            **ending.fields,
             "tile": tile,
             "tiles": tasks.rows,
             "panels": tasks.panels,
@@ -258,6 +300,26 @@ class Builder:
             self.emit(Kind.WINOGRAD, maps, fields, constants)
         return summed
 
+    def _depthwise(
+        self,
+        name: str,
+        module: FusedConv,
+        taps: Tensor,
+        geometry: Geometry,
+        maps: Maps,
+        ending: Ending,
+        sums: bool,
+    ) -> Sums | None:
+        x, y = maps["x"], maps["y"]
+        assert isinstance(x, Map)
+        assert isinstance(y, Map)
+        N, OH, OW, OC = y.shape
+        tasks = depthwise_tasks(geometry, N, OH, OW, OC, self.threads)
+        blocks = math.ceil(OH / tasks.rows) if sums else 0
+        cut = {"rows": tasks.rows, "panels": tasks.panels}
+        kind = Kind.DEPTHWISE
+        return self._by_rows(kind, name, module, taps, geometry, maps, ending, blocks, cut)
+
     def _by_rows(
         self,
         kind: Kind,
@@ -266,35 +328,62 @@ class Builder:
         taps: Tensor,
         geometry: Geometry,
         maps: Maps,
-        activation: int,
-    ) -> None:
-        """A convolution in rows of the output, and what follows it in a pass of its own."""
+        ending: Ending,
+        blocks: int,
+        cut: Fields | None = None,
+    ) -> Sums | None:
+        """A convolution in rows of the output, and what follows it in a pass of its own.
+
+        `blocks` are the parts in which it sums an image; 0 where no sums are wanted.
+        """
         x, y = maps["x"], maps["y"]
         assert isinstance(y, Map)
         constants = {
             "weights": taps,
             "bias": self.constant((name, "bias"), lambda: module.bias),
         }
-        alone = maps["gates"] is None and maps["shortcut"] is None
-        fields = geometry.fields() | {
-            "weights_ld": y.shape[3],
-            "activation": activation if alone else Activation.LINEAR,
-        }
-        target = y if alone else new_map(y.shape)
+        fields = geometry.fields() | {"weights_ld": packing.taps_stride(y.shape[3]), **(cut or {})}
+        if maps["gates"] is None and maps["shortcut"] is None:
+            summed = self._summed(y, blocks) if blocks else None
+            parts = None if summed is None else summed.parts
+            fields |= ending.fields
+            self.emit(kind, {"x": x, "y": y, "sums": parts}, fields, constants | ending.constants)
+            return summed
+        target = new_map(y.shape)
         self.emit(kind, {"x": x, "y": target}, fields, constants)
-        if not alone:
-            rest = {key: maps[key] for key in ("gates", "shortcut")}
-            self.emit(
-                Kind.POINTWISE,
-                {"x": target, "y": y, **rest},
-                {"activation": activation, "rows": _PASS_ROWS},
-            )
+        rest = {key: maps[key] for key in ("gates", "shortcut")}
+        self._pass(target, y, ending, **rest)
+        return None
+
+    def _pass(
+        self,
+        x: Map,
+        y: Map,
+        ending: Ending,
+        constants: Mapping[str, Tensor] | None = None,
+        **maps: Map | Buffer | None,
+    ) -> None:
+        """A pass over a map."""
+        self.emit(
+            Kind.POINTWISE,
+            {"x": x, "y": y, **maps},
+            {**ending.fields, "rows": _PASS_ROWS},
+            {**(constants or {}), **ending.constants},
+        )
+
+    def _ending(self, name: str, module: FusedConv | Pointwise, channels: int) -> Ending:
+        """What a module ends with."""
+        slopes = module.slopes
+        if slopes is None:
+            return ending(module.activation)
+        expanded = self.constant((name, "slopes"), lambda: slopes.expand(channels))
+        return Ending(Function.PRELU, 0.0, expanded)
 
     def linear(self, name: str, module: nn.Linear, x: Map, y: Map) -> None:
         """y = W x + b for vectors."""
         bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
         packed = self._matrix(name, module.weight, bias)
-        self._product({"x": x, "y": y}, *packed, Activation.LINEAR, Geometry())
+        self._product({"x": x, "y": y}, *packed, Ending(), Geometry())
 
     def _matrix(self, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (outputs, inputs) and bias (outputs,) in the kernels' order."""
@@ -320,8 +409,11 @@ class Builder:
                 buffer.use(start)
                 buffer.use(last)
 
-    def means(self, x: Map, geometry: Geometry, y: Map) -> None:
-        """y (N, taps · C): mean of what each tap sees of x."""
+    def means(self, x: Map, geometry: Geometry, y: Map, sums: Sums | None = None) -> None:
+        """y (N, taps · C): mean of what each tap sees of x, which may have been summed."""
+        if sums is not None:
+            self._means_of(sums, geometry, y)
+            return
         N, H, W, C = x.shape
         rows = max(16, math.ceil(H * W * N / (4 * self.threads)))
         rows = min(rows, H * W)
@@ -390,16 +482,16 @@ class Builder:
             else:
                 self.means(branch, geometry, target)
             channel += channels
-        gate = Activation.FIRST_GATE + Gate[module.gate_name.upper()]
-        for part, weight, bias, source, target, activation in (
-            ("fc1", module.weight1, module.bias1, squeezed, hidden, Activation.RELU),
+        gate = Ending(_GATES[module.gate_name])
+        for part, weight, bias, source, target, last in (
+            ("fc1", module.weight1, module.bias1, squeezed, hidden, ending(RELU)),
             ("fc2", module.weight2, module.bias2, hidden, y, gate),
         ):
             packed, packed_bias = self._matrix(f"{name}.{part}", weight, bias)
             self.emit(
                 Kind.EXCITATION,
                 {"x": source, "y": target},
-                {"activation": activation, "images": images},
+                {**last.fields, "images": images},
                 {"weights": packed, "bias": packed_bias},
             )
 
@@ -413,8 +505,6 @@ class Builder:
         shortcut: Map | None = None,
     ) -> None:
         """y = δ(gates ⊙ f·(a·x + b) + shortcut)."""
-        activation = native_activation(module)
-        assert activation is not None
         constants: dict[str, Tensor] = {}
         if module.scale is not None and module.offset is not None:
             scale, offset = module.scale, module.offset
@@ -424,20 +514,14 @@ class Builder:
             constants["weights"] = self.constant(
                 (name, "a"), lambda: torch.full((x.shape[3],), module.factor)
             )
-        self.emit(
-            Kind.POINTWISE,
-            {"x": x, "y": y, "gates": gates, "shortcut": shortcut},
-            {"activation": activation, "rows": _PASS_ROWS},
-            constants,
-        )
+        last = self._ending(name, module, x.shape[3])
+        self._pass(x, y, last, constants, gates=gates, shortcut=shortcut)
 
-    def copy(self, x: Map, y: Map, *, relu: bool = False, shortcut: Map | None = None) -> None:
-        """y = relu(x + shortcut), with either left out."""
-        self.emit(
-            Kind.POINTWISE,
-            {"x": x, "y": y, "shortcut": shortcut},
-            {"activation": int(relu), "rows": _PASS_ROWS},
-        )
+    def copy(
+        self, x: Map, y: Map, *, activation: Activation = LINEAR, shortcut: Map | None = None
+    ) -> None:
+        """y = δ(x + shortcut), with either left out."""
+        self._pass(x, y, ending(activation), shortcut=shortcut)
 
     def pool(self, x: Map, y: Map, geometry: Geometry, *, largest: bool, padding: bool) -> None:
         """Maximum or mean of windows; `padding`: whether padding counts in a mean."""

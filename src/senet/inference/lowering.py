@@ -20,16 +20,17 @@ from senet.inference.builder import (
     Constants,
     Sums,
     TorchStep,
-    native_activation,
     native_gate,
+    takes_input_gates,
 )
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
 from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
+from senet.ops.activations import RELU
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -107,6 +108,7 @@ class Lowering:
         self.values: dict[fx.Node, Map] = {}
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.sums: dict[fx.Node, Sums] = {}
+        self.input_gates: dict[fx.Node, Map] = {}
         self.segment: frozenset[fx.Node] = frozenset()
         self.fixed: dict[fx.Node, Any] = {}
         self.output: Any = None
@@ -229,14 +231,29 @@ class Lowering:
         assert x is not None
         name = str(node.target)
         match module:
-            case FusedConv() | Pointwise() if native_activation(module) is not None:
+            case Pointwise() if self._scales_an_input(node):
+                self._alias(node, node.args[0])
+                gates = maps[1]
+                assert gates is not None
+                gates.buffer.waiting.update(node.users)
+                self.input_gates[node] = gates
+            case FusedConv() | Pointwise():
                 gates, shortcut = (*maps[1:], None, None)[:2]
                 in_place = isinstance(module, Pointwise) and shortcut is None
                 y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)
                 if isinstance(module, FusedConv):
                     squeezed = self._feeds_gate(node)
+                    source = node.args[0]
+                    assert isinstance(source, fx.Node)
                     sums = self.builder.convolution(
-                        name, module, x, y, gates, shortcut, sums=squeezed
+                        name,
+                        module,
+                        x,
+                        y,
+                        gates,
+                        shortcut,
+                        input_gates=self.input_gates.get(source),
+                        sums=squeezed,
                     )
                     if sums is not None:
                         self.sums[node] = sums
@@ -251,7 +268,10 @@ class Lowering:
             case nn.Flatten() if module.start_dim == 1 and x.shape[1] * x.shape[2] == 1:
                 self._alias(node, node.args[0])
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == (1, 1):
-                self.builder.means(x, Geometry(), self._new(node))
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                summed = self.sums.get(source) if source in self.segment else None
+                self.builder.means(x, Geometry(), self._new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
                 self._alias(node, node.args[0])
             case nn.MaxPool2d() if module.dilation in (1, (1, 1)) and not module.return_indices:
@@ -347,7 +367,7 @@ class Lowering:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         x = self._read(source)
-        self.builder.copy(x, self._over(node, x, None), relu=True)
+        self.builder.copy(x, self._over(node, x, None), activation=RELU)
         return True
 
     def _multiply(self, node: fx.Node) -> bool:
@@ -402,11 +422,33 @@ class Lowering:
         module = self.module.get_submodule(str(node.target))
         return isinstance(module, SqueezeGate) and native_gate(module)
 
+    def _averages(self, node: fx.Node) -> bool:
+        """Whether a node is the mean over a map, in the part of the graph at hand."""
+        if node.op != "call_module" or node not in self.segment:
+            return False
+        module = self.module.get_submodule(str(node.target))
+        return isinstance(module, nn.AdaptiveAvgPool2d) and pair(module.output_size) == (1, 1)
+
+    def _scales_an_input(self, node: fx.Node) -> bool:
+        """Whether a node does nothing but scale the input of a convolution that can do it itself."""
+        module = self.module.get_submodule(str(node.target))
+        assert isinstance(module, Pointwise)
+        if not (ends_openly(module) and module.scale is None and module.factor == 1):
+            return False
+        if len(node.args) != 2 or len(node.users) != 1 or node in self.slots:
+            return False
+        (user,) = node.users
+        if user.op != "call_module" or user not in self.segment or self._crosses(node):
+            return False
+        conv = self.module.get_submodule(str(user.target))
+        reads_once = user.args[0] is node and node not in user.args[1:]
+        return isinstance(conv, FusedConv) and takes_input_gates(conv) and reads_once
+
     def _feeds_gate(self, node: fx.Node) -> bool:
         """Whether SE squeezes what a convolution writes, or the concat that it writes into."""
         if node not in self.segment:
             return False
-        if any(map(self._squeezes, node.users)):
+        if any(self._squeezes(user) or self._averages(user) for user in node.users):
             return True
         if node not in self.slots:
             return False

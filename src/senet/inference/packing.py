@@ -85,11 +85,21 @@ def winograd(weight: Tensor, tile: int) -> Tensor:
     return packed
 
 
+def taps_stride(channels: int) -> int:
+    """Floats from the weights of one tap of C channels to those of the next: whole lines."""
+    return (channels + 15) // 16 * 16
+
+
 def depthwise(weight: Tensor) -> Tensor:
-    """Weight (C, 1, kh, kw) → (kh × kw, C)."""
-    return weight.flatten(1).t().contiguous()
+    """Weight (C, 1, kh, kw) → (kh × kw, `taps_stride` of C)."""
+    return _padded(weight.flatten(1).t())
 
 
 def grouped(weight: Tensor) -> Tensor:
-    """Weight (C, C/groups, kh, kw) → (kh, kw, C/groups, C)."""
-    return weight.permute(2, 3, 1, 0).contiguous()
+    """Weight (C, C/groups, kh, kw) → (kh, kw, C/groups, `taps_stride` of C)."""
+    return _padded(weight.permute(2, 3, 1, 0))
+
+
+def _padded(taps: Tensor) -> Tensor:
+    channels = taps.shape[-1]
+    return torch.nn.functional.pad(taps, (0, taps_stride(channels) - channels))

@@ -126,6 +126,20 @@ def winograd_tile(geometry: Geometry, C: int, OC: int, H: int, W: int) -> int:
     return best if cost[best] < 0.7 * 9 * height * width else 0
 
 
+def depthwise_tasks(geometry: Geometry, N: int, OH: int, OW: int, C: int, threads: int) -> Tasks:
+    """Rows of an image's output and panels of channels of a depthwise convolution's tasks.
+
+    Channels are shared out first where images do not suffice: rows share inputs with each other.
+    """
+    panels, wanted = math.ceil(C / kernels.PANEL), threads * _TASKS
+    row_bytes = 4 * OW * C * geometry.stride[0] * geometry.stride[1]
+    rows = min(OH, max(geometry.kernel[0], _BLOCK_BYTES // row_bytes))
+    parts = min(panels, math.ceil(wanted / (N * math.ceil(OH / rows))))
+    if N * math.ceil(OH / rows) * parts < wanted:
+        rows = max(1, OH // math.ceil(wanted / (N * parts)))
+    return Tasks(rows, math.ceil(panels / parts), 0)
+
+
 def narrow_groups(geometry: Geometry, C: int, OC: int) -> bool:
     """Whether a 3×3 convolution's groups are narrower than a vector."""
     if geometry.kernel != (3, 3) or geometry.dilation != (1, 1) or OC != C or C > Limit.CHANNELS:

@@ -92,6 +92,50 @@ SENET_INLINE void stream(void* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// The larger and the smaller of each two lanes, in one instruction; where one is NaN, that of v. (A
+// mask of ones: without it GCC 12 warns of its own headers.)
+template <class V>
+SENET_INLINE V larger(V bound, V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return V(_mm512_maskz_max_ps(0xffff, __m512(bound), __m512(v)));
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32) return V(_mm256_max_ps(__m256(bound), __m256(v)));
+#endif
+  return bound > v ? bound : v;
+}
+template <class V>
+SENET_INLINE V smaller(V bound, V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return V(_mm512_maskz_min_ps(0xffff, __m512(bound), __m512(v)));
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32) return V(_mm256_min_ps(__m256(bound), __m256(v)));
+#endif
+  return bound < v ? bound : v;
+}
+
+// Stores the first `count` lanes of v, fewer than it has.
+template <class V>
+SENET_INLINE void store_lanes(float* to, const V& v, int64_t count) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) {
+    __m512 raw;
+    std::memcpy(&raw, &v, 64);
+    return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1u), raw);
+  }
+#endif
+  constexpr int64_t kHalf = sizeof(V) / sizeof(float) / 2;
+  const float* from = reinterpret_cast<const float*>(&v);
+  if (count >= kHalf) {  // not a call for so few bytes
+    std::memcpy(to, from, size_t(kHalf) * sizeof(float));
+    to += kHalf;
+    from += kHalf;
+    count -= kHalf;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
 // Orders non-temporal stores before whatever tells another thread that they are done.
 SENET_INLINE void finish_streams() {
 #ifdef SENET_X86

@@ -72,11 +72,26 @@ class Kind(IntEnum):
 
 
 class Activation(IntEnum):
-    """What a step ends with; from FIRST_GATE on the gates in their order."""
+    """What a step ends with, by the names of `senet.ops.activations`.
+
+    PRELU has its slopes beside it, and IDENTITY_SIGMOID, a gate, is twice a sigmoid.
+    """
 
     LINEAR = 0
     RELU = 1
-    FIRST_GATE = 2
+    RELU6 = 2
+    LEAKY_RELU = 3
+    PRELU = 4
+    ELU = 5
+    SILU = 6
+    HARDSWISH = 7
+    MISH = 8
+    GELU = 9
+    GELU_TANH = 10
+    SIGMOID = 11
+    HARDSIGMOID = 12
+    TANH = 13
+    IDENTITY_SIGMOID = 14
 
 
 class Limit(IntEnum):
@@ -138,11 +153,12 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int64, "kind next done"),
-        *_fields(ctypes.c_void_p, "x weights bias gates shortcut y patches sums"),
-        *_fields(ctypes.c_int64, "x_ld weights_ld y_ld gates_ld shortcut_ld sums_ld"),
+        *_fields(ctypes.c_void_p, "x weights bias gates shortcut slopes input_gates y patches sums"),
+        *_fields(ctypes.c_int64, "x_ld weights_ld y_ld gates_ld shortcut_ld sums_ld input_gates_ld"),
         *_fields(ctypes.c_int64, "N H W C OH OW OC"),
         *_fields(ctypes.c_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
         *_fields(ctypes.c_int64, "dilation_h dilation_w groups activation"),
+        *_fields(ctypes.c_double, "parameter"),
         *_fields(ctypes.c_int64, "rows panels tiles images sum_blocks steps counts_padding tile"),
         *_fields(ctypes.c_int64 * 4, "strides"),
     )

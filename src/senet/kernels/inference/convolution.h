@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../gate.h"
 #include "geometry.h"
 #include "passes.h"
 #include "product.h"
@@ -65,9 +64,21 @@ SENET_INLINE bool reads_in_place(const Step& s) {
 }
 
 // With gates or sums the rows of a task lie in one image.
-SENET_INLINE int64_t row_images(const Step& s) { return s.gates || s.sums ? s.N : 1; }
+SENET_INLINE int64_t row_images(const Step& s) {
+  return s.gates || s.input_gates || s.sums ? s.N : 1;
+}
 SENET_INLINE int64_t image_rows(const Step& s) { return s.N / row_images(s) * s.OH * s.OW; }
 SENET_INLINE int64_t group_panels(const Step& s) { return ceil_div(s.OC / s.groups, kPanel); }
+
+// A panel of weights times the gates of its inputs: cheaper than to scale the inputs, as the rows of a
+// task are more than a panel's columns.
+SENET_INLINE void scale_panel(const float* panel, const float* gates, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int v = 0; v < 2; ++v) {
+      const V scaled = load<kWidth>(panel + k * kPanel + v * kWidth) * gates[k];
+      std::memcpy(to + k * kPanel + v * kWidth, &scaled, sizeof scaled);
+    }
+}
 
 int64_t convolution_tasks(const Step& s) {
   return row_images(s) * ceil_div(image_rows(s), s.rows) *
@@ -106,40 +117,16 @@ void convolution(const Step& s, int64_t task, float* scratch) {
     e.y = s.y + begin * s.y_ld + out;
     e.y_ld = s.y_ld;
     e.columns = std::min<int64_t>(kPanel, outputs - column);
-    e.relu = s.activation == kPositive;
-    panel_product(a, lda, rows, s.weights + panel * depth * kPanel, depth, e);
-    if (s.activation >= kFirstGate)
-      for (int64_t r = 0; r < rows; ++r)
-        gate_forward<float>(e.y + r * s.y_ld, e.columns, int(s.activation - kFirstGate));
+    e.ending = ending_of(s, out);
+    const float* weights = s.weights + panel * depth * kPanel;
+    if (s.input_gates) {  // reads in place, so all of the scratch is free
+      scale_panel(weights, s.input_gates + image * s.input_gates_ld, depth, scratch);
+      weights = scratch;
+    }
+    panel_product(a, lda, rows, weights, depth, e);
     if (s.sums) {
       float* to = s.sums + (image * row_blocks + row_block) * s.sums_ld + out;
       sum_rows(e.y, s.y_ld, rows, to, e.columns);
-    }
-  }
-}
-
-// Depthwise: weights [kernel_h * kernel_w][weights_ld], a task is one output row. OC may be a multiple
-// of C.
-void depthwise(const Step& s, int64_t task) {
-  const int64_t n = task / s.OH, top = task % s.OH * s.stride_h - s.pad_h;
-  for (int64_t ow = 0; ow < s.OW; ++ow) {
-    const int64_t left = ow * s.stride_w - s.pad_w;
-    const int64_t row = task * s.OW + ow;
-    for (int64_t c = 0; c < s.OC; c += kWidth) {
-      V sum = load<kWidth>(s.bias + c);
-      for (int64_t i = 0; i < s.kernel_h; ++i) {
-        const int64_t h = top + i * s.dilation_h;
-        if (h < 0 || h >= s.H) continue;
-        const float* from = s.x + (n * s.H + h) * s.W * s.x_ld + c;
-        const float* w = s.weights + i * s.kernel_w * s.weights_ld + c;
-        for (int64_t j = 0; j < s.kernel_w; ++j) {
-          const int64_t column = left + j * s.dilation_w;
-          if (column < 0 || column >= s.W) continue;
-          sum += load<kWidth>(from + column * s.x_ld) * load<kWidth>(w + j * s.weights_ld);
-        }
-      }
-      if (s.activation == kPositive) sum = relu(sum);
-      store_columns(s.y + row * s.y_ld + c, sum, s.OC - c);
     }
   }
 }

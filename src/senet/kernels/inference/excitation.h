@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../gate.h"
 #include "geometry.h"
 #include "product.h"
 
@@ -70,13 +69,7 @@ void excitation(const Step& s, int64_t task) {
     float* y = s.y + n * s.y_ld + panel * kPanel;
     const auto run = here == kRows ? excitation_panel<kRows> : excitation_panel<1>;
     run(s, s.x + n * s.x_ld, weights, bias, y, columns);
-    for (int64_t r = 0; r < here; ++r) {
-      float* row = y + r * s.y_ld;
-      if (s.activation >= kFirstGate)
-        gate_forward<float>(row, columns, int(s.activation - kFirstGate));
-      else if (s.activation == kPositive)
-        for (int64_t c = 0; c < columns; ++c) row[c] = row[c] <= 0 ? 0.0f : row[c];
-    }
+    activate(ending_of(s, panel * kPanel), y, s.y_ld, here, columns);
     n += here;
   }
 }

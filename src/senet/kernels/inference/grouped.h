@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "geometry.h"
+#include "passes.h"
 #include "product.h"
 
 namespace senet {
@@ -44,11 +45,12 @@ SENET_INLINE void add_grouped_row(const float* const* pixels, int64_t c, const f
   (add_grouped<kStride, g, j>(pixels, c, weights, ld, sum), ...);
 }
 
-// A task is one row of the output; weights [3][3][g][weights_ld].
+// A task is one row of the output; weights [3][3][g][weights_ld], sums[N][OH][sums_ld].
 template <int kStride, int g>
 void grouped_row(const Step& s, int64_t task) {
   constexpr int kPixels = (kGroupedTile - 1) * kStride + 3;
   const int64_t n = task / s.OH, top = task % s.OH * kStride - s.pad_h;
+  const bool positive = Activation(s.activation) == Activation::kRelu;
   for (int64_t left = 0; left < s.OW; left += kGroupedTile) {
     const float* pixels[3][kPixels];
     for (int i = 0; i < 3; ++i)
@@ -67,12 +69,13 @@ void grouped_row(const Step& s, int64_t task) {
         add_grouped_row<kStride, g>(pixels[i], c, s.weights + i * 3 * g * s.weights_ld + c,
                                     s.weights_ld, sum, std::make_integer_sequence<int, g>{});
       for (int64_t t = 0; t < outputs; ++t) {
-        V value = sum[t];
-        if (s.activation == kPositive) value = relu(value);
+        const V value = positive ? relu(sum[t]) : sum[t];
         store_columns(s.y + (task * s.OW + left + t) * s.y_ld + c, value, s.C - c);
       }
     }
   }
+  float* sums = s.sums ? s.sums + task * s.sums_ld : nullptr;
+  finish_rows(ending_of(s, 0), s.y + task * s.OW * s.y_ld, s.y_ld, s.OW, s.C, sums, false);
 }
 
 template <int g>

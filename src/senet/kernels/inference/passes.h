@@ -145,22 +145,47 @@ void means(const Step& s, int64_t n, float* scratch) {
   for (int64_t c = 0; c < taps * C; ++c) to[c] = float(sums[c] * share);
 }
 
+// What remains for rows of finished outputs: the activations that are not applied in registers, and
+// the sums, written or (`adds`) added to.
+SENET_INLINE void finish_rows(const Ending& ending, float* y, int64_t ld, int64_t rows, int64_t columns,
+                              float* to, bool adds) {
+  if (!in_registers(ending)) activate(ending, y, ld, rows, columns);
+  if (!to) return;
+  if (!adds) return sum_rows(y, ld, rows, to, columns);
+  constexpr int64_t kColumns = 64;
+  float line[kColumns];
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const int64_t here = std::min(kColumns, columns - c);
+    sum_rows(y + c, ld, rows, line, here);
+    for (int64_t i = 0; i < here; ++i) to[c + i] += line[i];
+  }
+}
+
 // y = activation(gates * (x * weights + bias) + shortcut), each part optional; a task is `rows` rows
 // of one image.
 void pointwise(const Step& s, int64_t task) {
+  constexpr int64_t kFloats = 2048;  // that are activated at once, in the first-level cache
   const int64_t pixels = s.H * s.W, blocks = ceil_div(pixels, s.rows);
   const int64_t n = task / blocks, block = task % blocks;
-  const int64_t begin = pixels * block / blocks, end = pixels * (block + 1) / blocks;
-  for (int64_t row = n * pixels + begin; row < n * pixels + end; ++row)
-    for (int64_t c = 0; c < s.C; c += kWidth) {
-      V value = load<kWidth>(s.x + row * s.x_ld + c);
-      if (s.weights) value *= load<kWidth>(s.weights + c);
-      if (s.bias) value += load<kWidth>(s.bias + c);
-      if (s.gates) value *= load<kWidth>(s.gates + n * s.gates_ld + c);
-      if (s.shortcut) value += load<kWidth>(s.shortcut + row * s.shortcut_ld + c);
-      if (s.activation == kPositive) value = relu(value);
-      store_columns(s.y + row * s.y_ld + c, value, s.C - c);
-    }
+  const int64_t first = n * pixels + pixels * block / blocks;
+  const int64_t end = n * pixels + pixels * (block + 1) / blocks;
+  const int64_t group = std::max<int64_t>(1, kFloats / s.C);
+  const Ending ending = ending_of(s, 0);
+  const bool positive = ending.activation == Activation::kRelu;
+  for (int64_t begin = first; begin < end; begin += group) {
+    const int64_t rows = std::min(group, end - begin);
+    for (int64_t row = begin; row < begin + rows; ++row)
+      for (int64_t c = 0; c < s.C; c += kWidth) {
+        V value = load<kWidth>(s.x + row * s.x_ld + c);
+        if (s.weights) value *= load<kWidth>(s.weights + c);
+        if (s.bias) value += load<kWidth>(s.bias + c);
+        if (s.gates) value *= load<kWidth>(s.gates + n * s.gates_ld + c);
+        if (s.shortcut) value += load<kWidth>(s.shortcut + row * s.shortcut_ld + c);
+        if (positive) value = relu(value);
+        store_columns(s.y + row * s.y_ld + c, value, s.C - c);
+      }
+    if (!in_registers(ending)) activate(ending, s.y + begin * s.y_ld, s.y_ld, rows, s.C);
+  }
 }
 
 }  // namespace

@@ -7,17 +7,15 @@
 
 #include <utility>
 
-#include "../vector.h"
+#include "activation.h"
 #include "geometry.h"
 
 namespace senet {
 namespace {
 
-constexpr int kWidth = kLanes<float>;
 constexpr int kPanel = 2 * kWidth;
 // As many sums as there are registers beside those of a panel and a broadcast.
 constexpr int kTileRows = SENET_VECTOR_BYTES == 64 ? 14 : SENET_VECTOR_BYTES == 32 ? 6 : 5;
-using V = Vector<float, kWidth>;
 
 // What happens to an accumulator: y = activation(gates * (sum + bias) + shortcut). Pointers are those
 // of the tile's first row and the panel's first column; bias and gates may be read for a whole panel.
@@ -25,7 +23,7 @@ struct Epilogue {
   const float *bias, *gates, *shortcut;
   float* y;
   int64_t shortcut_ld, y_ld, columns;  // columns: of the panel that exist
-  bool relu;
+  Ending ending;
 };
 
 template <int kRows, int kVectors>
@@ -63,13 +61,6 @@ SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64
 #undef SENET_STEP
 }
 
-SENET_INLINE void store_columns(float* to, V v, int64_t columns) {
-  if (columns >= kWidth)
-    std::memcpy(to, &v, sizeof v);
-  else if (columns > 0)
-    std::memcpy(to, &v, size_t(columns) * sizeof(float));
-}
-
 template <int kRows, int kVectors>
 SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
   SENET_UNROLL(2)
@@ -93,7 +84,7 @@ SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
       for (int v = 0; v < kVectors; ++v)
         sum[r][v] += load<kWidth>(e.shortcut + r * e.shortcut_ld + v * kWidth);
   }
-  if (e.relu) {
+  if (e.ending.activation == Activation::kRelu) {
     SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
       SENET_UNROLL(2)
@@ -143,6 +134,7 @@ inline void panel_product(const float* a, int64_t lda, int64_t rows, const float
     const int64_t here = height + (i < taller);
     const Tile run = e.columns > kWidth ? tile_of_rows<2>(here, Rows{}) : tile_of_rows<1>(here, Rows{});
     run(a, lda, b, depth, e);
+    if (!in_registers(e.ending)) activate(e.ending, e.y, e.y_ld, here, e.columns);
     a += here * lda;
     e.y += here * e.y_ld;
     if (e.shortcut) e.shortcut += here * e.shortcut_ld;

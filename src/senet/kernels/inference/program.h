@@ -4,6 +4,7 @@
 
 #include "../threads.h"
 #include "convolution.h"
+#include "depthwise.h"
 #include "excitation.h"
 #include "grouped.h"
 #include "passes.h"
@@ -32,7 +33,9 @@ int64_t task_count(const Step& s) {
       return s.N * ceil_div(s.H * s.W, s.rows);
     case kExcitation:
       return excitation_tasks(s);
-    default:  // depthwise and grouped convolution, pooling
+    case kDepthwise:
+      return depthwise_tasks(s);
+    default:  // grouped convolution, pooling
       return s.N * s.OH;
   }
 }

@@ -116,29 +116,37 @@ void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t pane
       for (int i = 0; i < m; ++i) to_outputs<m>(half + i * n, out + i * m, 1);
       // Copies in registers: for all the compiler knows, a store to y may change what s holds.
       const V bias = load<kWidth>(s.bias + c);
-      const bool positive = s.activation == kPositive, gated = s.gates, summed = s.sums;
+      const Ending ending = ending_of(s, c);
+      const bool positive = ending.activation == Activation::kRelu, activates = !in_registers(ending);
+      const bool gated = s.gates, summed = s.sums;
       const V gate = gated ? load<kWidth>(s.gates + p.n * s.gates_ld + c) : V{};
       const int64_t pixel = (p.n * s.OH + p.h * m) * s.OW + p.w * m, y_ld = s.y_ld, OW = s.OW;
       const int64_t shortcut_ld = s.shortcut_ld;
       const float* shortcut = s.shortcut ? s.shortcut + pixel * shortcut_ld + c : nullptr;
       float* y = s.y + pixel * y_ld + c;
       V sum = {};
-      const auto finish_pixel = [&](int64_t i, int64_t j, int64_t stored) {
+      const auto finish_pixel = [&](int64_t i, int64_t j) {
         V value = out[i * m + j] + bias;
         if (gated) value *= gate;
         if (shortcut) value += load<kWidth>(shortcut + (i * OW + j) * shortcut_ld);
-        if (positive) value = relu(value);
+        return positive ? relu(value) : value;
+      };
+      const auto store_pixel = [&](int64_t i, int64_t j, V value, int64_t stored) {
         store_columns(y + (i * OW + j) * y_ld, value, stored);
         if (summed) sum += value;
       };
-      if (height == m && width == m && columns >= kWidth) {
+      if (height == m && width == m && columns >= kWidth && !activates) {
         SENET_UNROLL(4)
         for (int i = 0; i < m; ++i)
           SENET_UNROLL(4)
-          for (int j = 0; j < m; ++j) finish_pixel(i, j, kWidth);
+          for (int j = 0; j < m; ++j) store_pixel(i, j, finish_pixel(i, j), kWidth);
       } else {
         for (int64_t i = 0; i < height; ++i)
-          for (int64_t j = 0; j < width; ++j) finish_pixel(i, j, columns);
+          for (int64_t j = 0; j < width; ++j) out[i * m + j] = finish_pixel(i, j);
+        if (activates)
+          activate(ending, reinterpret_cast<float*>(out), kWidth, m * m, kWidth);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < width; ++j) store_pixel(i, j, out[i * m + j], columns);
       }
       if (summed) store_columns(s.sums + (first + t) * s.sums_ld + c, sum, columns);
     }
@@ -156,7 +164,7 @@ void multiply_patches(const Step& s, int64_t first, int64_t count, const float* 
     e.gates = e.shortcut = nullptr;
     e.y_ld = kPanel;
     e.columns = std::min<int64_t>(kPanel, s.OC - panel * kPanel) > kWidth ? kPanel : kWidth;
-    e.relu = false;
+    e.ending = {Activation::kLinear, 0, nullptr};
     for (int i = 0; i < n * n; ++i) {
       e.y = products + i * count * kPanel;
       panel_product(patches + i * stride * ld, ld, count,
