@@ -267,7 +267,8 @@ def test_se_alone_behind_branches(size: tuple[int, int], wide: int, images: int)
         groups = kinds.count(Kind.INPUT)  # of images
         assert summing_convolutions(part.steps) == 3 * groups
         assert kinds.count(Kind.SUMS) == groups  # the pooled branch
-        assert kinds.count(Kind.POINTWISE) == groups  # the scaling
+        assert kinds.count(Kind.POINTWISE) == 0
+        assert sum(bool(step.input_gates) for step in part.steps) == groups  # the scaling
         assert error(program.run(x), model, x) < TOLERANCE
 
 

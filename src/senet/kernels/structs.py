@@ -57,6 +57,7 @@ class Kind(IntEnum):
     EXCITATION = 11
     IMAGES = 12
     GROUPED = 13
+    CHAIN = 14
 
 
 class Activation(IntEnum):
@@ -145,7 +146,7 @@ class Step(ctypes.Structure):
         *_fields(ctypes.c_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
         *_fields(ctypes.c_int64, "dilation_h dilation_w groups activation"),
         *_fields(ctypes.c_double, "parameter"),
-        *_fields(ctypes.c_int64, "rows panels tiles images sum_blocks steps counts_padding tile"),
+        *_fields(ctypes.c_int64, "rows panels tiles images sum_blocks steps parts lines counts_padding tile"),
         *_fields(ctypes.c_int64 * 4, "strides"),
     )
 
