@@ -655,3 +655,28 @@ def test_other_slices_stay(name: str) -> None:
     model = Net(lambda m, x: WHOLE[name](m.conv(x)), conv=nn.Conv2d(8, 12, 3))
     graph = rewritten(model, [(2, 8, 12, 12), (3, 8, 10, 14)])
     assert operations(graph).count("FusedConv") == 1
+
+
+IN_PLACE_OF_PARTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "split": lambda m, y: sum(m.a(torch.relu(part)) for part in y.split([6, 6], 1)),
+    "slices": lambda m, y: torch.cat([torch.relu(y[:, :6]), m.a(y[:, 6:]), y[:, 3:5]], 1),
+    "of parts": lambda m, y: m.a((y[:, 2:])[:, :6]) + torch.relu(y[:, -7:-1]),
+    "one part": lambda m, y: m.a(y.chunk(2, 1)[1]),
+    "returned": lambda m, y: torch.relu(y)[:, 1:7],
+    "first of a split, in place": lambda m, y: (
+        lambda parts: torch.cat([torch.relu(parts[0]), parts[1], m.a(parts[0])], 1)
+    )(y.chunk(2, 1)),
+}
+
+
+@pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)
+@pytest.mark.parametrize("name", IN_PLACE_OF_PARTS)
+def test_parts_of_a_map_are_read_where_it_lies(name: str) -> None:
+    model = Net(
+        lambda m, x: IN_PLACE_OF_PARTS[name](m, torch.relu(m.conv(x)) + x),
+        conv=nn.Conv2d(12, 12, 3, padding=1),
+        a=nn.Conv2d(6, 6, 3, padding=1),
+    )
+    shapes = [(2, 12, 12, 12), (4, 12, 9, 14)]
+    program = Program(rewritten(model, shapes), torch.randn(shapes[1]), 2, {})
+    assert not any(isinstance(part, TorchStep) for part in program.parts)

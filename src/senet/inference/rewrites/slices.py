@@ -7,6 +7,9 @@ copied, and each part can take in what follows it.
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -58,52 +61,62 @@ def _parts(
     for user in node.users:
         if edit.reads_shape(user):
             continue
-        if edit.operation(user) == "getitem":
-            bounds = _bounds(user, shape[1])
-            if bounds is None:
-                return None
-            found[user] = bounds
-        elif edit.operation(user) in _SPLITS and _dim(edit, user) in (1, -3):
-            ends = _ends(edit.results.get(user))
+        sizes = channel_sizes(user, edit.results)
+        bounds = channel_bounds(user, edit.results)
+        if sizes is not None:
+            ends = list(itertools.accumulate(sizes))
             for part in user.users:
-                if edit.operation(part) != "getitem" or not isinstance(part.args[1], int):
-                    return None
-                size = ends[part.args[1]] - ([0, *ends][part.args[1] % len(ends)])
-                end = ends[part.args[1]]
-                found[part] = (end - size, end)
+                place = part.args[1]
+                assert isinstance(place, int)
+                found[part] = (ends[place] - sizes[place], ends[place])
+        elif bounds is not None:
+            found[user] = bounds
         else:
             return None
     return found if len(found) > 1 else None
 
 
-def _dim(edit: Editor, split: fx.Node) -> Any:
-    return edit.argument(split, 2, "dim", 0)
+def channel_sizes(node: fx.Node, results: Mapping[fx.Node, Any]) -> list[int] | None:
+    """Channels of the parts of a split of a map (N,C,H,W) by channels, of which parts are read.
+
+    Args:
+        node: any node.
+        results: what each node gives.
+
+    Returns:
+        None where the node is anything else.
+    """
+    target = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    pieces = results.get(node)
+    if node.op not in ("call_method", "call_function") or target not in _SPLITS:
+        return None
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    if dim not in (1, -3) or not isinstance(pieces, list | tuple):
+        return None
+    if not all(isinstance(piece, Tensor) and piece.ndim == 4 for piece in pieces):
+        return None
+    read = all(
+        user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
+    )
+    return [int(piece.shape[1]) for piece in pieces] if read else None
 
 
-def _ends(pieces: Any) -> list[int]:
-    """Where each of the tensors that a split gives ends, along the channels."""
-    ends, end = [], 0
-    for piece in pieces:
-        assert isinstance(piece, Tensor)
-        end += int(piece.shape[1])
-        ends.append(end)
-    return ends
-
-
-def _bounds(node: fx.Node, channels: int) -> tuple[int, int] | None:
-    """First and last channel of a slice of channels alone."""
+def channel_bounds(node: fx.Node, results: Mapping[fx.Node, Any]) -> tuple[int, int] | None:
+    """First and last channel of a slice of a map (N,C,H,W) by channels; None for anything else."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    whole = results.get(node.args[0])  # type: ignore[arg-type]
     index = node.args[1]
-    if not isinstance(index, tuple) or len(index) < 2:
+    if not isinstance(whole, Tensor) or whole.ndim != 4 or not 2 <= len(index) <= 4:
         return None
     images, part, *places = index
-    whole = all(each == slice(None) or each is Ellipsis for each in (images, *places))
-    if not whole or images is Ellipsis or not isinstance(part, slice):
+    if images != slice(None) or any(each not in (slice(None), Ellipsis) for each in places):
+        return None
+    if not isinstance(part, slice) or part.step not in (None, 1):
         return None
     if not all(value is None or isinstance(value, int) for value in (part.start, part.stop)):
         return None
-    if part.step not in (None, 1):
-        return None
-    start, end, _ = slice(part.start, part.stop).indices(channels)
+    start, end, _ = slice(part.start, part.stop).indices(whole.shape[1])
     return (start, end) if start < end else None
 
 
