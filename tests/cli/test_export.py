@@ -9,6 +9,7 @@ from cli_tools import run
 from safetensors.torch import load_file
 
 import senet
+from senet.runtimes.sessions import open_exported
 
 
 def published(folder: Path, name: str, **options: object) -> Path:
@@ -57,6 +58,24 @@ def test_timm_loads_what_was_exported(
     assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+def test_a_foreign_network_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "network.pt2"
+    found = run(capsys, "export", path, "--model", "timm:mobilenetv3_small_050", "--image-size", 64,
+                "--form", "squeeze_first")  # fmt: skip
+    assert found.code == 0, found.err
+    assert f"{path}: squeeze_first; at most" in found.out
+    weights = tmp_path / "w.pth"
+    model = timm.create_model("mobilenetv3_small_050").eval()
+    torch.save(model.state_dict(), weights)
+    found = run(capsys, "export", weights, path, "--model", "timm:mobilenetv3_small_050",
+                "--image-size", 64, "--form", "squeeze_first")  # fmt: skip
+    assert found.code == 0, found.err
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(open_exported(path).run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = published(tmp_path / "net", "se_resnet8_cifar")
     path = tmp_path / "w.pth"
@@ -66,6 +85,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found.refused("export", "--format", "timm")
     found = run(capsys, "export", folder, path)
     found.refused("export", "--format")
+    found = run(capsys, "export", tmp_path / "w.onnx")
+    found.refused("export", "--model", "alone")
     changed = published(tmp_path / "tanh", "se_resnet18", gate="tanh")
     found = run(capsys, "export", changed, path, "--format", "timm")
     found.refused("export", "timm has no networks with gate=tanh")

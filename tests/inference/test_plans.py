@@ -341,3 +341,14 @@ def test_a_pickled_copy_plans_for_itself(fast: OptimizedModel) -> None:
     assert other.network._plans is None
     next(iter(fast.parameters())).zero_()
     assert torch.equal(other(x), wanted)
+
+
+def test_memory_of_inference_mode_serves_outside_of_it() -> None:
+    """What PyTorch computes between the kernels is written into it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1), nn.Conv2d(4, 4, 1)).eval()
+    x = torch.randn(1, 3, 9, 9)
+    fast = optimize(model, x, measure=False)
+    fast.repack()
+    with torch.inference_mode():
+        wanted = fast(x).clone()
+    assert torch.equal(fast(x), wanted)

@@ -89,6 +89,55 @@ def test_the_expanded_form_has_no_broadcast_and_no_mean(tmp_path: Path) -> None:
     assert all(shapes[node.input[0]] == shapes[node.input[1]] for node in scales)
 
 
+class Foreign(nn.Module):
+    """A mobile block as other libraries write it: batch norm, SiLU, SE of 1×1 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.reduce, self.restore = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.project, self.fc = nn.Conv2d(16, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.silu(self.bn(self.expand(x)))
+        s = torch.relu(self.reduce(x.mean((2, 3), keepdim=True)))
+        x = self.project(x * self.restore(s).sigmoid())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_foreign_network_in_all_forms(tmp_path: Path) -> None:
+    """The rewritten graph has no batch norm, and its expanded form no mean and no broadcast."""
+    import onnx
+
+    model, x = Foreign().eval(), torch.randn(2, 3, 32, 32)
+    report = export(model, tmp_path / "network.onnx", example_input=x, batch=2)
+    assert set(report.milliseconds) == {"plain", "squeeze_first", "expanded"}
+    assert report.form == min(report.milliseconds, key=lambda form: report.milliseconds[form])
+    export(model, tmp_path / "expanded.onnx", example_input=x, batch=2, form="expanded")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "expanded.onnx")).graph
+    shapes = {
+        info.name: [d.dim_value for d in info.type.tensor_type.shape.dim]
+        for info in graph.value_info
+    }
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("AveragePool") == 1
+    assert kinds.count("ReduceMean") + kinds.count("GlobalAveragePool") <= 1  # of the head
+    assert "Resize" in kinds
+    scale = [
+        n for n in graph.node if n.op_type == "Mul" and shapes.get(n.input[0], [0])[1:2] == [16]
+    ]
+    assert all(shapes[node.input[0]] == shapes[node.input[1]] for node in scale)
+
+
+def test_int8_of_a_foreign_network_keeps_its_gates_in_float(tmp_path: Path) -> None:
+    model = Foreign().eval()
+    images = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    for form in ("plain", "squeeze_first"):
+        path = tmp_path / f"{form}.onnx"
+        report = export(model, path, example_input=images[0], calibration=images, form=form)
+        assert report.quantized == 2  # expand and project
+
+
 def test_free_size(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "network.onnx"
     export(model, path, any_size=True, form="squeeze_first")

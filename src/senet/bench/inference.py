@@ -22,6 +22,7 @@ from senet.bench.setting import Device, Setting, called
 from senet.bench.timing import Case, Contestant, Measurement
 from senet.errors import UserError
 from senet.inference import optimize
+from senet.inference.report import OPTIMIZED
 from senet.models import entry, list_models
 from senet.networks.create import create_model
 from senet.runtimes.export import export
@@ -124,9 +125,7 @@ def contestants(
     x = torch.randn(batch, *getattr(model, "input_size", (3, 224, 224)))
     folder = Path(tempfile.mkdtemp(prefix="senet-bench-"))
     subjects = [_Subject(name, model), *([] if plain is None else [plain])]
-    found = [
-        Contestant(f"{OURS} {s.label}", _guarded(optimize(s.model.eval(), x), x)) for s in subjects
-    ]
+    found = [_ours(subject, x) for subject in subjects]
     if EXPORTED in engines:
         exported = folder / "ours.onnx"
         report = export(model, exported, example_input=x, batch=batch)
@@ -136,6 +135,14 @@ def contestants(
     for subject in peers if plain_peers else peers[:1]:
         found += _engines(subject, x, folder, engines)
     return found
+
+
+def _ours(subject: _Subject, x: Tensor) -> Contestant:
+    """A network in `senet.optimize`, which says so where it keeps the original."""
+    optimized = optimize(subject.model.eval(), x)
+    kept = optimized.report.kept
+    note = "" if kept == OPTIMIZED else f" ({kept})"
+    return Contestant(f"{OURS} {subject.label}{note}", _guarded(optimized, x))
 
 
 def _as_timm(subject: _Subject) -> _Subject:

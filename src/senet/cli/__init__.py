@@ -18,6 +18,7 @@ from senet.cli.export import export
 from senet.cli.fold import fold
 from senet.cli.insert import insert
 from senet.cli.models import models
+from senet.cli.optimize import optimize
 from senet.cli.options import apply_config_file
 from senet.cli.predict import predict
 from senet.cli.shard import shard
@@ -42,6 +43,7 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
     insert,
     explain,
     fold,
+    optimize,
     export,
     bench,
     shard,

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from cyclopts import Parameter
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def bench(
     what: Literal["ops", "train", "inference", "data"],
     /,
     *,
-    models: Names = None,
+    models: Annotated[Names, Parameter(name=("--models", "--model"))] = None,
     rounds: Whole = 15,
     warmup: Whole = 3,
     batch_sizes: WholeNumbers = None,

@@ -27,7 +27,7 @@ ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 def export(
     checkpoint: Path,
-    path: Path,
+    path: Path | None = None,
     /,
     *,
     format: Literal["onnx", "openvino", "torch", "timm"] | None = None,
@@ -42,7 +42,7 @@ def export(
     data_flags: DataFlags = NO_DATA,
     no_tune_allocator: Switch = False,
 ) -> None:
-    """Write a trained network as a file for others.
+    """Write a trained network as a file for others; with --model and one path, any network.
 
     Files for ONNX Runtime, OpenVINO and torch.export hold class names and preprocessing; each is
     run in its own runtime and compared with PyTorch before it gets its name. Of the forms that the
@@ -50,11 +50,13 @@ def export(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
-            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout, or
+            left out: then its weights are fresh.
         path: file to write: .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (torch.export);
             .safetensors or .pth for timm.
         format: by the ending; timm: weights that timm loads with strict=True.
-        model: network that the weights are for, where they do not say it (.pth, timm's, …).
+        model: network that the weights are for, where they do not say it (.pth, timm's, …); also
+            torchvision:NAME, timm:NAME or FILE.py:FUNCTION.
         batch: a fixed number of images; more forms are possible then (default: any number).
         any_size: leave height and width free; not every network allows it.
         form: how the SE blocks are laid out (default: the fastest, measured).
@@ -66,6 +68,11 @@ def export(
         calibration_images: images that int8 is calibrated on (default: 256).
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
+    weights: Path | None = checkpoint
+    if path is None:
+        weights, path = None, checkpoint
+        if model is None:
+            raise UserError(f"give a checkpoint and a file to write, or --model; got {path} alone")
     chosen = format or ENDINGS.get(path.suffix)
     if chosen is None:
         raise UserError(
@@ -76,13 +83,25 @@ def export(
     options |= named(data=data, calibration_images=calibration_images) | given(data_flags)
     _check(chosen, options)
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.checkpoint.files import open_checkpoint, open_weights
-
-    opened = open_checkpoint(checkpoint) if model is None else open_weights(model, checkpoint)
+    opened = _opened(model, weights)
     if chosen == "timm":
         _write_timm(opened, path)
     else:
         _write_runtime(opened, path, cast("Format", chosen), options, data_flags)
+
+
+def _opened(model: str | None, weights: Path | None) -> "Checkpoint":
+    """A checkpoint, or a network by name with weights of it."""
+    from senet.checkpoint.files import open_checkpoint, open_weights
+    from senet.commands.network import open_network
+    from senet.models import list_models
+
+    if model is None:
+        assert weights is not None
+        return open_checkpoint(weights)
+    if weights is not None and model in list_models():
+        return open_weights(model, weights)
+    return open_network(model, weights)
 
 
 def _endings() -> str:

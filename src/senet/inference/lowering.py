@@ -27,6 +27,7 @@ from senet.inference.builder import (
 )
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
+from senet.inference.rewrites.slices import channel_bounds, channel_sizes
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
@@ -89,6 +90,7 @@ class Lowering:
     Attributes:
         builder: the steps.
         values: map of each node that lies in the arena.
+        splits: nodes whose parts are read where the map that they split lies.
         fixed: what nodes give that follows from the input's shape.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
@@ -114,6 +116,7 @@ class Lowering:
         self.waits: set[fx.Node] = set()
         self.segment: frozenset[fx.Node] = frozenset()
         self.fixed: dict[fx.Node, Any] = {}
+        self.splits: dict[fx.Node, fx.Node] = {}
         self.output: Any = None
         self.escaping: set[fx.Node] = set()
         self.crossing: fx.Node | None = None
@@ -191,6 +194,8 @@ class Lowering:
                 {"x": Buffer(0, offset=0), "y": self._new(node)},
                 dict(zip("NHWC", self._shape(node), strict=True)),
             )
+            return
+        if self._lies_in_another(node):
             return
         if not (is_map(self.results[node]) and self._native(node)):
             self._in_torch(node)
@@ -595,6 +600,35 @@ class Lowering:
             return
         self.values[node] = self.values[source]
         self.values[node].buffer.waiting.update(node.users)
+
+    def _lies_in_another(self, node: fx.Node) -> bool:
+        """Whether a node splits a map by channels, or is a part of one, which needs no step."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or self._crosses(node):
+            return False
+        if source in self.values and channel_sizes(node, self.results) is not None:
+            buffer = self.values[source].buffer  # each part has to be read
+            buffer.waiting.update(node.users)
+            buffer.waiting.discard(node)
+            self.splits[node] = source
+            return True
+        first = 0
+        if source in self.splits:
+            sizes = channel_sizes(source, self.results) or ()
+            place = node.args[1]
+            assert isinstance(place, int)
+            source, first = self.splits[source], sum(sizes[: place % len(sizes)])
+        elif source in self.values and (bounds := channel_bounds(node, self.results)) is not None:
+            first = bounds[0]
+        else:
+            return False
+        whole_map = self._read(source)
+        self.values[node] = replace(
+            whole_map, shape=self._shape(node), channel=whole_map.channel + first
+        )
+        whole_map.buffer.waiting.update(node.users)
+        whole_map.buffer.waiting.discard(node)
+        return True
 
     def _over(self, node: fx.Node, old: Map | None, other: Map | None) -> Map:
         """A place for a node's result: over the map `old` where nobody else reads that any more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -61,7 +61,7 @@ def outside(network: nn.Module, x: Tensor) -> dict[str, float]:
     Returns:
         Shares from 0 to 1, largest first.
     """
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     parts = [part for part in network.modules() if isinstance(part, OptimizedPart)]
     inner = {m for part in parts for m in part.graph_module.modules()}
     outermost = [part for part in parts if part not in inner]
@@ -92,8 +92,8 @@ def outside(network: nn.Module, x: Tensor) -> dict[str, float]:
             network(x)
             seconds[_THE_REST] += max(clock() - began - within, 0.0)
     total = sum(seconds.values())
-    shares = {name: value / total for name, value in seconds.most_common() if name and total}
-    return {name: share for name, share in shares.items() if share > 0}
+    shares = {name: value / total for name, value in seconds.items() if name and value > 0}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def _name(graph: fx.GraphModule, node: fx.Node | None) -> str:

@@ -5,6 +5,8 @@ Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from senet.ops.triton import tail as triton
 from senet.ops.triton.common import takes
 
 
-def batch_norm_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def batch_norm_affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale a and offset b (C,) in float64 with BN(x) = a·x + b in evaluation mode."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
@@ -96,8 +98,8 @@ class FusedConv(nn.Module):
             return self.padding, self.behind
         before, behind = [], []
         for size, needed, stride in zip((height, width), self._needed(), self.stride, strict=True):
-            total = (-(-size // stride) - 1) * stride + needed + 1 - size
-            total = torch.sym_max(total, 0)
+            total: Any = (-(-size // stride) - 1) * stride + needed + 1 - size
+            total = torch.sym_max(total, 0)  # under torch.export a size is no number
             before.append(total // 2)
             behind.append(total - total // 2)
         return two(tuple(before)), two(tuple(behind))
@@ -191,7 +193,9 @@ def finish(
 ) -> Tensor:
     """δ(gates ⊙ y + shortcut), each part optional; y (N,C,*), gates (N,C) or (N,C,1,…)."""
     if gates is not None:
-        gates = gates.reshape(*gates.shape[:2], *(1 for _ in y.shape[2:])).to(y.dtype)
+        if gates.ndim != y.ndim:
+            gates = gates.view(*gates.shape, *(1 for _ in y.shape[2:]))
+        gates = gates.to(y.dtype)
         y = y * gates if shortcut is None else torch.addcmul(shortcut, y, gates)
     elif shortcut is not None:
         y = y + shortcut

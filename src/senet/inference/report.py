@@ -59,7 +59,7 @@ class OptimizationReport:
         lines.append(f"largest relative difference from the original: {self.difference:.1e}")
         lines.append(f"C++ kernels: {self.kernels}")
         if self.milliseconds:
-            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
+            times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in self.milliseconds.items())
             lines.append(f"time of the example: {times}; kept: {self.kept}")
             shares = [f"{name} {share:.1%}" for name, share in self.outside.items()]
             total = f"{sum(self.outside.values()):.1%}"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from senet.inference import kernels
 
 # Bytes of workspaces that nobody uses at the moment; one is kept however large it is.
@@ -27,7 +29,8 @@ class Workspace:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.memory = kernels.allocate(size)
+        with torch.inference_mode(False):  # where it was made, others may run outside of it
+            self.memory = kernels.allocate(size)
         self.prepared_for: object = None
         self.parts: list[Any] = []
 

@@ -1,17 +1,17 @@
 """The forms in which a network's SE blocks can be laid out for a runtime.
 
 - `plain`: as the network computes, mean of the block's map, scale, addition.
-- `squeeze_first`: the squeeze before the last convolution of the branch (docs/algebra.md,
-  section 3), batch norms folded.
-- `expanded`: the same, the squeeze as AveragePool, both layers as 1×1 convolutions and the
-  gates enlarged to the map's size, so that everything has a blocked (NCHWc) form in ONNX Runtime
-  and no layout is changed around the scale. Needs fixed shapes.
+- `squeeze_first`: the graph of `senet.optimize`, of anybody's network: batch norms folded, and the
+  squeeze before the last convolution of the branch (docs/algebra.md, section 3) where it commutes.
+- `expanded`: the same, the squeeze as AveragePool, layers as 1×1 convolutions and the gates
+  enlarged to the map's size, so that everything has a blocked (NCHWc) form in ONNX Runtime and no
+  layout is changed around the scale. Needs fixed shapes.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -42,6 +42,14 @@ class _ExpandedGate(nn.Module):
         return gate.gate(F.conv2d(hidden, gate.weight2[:, :, None, None], gate.bias2))
 
 
+class _Pool(nn.Module):
+    """The mean over all positions of a map by a window of its size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return F.avg_pool2d(x, (height, width))
+
+
 class _ExpandedScale(nn.Module):
     """A module of an optimized network whose gates come as a map (N,C,1,1)."""
 
@@ -58,22 +66,50 @@ class _ExpandedScale(nn.Module):
 
 
 def _expand(graph: fx.GraphModule) -> int:
-    """Replace the gates of a graph, and what they scale; how many there were."""
+    """Replace the squeezes and gates of a graph, and what they scale; how many gates there were."""
     count = 0
     for node in list(graph.graph.nodes):
-        if node.op != "call_module":
+        scaled = _called(graph, node)
+        if not isinstance(scaled, FusedConv | Pointwise) or len(node.args) < 2:
             continue
-        gate = graph.get_submodule(str(node.target))
-        if not isinstance(gate, SqueezeGate) or gate.geometry is not None:
+        gates = node.args[1]
+        gate = _called(graph, gates)
+        if not isinstance(gates, fx.Node) or not (
+            _expand_gate(graph, gates, gate)
+            if isinstance(gate, SqueezeGate)
+            else _pool(graph, gates)
+        ):
             continue
-        graph.add_submodule(str(node.target), _ExpandedGate(gate))
-        for user in node.users:
-            scaled = graph.get_submodule(str(user.target))
-            assert isinstance(scaled, FusedConv | Pointwise)
-            graph.add_submodule(str(user.target), _ExpandedScale(scaled))
+        graph.add_submodule(str(node.target), _ExpandedScale(scaled))
         count += 1
     graph.recompile()
     return count
+
+
+def _called(graph: fx.GraphModule, node: Any) -> nn.Module | None:
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return graph.get_submodule(str(node.target))
+    return None
+
+
+def _expand_gate(graph: fx.GraphModule, node: fx.Node, gate: SqueezeGate) -> bool:
+    """Let a `SqueezeGate` give a map (N,C,1,1), if it can."""
+    if gate.geometry is not None:
+        return False
+    graph.add_submodule(str(node.target), _ExpandedGate(gate))
+    return True
+
+
+def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Let the squeeze of gates (N,C,1,1), a mean before 1×1 convolutions, be a window."""
+    while isinstance(_called(graph, node), FusedConv | Pointwise) and len(node.args) == 1:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    if not isinstance(_called(graph, node), nn.AdaptiveAvgPool2d | _Pool):
+        return False
+    graph.add_submodule(str(node.target), _Pool())
+    return True
 
 
 def in_form(model: nn.Module, example: Tensor, form: Form) -> nn.Module | None:

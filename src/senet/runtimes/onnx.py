@@ -125,9 +125,9 @@ class _Batches:
 def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
     """Static int8 quantization of the convolutions; everything else stays in float.
 
-    The two layers of an SE block, its gate and the scale are no convolutions in an exported
-    network (but in the form `expanded`, which is not quantized), so the gates keep float32:
-    quantized gates cost accuracy out of proportion.
+    Convolutions of vectors (maps of one pixel), as which many networks write the layers of their SE
+    blocks, are left in float32 too: quantized gates cost accuracy out of proportion, and there is
+    no time in them.
 
     Args:
         source: ONNX file in float32.
@@ -147,6 +147,7 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
                 _Batches(batches),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["Conv"],
+                nodes_to_exclude=_of_vectors(prepared),
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
@@ -154,6 +155,17 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
             )
     finally:
         prepared.unlink(missing_ok=True)
+
+
+def _of_vectors(path: Path) -> list[str]:
+    """Convolutions of an ONNX file, whose shapes are inferred, that read maps of one pixel."""
+    graph = optional("onnx").load(str(path)).graph
+    pixels = {
+        info.name: [size.dim_value for size in info.type.tensor_type.shape.dim[2:]]
+        for info in (*graph.value_info, *graph.input)
+    }
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    return [node.name for node in convolutions if pixels.get(node.input[0]) == [1, 1]]
 
 
 def quantized_convolutions(path: Path) -> int:

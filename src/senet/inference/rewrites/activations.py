@@ -86,7 +86,8 @@ def _is_number(edit: Editor, node: fx.Node) -> bool:
 
 
 def _prelu(edit: Editor, node: fx.Node) -> None:
-    module, slopes = edit.called(node), None
+    module = edit.called(node)
+    slopes: Tensor | None = None
     if type(module) is nn.PReLU:
         slopes = module.weight
     elif edit.operation(node) == "prelu":

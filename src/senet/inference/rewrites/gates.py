@@ -94,7 +94,7 @@ def _sizes_of(edit: Editor, node: Any, source: Any) -> bool:
     if not isinstance(node, fx.Node) or not node.args or node.args[0] is not source:
         return False
     shape = edit.operation(node) == "getattr" and node.args[1] == "shape"
-    return shape or (edit.operation(node) == "size" and len(node.args) == 1)
+    return bool(shape or (edit.operation(node) == "size" and len(node.args) == 1))
 
 
 def _place(edit: Editor, node: Any, source: Any) -> int | None:
@@ -118,7 +118,7 @@ def _positions_in_a_row(edit: Editor, node: Any, shape: tuple[int, ...]) -> bool
     before = edit.shape(node.args[0])
     if not moved or before is None or len(before) != 4:
         return False
-    return before[:2] == shape[:2] and before[2] * before[3] == shape[2]
+    return bool(before[:2] == shape[:2] and before[2] * before[3] == shape[2])
 
 
 class Vectors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -59,6 +59,18 @@ class Tracer(fx.Tracer):
             kwargs = {name: self.create_arg(value) for name, value in given.items()}
             return self.create_node("call_function", kind, (), kwargs)
         return self.create_node("call_function", kind, (super().create_arg(dict(a)),), {})
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts of a split whose number is said: fx itself cannot tell how many there are."""
+        node = obj.node
+        name = str(getattr(node.target, "__name__", node.target))
+        said = (*node.args[1:], *node.kwargs.values())
+        number = said[0] if said else None
+        if name in ("split", "split_with_sizes") and isinstance(number, list | tuple):
+            return iter([obj[place] for place in range(len(number))])
+        if name in ("chunk", "tensor_split") and isinstance(number, int):
+            return iter([obj[place] for place in range(number)])
+        return super().iter(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph calls m and does not look into it."""
