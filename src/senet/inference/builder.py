@@ -432,8 +432,7 @@ class Builder:
             return summed
         target = new_map(y.shape)
         self.emit(kind, {"x": x, "y": target}, fields, constants)
-        rest = {key: maps[key] for key in ("gates", "shortcut")}
-        self._pass(target, y, ending, **rest)
+        self._pass(target, y, ending, gates=maps["gates"], shortcut=maps["shortcut"])
         return None
 
     def _pass(

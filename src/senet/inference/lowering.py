@@ -255,8 +255,8 @@ class Lowering:
         for source in node.all_input_nodes:
             if source in self.values:
                 self.values[source].buffer.waiting.add(last)
-        if node.args[0] in self.input_gates:
-            self.input_gates[node.args[0]].buffer.waiting.add(last)
+            if source in self.input_gates:
+                self.input_gates[source].buffer.waiting.add(last)
         self.waits.add(node)
 
     def _chain(self, node: fx.Node) -> None:
