@@ -8,10 +8,10 @@ those of docs/deployment.md. Of these the convolutional ones count (convolutions
 tenths of the multiply-adds) with at most 100 million parameters.
 
 Each network runs in a process of its own: fresh weights with batch norm statistics and biases drawn
-at random (fresh ones hide mistakes), 224² (or its own size if it takes no other), batch 1. Its optimized form
-is compared with eager on that example and on another batch and size, and timed against eager with
-channels last, in turns. What was measured is kept in a file (`--results`), from which an
-interrupted run goes on. Takes some hours on two cores; not a part of the test suite.
+at random (fresh ones hide mistakes), 224² (or its own size if it takes no other), batch 1. Its
+optimized form is compared with eager on that example and on another batch and size, and timed
+against eager with channels last, in turns. What was measured is kept in a file (`--results`), from
+which an interrupted run goes on. Takes some hours on two cores; not a part of the test suite.
 """
 
 import argparse

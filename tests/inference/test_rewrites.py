@@ -507,6 +507,16 @@ def test_a_vector_that_is_added_to_a_map() -> None:
     rewritten(model)
 
 
+def test_vectors_that_serve_as_gates_and_otherwise() -> None:
+    """What the gates' layers take in then must not end in what else reads them."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        v = m.bn(x.mean((2, 3)))
+        return x * torch.sigmoid(v)[:, :, None, None] + m.fc(v)[:, :, None, None]
+
+    rewritten(Net(forward, bn=nn.BatchNorm1d(8), fc=nn.Linear(8, 8)))
+
+
 def test_a_squeeze_of_another_map() -> None:
     model = Net(
         lambda m, x: torch.relu(m.conv(x)) * m.gate(x.mean((2, 3), keepdim=True)).sigmoid(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -67,9 +69,9 @@ class Tracer(fx.Tracer):
         said = (*node.args[1:], *node.kwargs.values())
         number = said[0] if said else None
         if name in ("split", "split_with_sizes") and isinstance(number, list | tuple):
-            return iter([obj[place] for place in range(len(number))])
+            return map(partial(operator.getitem, obj), range(len(number)))
         if name in ("chunk", "tensor_split") and isinstance(number, int):
-            return iter([obj[place] for place in range(number)])
+            return map(partial(operator.getitem, obj), range(number))
         return super().iter(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
