@@ -8,10 +8,10 @@ those of docs/deployment.md. Of these the convolutional ones count (convolutions
 tenths of the multiply-adds) with at most 100 million parameters.
 
 Each network runs in a process of its own: fresh weights with batch norm statistics and biases drawn
-at random (fresh ones hide mistakes), 224² (or the only size it takes), batch 1. Its optimized form
-is compared with eager on that example and on another batch and size, and timed against eager with
-channels last, in turns. What was measured is kept in a file (`--results`), from which an
-interrupted run goes on. Takes some hours on two cores; not a part of the test suite.
+at random (fresh ones hide mistakes), 224² (or its own size if it takes no other), batch 1. Its
+optimized form is compared with eager on that example and on another batch and size, and timed
+against eager with channels last, in turns. What was measured is kept in a file (`--results`), from
+which an interrupted run goes on. Takes some hours on two cores; not a part of the test suite.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from senet import kernels
 from senet.anatomy import anatomy
 from senet.anatomy.describe import multiply_adds
+from senet.errors import UserError
 from senet.inference import optimize
 from senet.inference.measurement import outside
 from senet.inference.outputs import tensors
@@ -68,27 +69,25 @@ def candidates() -> list[str]:
     return list(names)
 
 
-def obstacle(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why a network is not of the table."""
+def shape_or_obstacle(name: str) -> tuple[int, ...] | str:
+    """Channels, height and width for a network, or why it is not of the table."""
     with torch.device("meta"):
         model = open_source(name).eval()
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return "more than 100 million parameters"
-    nodes = anatomy(model, torch.zeros(1, *shape, device="meta")).trace.nodes
-    counts = [(node.kind, multiply_adds(node)) for node in nodes]
+    own = tuple(model.input_size)
+    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
+    usual = (3, 299, 299) if name.endswith("inception_v3") else (3, 224, 224)
+    try:
+        shape = own if fixed else usual
+        seen = anatomy(model, torch.zeros(1, *shape, device="meta"))
+    except UserError:
+        shape = own
+        seen = anatomy(model, torch.zeros(1, *shape, device="meta"))
+    counts = [(node.kind, multiply_adds(node)) for node in seen.trace.nodes]
     total = sum(count for _, count in counts)
     share = sum(count for kind, count in counts if kind == "conv") / max(total, 1)
-    return None if share >= 0.9 else f"convolutions are {share:.0%} of it"
-
-
-def image_shape(name: str) -> tuple[int, int, int]:
-    """Channels, height and width."""
-    library, _, short = name.partition(":")
-    if library == "timm":
-        config = timm.get_pretrained_cfg(short, allow_unregistered=True)
-        if config is not None and config.fixed_input_size:
-            return tuple(config.input_size)
-    return (3, 299, 299) if short == "inception_v3" else (3, 224, 224)
+    return shape if share >= 0.9 else f"convolutions are {share:.0%} of it"
 
 
 @torch.no_grad()
@@ -117,10 +116,9 @@ def timed(network: nn.Module, x: Tensor) -> float:
 
 def examine(name: str) -> dict[str, Any]:
     """A row of the table."""
-    shape = image_shape(name)
-    why_not = obstacle(name, shape)
-    if why_not is not None:
-        return {"name": name, "skipped": why_not}
+    shape = shape_or_obstacle(name)
+    if isinstance(shape, str):
+        return {"name": name, "skipped": shape}
     tune_allocator()
     torch.manual_seed(0)
     model = open_source(name).eval()
@@ -133,7 +131,10 @@ def examine(name: str) -> dict[str, Any]:
         own = difference([t.double() for t in tensors(wanted)], exact)
         found = difference(optimized(x), wanted)
         other = other_size(model, optimized, shape)
-        eager = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        eager = copy.deepcopy(model)
+        for parameter in eager.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.contiguous(memory_format=torch.channels_last)
         images = x.contiguous(memory_format=torch.channels_last)
         rounds = [(timed(eager, images), timed(optimized, x)) for _ in range(ROUNDS)]
     before, after = (statistics.median(times) for times in zip(*rounds, strict=True))

@@ -233,7 +233,7 @@ def test_concat_of_parts_from_kernels_and_from_pytorch() -> None:
 
 
 def summing_convolutions(steps: Iterable[Step]) -> int:
-    return sum(bool(step.sums) for step in steps if step.kind not in (Kind.SUMS, Kind.MEANS))
+    return sum(step.sums_ld > 0 for step in steps if step.kind not in (Kind.SUMS, Kind.MEANS))
 
 
 class SqueezedBranches(nn.Module):
@@ -267,7 +267,8 @@ def test_se_alone_behind_branches(size: tuple[int, int], wide: int, images: int)
         groups = kinds.count(Kind.INPUT)  # of images
         assert summing_convolutions(part.steps) == 3 * groups
         assert kinds.count(Kind.SUMS) == groups  # the pooled branch
-        assert kinds.count(Kind.POINTWISE) == groups  # the scaling
+        assert kinds.count(Kind.POINTWISE) == 0
+        assert sum(step.input_gates_ld > 0 for step in part.steps) == groups  # the scaling
         assert error(program.run(x), model, x) < TOLERANCE
 
 
@@ -322,7 +323,9 @@ def test_groups_of_images_give_the_same_as_the_whole_batch() -> None:
 def test_other_instruction_sets(isa: str) -> None:
     if isa == "avx2" and kernels.instruction_set() == "baseline":
         pytest.skip("this processor has no AVX2")
-    selected = "all and not other or few_tiles or pooling or se_alone"
+    selected = (
+        "all and not other or few_tiles or pooling or se_alone or test_chains or test_depthwise"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", selected, "-p", "no:cacheprovider"],
         env=os.environ | {"SENET_ISA": isa, "OMP_NUM_THREADS": "2"},
@@ -357,4 +360,116 @@ def test_a_shortcut_keeps_its_rows_where_the_output_lies_in_a_concat(name: str, 
     (part,) = program.parts
     with_shortcut = [step for step in part.steps if step.shortcut]
     assert any(step.y_ld > step.shortcut_ld for step in with_shortcut)
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+# channels, kernel, stride, padding, dilation, height, width
+DEPTHWISE = {
+    "3x3": (50, 3, 1, 1, 1, 14, 13),
+    "3x3, windows of all widths": (16, 3, 1, 1, 1, 5, 56),
+    "3x3 with stride": (50, 3, 2, 1, 1, 15, 29),
+    "5x5": (24, 5, 1, 2, 1, 7, 7),
+    "5x5 with stride": (72, 5, 2, 2, 1, 28, 27),
+    "5x5 without padding": (20, 5, 1, 0, 1, 12, 40),
+    "7x7": (40, 7, 1, 3, 1, 10, 31),
+    "7x7 with stride": (33, 7, 2, 3, 1, 16, 16),
+    "larger than the map": (17, 7, 1, 3, 1, 2, 3),
+    "dilated": (20, 3, 1, 2, 2, 11, 12),
+    "1x5": (20, (1, 5), 1, (0, 2), 1, 6, 12),
+    "4x4 with stride of 3": (20, 4, 3, 1, 1, 17, 12),
+    "many channels": (1300, 3, 1, 1, 1, 7, 7),
+}
+
+
+def depthwise(name: str) -> tuple[nn.Conv2d, Tensor]:
+    c, kernel, stride, padding, dilation, h, w = DEPTHWISE[name]
+    conv = nn.Conv2d(c, c, kernel, stride, padding, dilation, c)
+    return conv, torch.rand(3, c, h, w) - 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_convolutions(name: str, threads: int) -> None:
+    """Alone, and with the means of what they write taken from their own sums."""
+    conv, x = depthwise(name)
+    model = nn.Sequential(conv, nn.ReLU())
+    assert error(native(model, x, threads), model, x) < TOLERANCE
+    means = nn.Sequential(copy.deepcopy(conv).float(), nn.Hardswish(), nn.AdaptiveAvgPool2d(1))
+    program = Program(Rewriter(means.eval()).run(), x, threads, {})
+    assert summing_convolutions(program.parts[0].steps) == 1
+    assert error(program.run(x), means, x) < TOLERANCE
+
+
+class Bottleneck(nn.Module):
+    """As in MobileNetV3 and EfficientNet: the gates scale the input of the last convolution."""
+
+    def __init__(self, kernel: int, stride: int, se: bool, shortcut: bool) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(16, 88, 1)
+        self.depthwise = nn.Conv2d(88, 88, kernel, stride, kernel // 2, groups=88)
+        self.fc1, self.fc2 = nn.Conv2d(88, 12, 1), nn.Conv2d(12, 88, 1)
+        self.project = nn.Conv2d(88, 16, 1)
+        self.se, self.shortcut = se, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.silu(self.expand(x))
+        y = torch.nn.functional.hardswish(self.depthwise(y))
+        if self.se:
+            squeezed = torch.nn.functional.adaptive_avg_pool2d(y, 1)
+            gates = self.fc2(torch.nn.functional.silu(self.fc1(squeezed)))
+            y = torch.nn.functional.hardsigmoid(gates) * y
+        y = self.project(y)
+        return x + y if self.shortcut else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [1, 5])
+def test_gates_scale_the_input_of_a_convolution(images: int) -> None:
+    model = Bottleneck(3, 1, True, True).eval()
+    x = torch.randn(images, 16, 14, 13)
+    program = Program(Rewriter(model, x).run(), x, 2, {})
+    (part,) = program.parts
+    assert [Kind(step.kind) for step in part.steps].count(Kind.POINTWISE) == 0
+    assert sum(step.input_gates_ld > 0 for step in part.steps) == 1
+    assert summing_convolutions(part.steps) == 1
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("se", [False, True])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 2)])
+def test_chains_of_convolutions(
+    kernel: int, stride: int, se: bool, images: int, threads: int
+) -> None:
+    model = Bottleneck(kernel, stride, se, stride == 1).eval()
+    x = torch.randn(images, 16, 71, 74)
+    program = Program(Rewriter(model, x).run(), x, threads, {})
+    (part,) = program.parts
+    lengths = [step.steps for step in part.steps if step.kind == Kind.CHAIN]
+    assert lengths == [2 if se else 3] * len(lengths) != []
+    assert error(program.run(x), model, x) < TOLERANCE
+    assert torch.equal(program.run(x), program.run(x))
+
+
+@torch.no_grad()
+def test_a_chain_begins_with_patches_and_ends_in_a_concat() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+            self.depthwise = nn.Conv2d(32, 32, 3, 1, 1, groups=32)
+            self.project = nn.Conv2d(32, 20, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.depthwise(torch.relu(self.stem(x))))
+            pooled = torch.nn.functional.max_pool2d(x, 3, 2, 1)
+            return torch.cat([pooled, self.project(y)], 1)
+
+    model, x = Stem().eval(), torch.randn(2, 3, 190, 201)
+    program = Program(Rewriter(model, x).run(), x, 2, {})
+    (part,) = program.parts
+    assert sum(step.kind == Kind.CHAIN for step in part.steps) > 0
     assert error(program.run(x), model, x) < TOLERANCE

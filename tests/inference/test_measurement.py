@@ -83,6 +83,24 @@ def test_each_se_block_is_in_the_report() -> None:
     assert "SE block none: not fused (squeeze='none')" in str(report)
 
 
+class Deep(nn.Module):
+    """Weights of three spatial dimensions, which have no such memory format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.deep = nn.Conv2d(3, 4, 3), nn.Conv3d(1, 1, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deep(self.conv(x).unsqueeze(1)).squeeze(1)
+
+
+@torch.no_grad()
+def test_channels_last_is_for_maps_of_two_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings(monkeypatch, {ORIGINAL: 3.0, CHANNELS_LAST: 1.0, OPTIMIZED: 2.0})
+    model, x = Deep().eval(), torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(optimize(model, x)(x), model(x))
+
+
 class Around(nn.Module):
     """Control flow that depends on numbers, around two parts and in one of them."""
 

@@ -507,6 +507,16 @@ def test_a_vector_that_is_added_to_a_map() -> None:
     rewritten(model)
 
 
+def test_vectors_that_serve_as_gates_and_otherwise() -> None:
+    """What the gates' layers take in then must not end in what else reads them."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        v = m.bn(x.mean((2, 3)))
+        return x * torch.sigmoid(v)[:, :, None, None] + m.fc(v)[:, :, None, None]
+
+    rewritten(Net(forward, bn=nn.BatchNorm1d(8), fc=nn.Linear(8, 8)))
+
+
 def test_a_squeeze_of_another_map() -> None:
     model = Net(
         lambda m, x: torch.relu(m.conv(x)) * m.gate(x.mean((2, 3), keepdim=True)).sigmoid(),
@@ -609,3 +619,74 @@ def test_a_module_that_cannot_be_followed_is_called_as_a_whole() -> None:
     rewriter = Rewriter(model, torch.randn(SHAPES[0]))
     assert list(rewriter.closed) == ["2.0"]
     assert "control flow" in rewriter.closed["2.0"]
+
+
+def _joined(layer: nn.Module, parts: tuple[Tensor, ...]) -> Tensor:
+    a, b, c = parts
+    return torch.cat([layer(a), b, c], 1)
+
+
+PARTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "split": lambda m, y: _joined(m.dw, y.split([3, 4, 5], 1)),
+    "chunk": lambda m, y: sum(2 * part.sigmoid() for part in y.chunk(2, dim=1)),
+    "slices": lambda m, y: torch.cat([y[:, :4] + y[:, 4:8], y[:, -4:, :, :]], 1),
+    "last of a split": lambda m, y: torch.split(y, 5, dim=1)[-1] + torch.split(y, 5, 1)[1][:, :2],
+}
+
+
+@pytest.mark.parametrize("slopes", [0, 1, 12])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_convolution_whose_channels_go_different_ways(name: str, slopes: int) -> None:
+    activation = nn.PReLU(slopes) if slopes else nn.SiLU()
+    model = Net(
+        lambda m, x: PARTS[name](m, m.act(m.conv(x))),
+        conv=nn.Conv2d(8, 12, 3),
+        act=activation,
+        dw=nn.Conv2d(3, 3, 3, padding=1, groups=3),
+    )
+    graph = rewritten(model)
+    rest = {"getitem"} if name == "last of a split" else set()
+    assert {"split", "chunk", "getitem"} & set(operations(graph)) == rest
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "positions": lambda y: y[:, :6, 1:] + y[:, 6:, :-1],
+    "images": lambda y: y[:1, :6] + y[1:2, 6:],
+    "every second": lambda y: y[:, ::2] + y[:, 1::2],
+    "along the rows": lambda y: sum(part for part in y.chunk(2, dim=2)),
+    "read as a whole too": lambda y: torch.cat([y, sum(part for part in y.chunk(2, dim=1))], 1),
+    "more than all": lambda y: y[:, :8] + y[:, 4:],
+    "one": lambda y: y[:, 0] + y[:, 1],
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_slices_stay(name: str) -> None:
+    model = Net(lambda m, x: WHOLE[name](m.conv(x)), conv=nn.Conv2d(8, 12, 3))
+    graph = rewritten(model, [(2, 8, 12, 12), (3, 8, 10, 14)])
+    assert operations(graph).count("FusedConv") == 1
+
+
+IN_PLACE_OF_PARTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "split": lambda m, y: sum(m.a(torch.relu(part)) for part in y.split([6, 6], 1)),
+    "slices": lambda m, y: torch.cat([torch.relu(y[:, :6]), m.a(y[:, 6:]), y[:, 3:5]], 1),
+    "of parts": lambda m, y: m.a((y[:, 2:])[:, :6]) + torch.relu(y[:, -7:-1]),
+    "one part": lambda m, y: m.a(y.chunk(2, 1)[1]),
+    "returned": lambda m, y: torch.relu(y)[:, 1:7],
+    "first of a split, in place": lambda m, y: (
+        lambda parts: torch.cat([torch.relu(parts[0]), parts[1], m.a(parts[0])], 1)
+    )(y.chunk(2, 1)),
+}
+
+
+@pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)
+@pytest.mark.parametrize("name", IN_PLACE_OF_PARTS)
+def test_parts_of_a_map_are_read_where_it_lies(name: str) -> None:
+    model = Net(
+        lambda m, x: IN_PLACE_OF_PARTS[name](m, torch.relu(m.conv(x)) + x),
+        conv=nn.Conv2d(12, 12, 3, padding=1),
+        a=nn.Conv2d(6, 6, 3, padding=1),
+    )
+    shapes = [(2, 12, 12, 12), (4, 12, 9, 14)]
+    program = Program(rewritten(model, shapes), torch.randn(shapes[1]), 2, {})
+    assert not any(isinstance(part, TorchStep) for part in program.parts)

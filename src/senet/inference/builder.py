@@ -12,9 +12,11 @@ from torch import Tensor, fx, nn
 
 from senet.inference import kernels, packing
 from senet.inference.buffers import Buffer, Map, new_map
+from senet.inference.chains import Cut
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.schedule import (
     Geometry,
+    Tasks,
     convolution_tasks,
     depthwise_tasks,
     narrow_groups,
@@ -118,6 +120,27 @@ def ending(activation: Activation) -> Ending:
     return Ending(Function[activation.name.upper()], activation.parameter)
 
 
+@dataclass(frozen=True)
+class Chained:
+    """A convolution of a chain and what it reads beside the one before.
+
+    Attributes:
+        name: the module's name.
+        module: the module.
+        shape: N, H, W, C of its output.
+        gates: of its output.
+        shortcut: of its output.
+        input_gates: of its input.
+    """
+
+    name: str
+    module: FusedConv
+    shape: tuple[int, int, int, int]
+    gates: Map | None
+    shortcut: Map | None
+    input_gates: Map | None
+
+
 def takes_input_gates(module: FusedConv) -> bool:
     """Whether the kernels can scale a convolution's input as they read it."""
     dense = module.groups == 1 and module.unpadded
@@ -148,6 +171,7 @@ class Builder:
         self.steps: list[NativeStep | TorchStep] = []
         self.buffers: dict[int, Buffer] = {}
         self.scratch = 16
+        self._lines = 0
 
     def touch(self, where: Map | Buffer) -> None:
         """Note that the next step uses a buffer."""
@@ -225,6 +249,56 @@ class Builder:
         bias = self.constant((name, "panel bias"), lambda: packing.panel_bias(module.bias, groups))
         return self._product(maps, weights, bias, ending, geometry, groups, sums)
 
+    def chain(
+        self, links: Sequence[Chained], x: Map, y: Map, cut: Cut, *, sums: bool = False
+    ) -> Sums | None:
+        """Convolutions one behind the other, some rows at a time; see `senet.inference.chains`."""
+        start, scratch = len(self.steps), self.scratch
+        self.scratch = 16
+        fields = {"rows": cut.rows, "parts": cut.parts, "steps": len(links)}
+        self.emit(Kind.CHAIN, {"x": x, "y": y}, fields)
+        summed, source, floats = None, x, 0
+        for number, (each, lines) in enumerate(zip(links, cut.lines, strict=True)):
+            last = number == len(links) - 1
+            target = y if last else new_map(each.shape)
+            self._lines = lines
+            summed = self.convolution(
+                each.name,
+                each.module,
+                source,
+                target,
+                each.gates,
+                each.shortcut,
+                input_gates=each.input_gates,
+                sums=sums and last,
+            )
+            step = self.steps[-1]
+            assert isinstance(step, NativeStep)
+            step.fields["lines"] = lines
+            if number:
+                del step.maps["x"]
+            if not last:  # in scratch memory
+                del step.maps["y"], self.buffers[id(target.buffer)]
+                floats += lines * target.shape[2] * target.ld
+            source = target
+        self._lines = 0
+        self.scratch = max(scratch, floats + self.scratch)
+        self._together(start)
+        return summed
+
+    def _together(self, start: int) -> None:
+        """Keep what the steps from `start` on use as long as any of them runs.
+
+        Their tasks are at different steps at the same time.
+        """
+        last = len(self.steps) - 1
+        for step in self.steps[start:]:
+            assert isinstance(step, NativeStep)
+            for where in step.maps.values():
+                buffer = where if isinstance(where, Buffer) else where.buffer
+                buffer.use(start)
+                buffer.use(last)
+
     def _summed(self, y: Map, blocks: int) -> Sums:
         return Sums(y, new_map((y.shape[0] * blocks, 1, 1, y.shape[3])), blocks)
 
@@ -245,9 +319,13 @@ class Builder:
         panels = groups * math.ceil(y.shape[3] / groups / kernels.PANEL)
         scaled = maps.get("input_gates") is not None
         images = y.shape[0] if sums or scaled or maps.get("gates") is not None else 1
-        tasks = convolution_tasks(
-            images, y.pixels // images, depth, panels, geometry.in_place, self.threads
-        )
+        if self._lines:
+            rows = self._lines * y.shape[2]
+            tasks = Tasks(rows, panels, 0 if geometry.in_place else rows * row_stride(depth))
+        else:
+            tasks = convolution_tasks(
+                images, y.pixels // images, depth, panels, geometry.in_place, self.threads
+            )
         panel = depth * kernels.PANEL if scaled else 0  # the panel that is scaled
         self.scratch = max(self.scratch, tasks.scratch, panel)
         fields = geometry.fields() | ending.fields | {"groups": groups}
@@ -314,7 +392,10 @@ class Builder:
         assert isinstance(x, Map)
         assert isinstance(y, Map)
         N, OH, OW, OC = y.shape
-        tasks = depthwise_tasks(geometry, N, OH, OW, OC, self.threads)
+        if self._lines:
+            tasks = Tasks(self._lines, math.ceil(OC / kernels.PANEL), 0)
+        else:
+            tasks = depthwise_tasks(geometry, N, OH, OW, OC, self.threads)
         blocks = math.ceil(OH / tasks.rows) if sums else 0
         cut = {"rows": tasks.rows, "panels": tasks.panels}
         kind = Kind.DEPTHWISE
@@ -351,8 +432,7 @@ class Builder:
             return summed
         target = new_map(y.shape)
         self.emit(kind, {"x": x, "y": target}, fields, constants)
-        rest = {key: maps[key] for key in ("gates", "shortcut")}
-        self._pass(target, y, ending, **rest)
+        self._pass(target, y, ending, gates=maps["gates"], shortcut=maps["shortcut"])
         return None
 
     def _pass(
@@ -398,16 +478,10 @@ class Builder:
         start = len(self.steps)
         self.emit(Kind.IMAGES, {"x": x, "y": y}, {})
         yield
-        last = len(self.steps) - 1
         first = self.steps[start]
         assert isinstance(first, NativeStep)
-        first.fields["steps"] = last - start
-        for step in self.steps[start:]:  # images are at different steps at the same time
-            assert isinstance(step, NativeStep)
-            for where in step.maps.values():
-                buffer = where if isinstance(where, Buffer) else where.buffer
-                buffer.use(start)
-                buffer.use(last)
+        first.fields["steps"] = len(self.steps) - 1 - start
+        self._together(start)
 
     def means(self, x: Map, geometry: Geometry, y: Map, sums: Sums | None = None) -> None:
         """y (N, taps · C): mean of what each tap sees of x, which may have been summed."""

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from senet.inference import chains
 from senet.inference.buffers import Buffer, Map, is_map, new_map
 from senet.inference.builder import (
     Builder,
+    Chained,
     Constants,
     Sums,
     TorchStep,
@@ -25,6 +27,7 @@ from senet.inference.builder import (
 )
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
+from senet.inference.rewrites.slices import channel_bounds, channel_sizes
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
@@ -87,6 +90,7 @@ class Lowering:
     Attributes:
         builder: the steps.
         values: map of each node that lies in the arena.
+        splits: nodes whose parts are read where the map that they split lies.
         fixed: what nodes give that follows from the input's shape.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
@@ -109,8 +113,10 @@ class Lowering:
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.sums: dict[fx.Node, Sums] = {}
         self.input_gates: dict[fx.Node, Map] = {}
+        self.waits: set[fx.Node] = set()
         self.segment: frozenset[fx.Node] = frozenset()
         self.fixed: dict[fx.Node, Any] = {}
+        self.splits: dict[fx.Node, fx.Node] = {}
         self.output: Any = None
         self.escaping: set[fx.Node] = set()
         self.crossing: fx.Node | None = None
@@ -119,7 +125,9 @@ class Lowering:
         for node in nodes:
             if self._is_cat(node):
                 self._reserve_slots(node)
-        segments = cut(nodes, self.results, self._weight_bytes, whole)
+        self.chains = chains.find(nodes, self._called, self._shape, self._apart(), threads)
+        self.inside = {node for chain in self.chains.values() for node in chain[:-1]}
+        segments = cut(nodes, self.results, self._weight_bytes, whole, self.inside)
         self.input_images = segments[0].images
         for segment in segments:
             self.slots.pop(segment.nodes[-1], None)
@@ -187,6 +195,8 @@ class Lowering:
                 dict(zip("NHWC", self._shape(node), strict=True)),
             )
             return
+        if self._lies_in_another(node):
+            return
         if not (is_map(self.results[node]) and self._native(node)):
             self._in_torch(node)
         for source in node.all_input_nodes:
@@ -216,7 +226,8 @@ class Lowering:
     def _native(self, node: fx.Node) -> bool:
         """Write the steps of a node; False if the kernels cannot run it."""
         sources = node.all_input_nodes
-        if not sources or any(source not in self.values for source in sources):
+        known = self.values.keys() | self.waits
+        if not sources or any(source not in known for source in sources):
             return False
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
@@ -225,7 +236,62 @@ class Lowering:
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
 
+    def _called(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, if the kernels can read its weights."""
+        if node.op != "call_module" or not is_map(self.results[node]):
+            return None
+        module = self.module.get_submodule(str(node.target))
+        return module if _in_float32(module) else None
+
+    def _apart(self) -> set[fx.Node]:
+        """Nodes whose results have a place of their own."""
+        ends = [node for node in self.results if node.op == "output"]
+        outputs = {source for end in ends for source in end.all_input_nodes}
+        return outputs | set(self.slots)
+
+    def _wait_for_chain(self, node: fx.Node) -> None:
+        """Keep what a convolution reads until the last one of its chain runs."""
+        (last,) = (last for last, chain in self.chains.items() if node in chain)
+        for source in node.all_input_nodes:
+            if source in self.values:
+                self.values[source].buffer.waiting.add(last)
+            if source in self.input_gates:
+                self.input_gates[source].buffer.waiting.add(last)
+        self.waits.add(node)
+
+    def _chain(self, node: fx.Node) -> None:
+        """Write the steps of a chain at its last node."""
+        links, plan = [], []
+        for each in self.chains[node]:
+            module, source = self.module.get_submodule(str(each.target)), each.args[0]
+            assert isinstance(module, FusedConv)
+            assert isinstance(source, fx.Node)
+            gates, shortcut = (
+                *(self._read(a) if isinstance(a, fx.Node) else None for a in each.args[1:]),
+                *(None, None),
+            )[:2]
+            scaled = self.input_gates.get(source)
+            shape = self._shape(each)
+            links.append(Chained(str(each.target), module, shape, gates, shortcut, scaled))
+            made = chains.link(module, self._shape(source)[1:], shape[1:])
+            assert made is not None
+            plan.append(made)
+        first = self.chains[node][0].args[0]
+        assert isinstance(first, fx.Node)
+        x = self._read(first)
+        y = self._over(node, links[-1].shortcut, x)
+        cut_up = chains.cut(tuple(plan), self.images, self.builder.threads)
+        summed = self.builder.chain(links, x, y, cut_up, sums=self._feeds_gate(node))
+        if summed is not None:
+            self.sums[node] = summed
+
     def _native_module(self, node: fx.Node, module: nn.Module) -> bool:
+        if node in self.inside:
+            self._wait_for_chain(node)
+            return True
+        if node in self.chains:
+            self._chain(node)
+            return True
         maps = [self._read(a) if isinstance(a, fx.Node) else None for a in node.args]
         x = maps[0]
         assert x is not None
@@ -430,7 +496,7 @@ class Lowering:
         return isinstance(module, nn.AdaptiveAvgPool2d) and pair(module.output_size) == (1, 1)
 
     def _scales_an_input(self, node: fx.Node) -> bool:
-        """Whether a node does nothing but scale the input of a convolution that can do it itself."""
+        """Whether a node only scales the input of a convolution that can do it itself."""
         module = self.module.get_submodule(str(node.target))
         assert isinstance(module, Pointwise)
         if not (ends_openly(module) and module.scale is None and module.factor == 1):
@@ -534,6 +600,35 @@ class Lowering:
             return
         self.values[node] = self.values[source]
         self.values[node].buffer.waiting.update(node.users)
+
+    def _lies_in_another(self, node: fx.Node) -> bool:
+        """Whether a node splits a map by channels, or is a part of one, which needs no step."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or self._crosses(node):
+            return False
+        if source in self.values and channel_sizes(node, self.results) is not None:
+            buffer = self.values[source].buffer  # each part has to be read
+            buffer.waiting.update(node.users)
+            buffer.waiting.discard(node)
+            self.splits[node] = source
+            return True
+        first = 0
+        if source in self.splits:
+            sizes = channel_sizes(source, self.results) or ()
+            place = node.args[1]
+            assert isinstance(place, int)
+            source, first = self.splits[source], sum(sizes[: place % len(sizes)])
+        elif source in self.values and (bounds := channel_bounds(node, self.results)) is not None:
+            first = bounds[0]
+        else:
+            return False
+        whole_map = self._read(source)
+        self.values[node] = replace(
+            whole_map, shape=self._shape(node), channel=whole_map.channel + first
+        )
+        whole_map.buffer.waiting.update(node.users)
+        whole_map.buffer.waiting.discard(node)
+        return True
 
     def _over(self, node: fx.Node, old: Map | None, other: Map | None) -> Map:
         """A place for a node's result: over the map `old` where nobody else reads that any more.

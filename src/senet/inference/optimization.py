@@ -72,7 +72,9 @@ class _Original(nn.Module):
     def __init__(self, network: nn.Module, channels_last: bool) -> None:
         super().__init__()
         if channels_last:
-            network = network.to(memory_format=torch.channels_last)
+            for parameter in network.parameters():
+                if parameter.ndim == 4:  # others have no such format
+                    parameter.data = parameter.contiguous(memory_format=torch.channels_last)
         self.original = network
         self.channels_last = channels_last
 

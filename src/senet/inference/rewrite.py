@@ -20,6 +20,7 @@ from senet.inference.rewrites import (
     cleaning,
     convolutions,
     gates,
+    slices,
 )
 from senet.inference.rewrites.editor import Editor
 from senet.inference.rewrites.editor import plain as plain
@@ -29,12 +30,14 @@ ADDS = (operator.add, operator.iadd, torch.add)
 # In the order in which they apply: each finds what those before have made.
 _REWRITES = (
     cleaning.clean,
+    cleaning.remove_dead,
     convolutions.recognise,
     affine.norms,
     branches.merge,
     activations.recognise,
     affine.factors,
     activations.take_in,
+    slices.of_convolutions,
     gates.means,
     gates.own_blocks,
     gates.products,

@@ -38,6 +38,7 @@ def cut(
     results: Mapping[fx.Node, Any],
     weights: Callable[[fx.Node], int],
     whole: Set[fx.Node] = frozenset(),
+    inside: Set[fx.Node] = frozenset(),
 ) -> list[Segment]:
     """The segments of a graph.
 
@@ -46,6 +47,7 @@ def cut(
         results: the tensor (without data) that each gives, images first.
         weights: bytes of a node's weights.
         whole: nodes that have to run on the whole batch at once.
+        inside: nodes whose results do not go through memory, nor from one segment to another.
     """
     batch = int(results[nodes[0]].shape[0])
     pieces: list[list[fx.Node]] = [[]]
@@ -55,14 +57,15 @@ def cut(
     for i, node in enumerate(nodes):
         pieces[-1].append(node)
         alive = {n for n in (alive | {node}) if last_use[n] > i}
-        if alive == {node} and is_map(results[node]) and i > 0:  # the input is no part
+        # The input is no part.
+        if alive == {node} and is_map(results[node]) and i > 0 and node not in inside:
             pieces.append([])
     if not pieces[-1]:
         pieces.pop()
     segments: list[Segment] = []
     for number, piece in enumerate(pieces):
         together = number == len(pieces) - 1 or not whole.isdisjoint(piece)
-        images = batch if together else group_size(piece, results, weights, batch)
+        images = batch if together else group_size(piece, results, weights, batch, inside)
         if segments and segments[-1].images == images:
             segments[-1] = Segment((*segments[-1].nodes, *piece), images)
         else:
@@ -75,11 +78,13 @@ def group_size(
     results: Mapping[fx.Node, Any],
     weights: Callable[[fx.Node], int],
     batch: int,
+    inside: Set[fx.Node] = frozenset(),
 ) -> int:
     """Images at a time for some nodes: few enough for the cache, enough for their weights."""
     if not all(is_map(results[node]) and results[node].shape[0] == batch for node in nodes):
         return batch
     bytes_of = {n: 4 * results[n].numel() // batch for m in nodes for n in (m, *m.all_input_nodes)}
+    bytes_of |= dict.fromkeys(inside, 0)
     sizes = [sum(bytes_of[n] for n in (node, *node.all_input_nodes)) for node in nodes]
     fitting = _GROUP_BYTES / max(sizes)
     needed = sum(map(weights, nodes)) / sum(sizes)

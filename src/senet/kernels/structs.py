@@ -69,6 +69,7 @@ class Kind(IntEnum):
     EXCITATION = 11
     IMAGES = 12
     GROUPED = 13
+    CHAIN = 14
 
 
 class Activation(IntEnum):
@@ -153,13 +154,20 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int64, "kind next done"),
-        *_fields(ctypes.c_void_p, "x weights bias gates shortcut slopes input_gates y patches sums"),
-        *_fields(ctypes.c_int64, "x_ld weights_ld y_ld gates_ld shortcut_ld sums_ld input_gates_ld"),
+        *_fields(
+            ctypes.c_void_p, "x weights bias gates shortcut slopes input_gates y patches sums"
+        ),
+        *_fields(
+            ctypes.c_int64, "x_ld weights_ld y_ld gates_ld shortcut_ld sums_ld input_gates_ld"
+        ),
         *_fields(ctypes.c_int64, "N H W C OH OW OC"),
         *_fields(ctypes.c_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
         *_fields(ctypes.c_int64, "dilation_h dilation_w groups activation"),
         *_fields(ctypes.c_double, "parameter"),
-        *_fields(ctypes.c_int64, "rows panels tiles images sum_blocks steps counts_padding tile"),
+        *_fields(
+            ctypes.c_int64,
+            "rows panels tiles images sum_blocks steps parts lines counts_padding tile",
+        ),
         *_fields(ctypes.c_int64 * 4, "strides"),
     )
 

@@ -8,6 +8,7 @@ without activation become a `SqueezeGate`: their squeeze is taken before the con
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -218,6 +219,8 @@ class Vectors:
             made = edit.insert(as_convolution(module), at, tuple(args), edit.name_of(node))
         elif args == list(node.args):
             return node
+        elif isinstance(module, FusedConv | Pointwise):  # not shared: it may take in more
+            made = edit.insert(copy.deepcopy(module), at, tuple(args), edit.name_of(node))
         else:
             with edit.graph.inserting_before(at):
                 made = edit.graph.create_node(node.op, node.target, tuple(args))

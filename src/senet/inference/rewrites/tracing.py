@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -59,6 +61,18 @@ class Tracer(fx.Tracer):
             kwargs = {name: self.create_arg(value) for name, value in given.items()}
             return self.create_node("call_function", kind, (), kwargs)
         return self.create_node("call_function", kind, (super().create_arg(dict(a)),), {})
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts of a split whose number is said: fx itself cannot tell how many there are."""
+        node = obj.node
+        name = str(getattr(node.target, "__name__", node.target))
+        said = (*node.args[1:], *node.kwargs.values())
+        number = said[0] if said else None
+        if name in ("split", "split_with_sizes") and isinstance(number, list | tuple):
+            return map(partial(operator.getitem, obj), range(len(number)))
+        if name in ("chunk", "tensor_split") and isinstance(number, int):
+            return map(partial(operator.getitem, obj), range(number))
+        return super().iter(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph calls m and does not look into it."""

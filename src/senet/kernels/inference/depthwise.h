@@ -16,45 +16,17 @@ namespace {
 constexpr int64_t kStripBytes = 24 << 10;  // of input rows in the first-level cache
 constexpr int64_t kStrip = 512;            // channels at most
 
-// Sums of kOutputs outputs side by side, from their bias on; `pixel(i, p)` is where pixel p of row i of
-// their window lies, and rows [top, bottom) of the kernel lie in the map.
-template <int kKernel, int kStride, int kOutputs, class Pixel>
-SENET_INLINE void add_window(const Step& s, int64_t c, int64_t top, int64_t bottom, const Pixel& pixel,
-                             V (&sum)[kOutputs]) {
-  constexpr int kPixels = (kOutputs - 1) * kStride + kKernel;
-  const V bias = load<kWidth>(s.bias + c);
-  SENET_UNROLL(8)
-  for (int o = 0; o < kOutputs; ++o) sum[o] = bias;
-  const float* weights = s.weights + c;
-  const int64_t ld = s.weights_ld;
-  for (int64_t i = top; i < bottom; ++i) {
-    V w[kKernel];
-    SENET_UNROLL(8)
-    for (int j = 0; j < kKernel; ++j) w[j] = load<kWidth>(weights + (i * kKernel + j) * ld);
-    SENET_UNROLL(32)
-    for (int p = 0; p < kPixels; ++p) {
-      const V x = load<kWidth>(pixel(i, p) + c);
-      SENET_UNROLL(8)
-      for (int j = 0; j < kKernel; ++j)
-        if (p >= j && (p - j) % kStride == 0 && (p - j) / kStride < kOutputs)
-          sum[(p - j) / kStride] += x * w[j];
-    }
-  }
-}
-
-// Where the outputs of a task lie: row h of image n from output `left` on, channels [begin, end).
+// Where outputs of a task lie: row h of image n from output `left` on, channels [begin, end).
 struct Outputs {
   int64_t n, h, left, begin, end;
   float* at(const Step& s) const { return s.y + ((n * s.OH + h) * s.OW + left) * s.y_ld; }
 };
 
 template <int kOutputs>
-SENET_INLINE void store_outputs(const Step& s, const Outputs& at, int64_t c, bool positive,
+SENET_INLINE void store_outputs(float* y, int64_t ld, int64_t outputs, int64_t columns, bool positive,
                                 const V (&sum)[kOutputs]) {
-  float* y = at.at(s) + c;
-  const int64_t ld = s.y_ld, columns = at.end - c, outputs = s.OW - at.left;
   if (columns >= kWidth && outputs >= kOutputs) {
-    SENET_UNROLL(8)
+    SENET_UNROLL(16)
     for (int o = 0; o < kOutputs; ++o) {
       const V value = positive ? relu(sum[o]) : sum[o];
       std::memcpy(y + o * ld, &value, sizeof value);
@@ -65,31 +37,88 @@ SENET_INLINE void store_outputs(const Step& s, const Outputs& at, int64_t c, boo
   }
 }
 
-template <int kKernel, int kStride, int kOutputs>
-void window(const Step& s, const Outputs& at) {
-  constexpr int kPixels = (kOutputs - 1) * kStride + kKernel;
-  const int64_t h = at.h * kStride - s.pad_h, w = at.left * kStride - s.pad_w;
-  const int64_t top = std::max<int64_t>(0, -h), bottom = std::min<int64_t>(kKernel, s.H - h);
-  const float* first = s.x + ((at.n * s.H + h) * s.W + w) * s.x_ld;
-  const int64_t ld = s.x_ld, row = s.W * s.x_ld;
-  const bool positive = Activation(s.activation) == Activation::kRelu;
-  V sum[kOutputs];
-  if (w >= 0 && w + kPixels <= s.W) {
-    for (int64_t c = at.begin; c < at.end; c += kWidth) {
-      const auto pixel = [&](int64_t i, int p) { return first + i * row + p * ld; };
-      add_window<kKernel, kStride, kOutputs>(s, c, top, bottom, pixel, sum);
-      store_outputs<kOutputs>(s, at, c, positive, sum);
-    }
-    return;
+// A row of outputs of a vector of channels. Rows [top, bottom) of the kernel lie in the map, whose
+// pixel 0 of row `top` is at x; weights is where the kernel's first tap is.
+struct Row {
+  const float *x, *weights;
+  float* y;
+  int64_t row, ld, weights_ld, y_ld, W, OW, pad, top, bottom, columns;
+  bool positive;
+};
+
+// Adds row `i` of the kernel: an input pixel goes into all outputs that see it. Pixels outside of
+// [first, last) are beyond the map's edges.
+template <int kKernel, int kStride, int kOutputs, bool kInside>
+SENET_INLINE void add_taps(const float* x, int64_t ld, int64_t first, int64_t last,
+                           const V (&w)[kKernel], V (&sum)[kOutputs]) {
+  SENET_UNROLL(32)
+  for (int p = 0; p < (kOutputs - 1) * kStride + kKernel; ++p, x += ld) {
+    if (!kInside && (p < first || p >= last)) continue;
+    const V value = load<kWidth>(x);
+    SENET_UNROLL(8)
+    for (int j = 0; j < kKernel; ++j)
+      if (p >= j && (p - j) % kStride == 0 && (p - j) / kStride < kOutputs)
+        sum[(p - j) / kStride] += value * w[j];
   }
-  const float* pixels[kKernel][kPixels];
-  for (int64_t i = top; i < bottom; ++i)
-    for (int p = 0; p < kPixels; ++p)
-      pixels[i][p] = w + p >= 0 && w + p < s.W ? first + i * row + p * ld : kZeros;
+}
+
+template <int kKernel>
+SENET_INLINE void load_taps(const float* weights, int64_t ld, V (&w)[kKernel]) {
+  SENET_UNROLL(8)
+  for (int j = 0; j < kKernel; ++j) w[j] = load<kWidth>(weights + j * ld);
+}
+
+template <int kKernel, int kStride, int kOutputs, bool kInside>
+SENET_INLINE void window(const Row& r, int64_t left, V bias) {
+  V sum[kOutputs];
+  SENET_UNROLL(16)
+  for (int o = 0; o < kOutputs; ++o) sum[o] = bias;
+  const int64_t w0 = left * kStride - r.pad;
+  const float* x = r.x + w0 * r.ld;
+  const float* weights = r.weights + r.top * kKernel * r.weights_ld;
+  for (int64_t i = r.top; i < r.bottom; ++i) {
+    V w[kKernel];
+    load_taps(weights, r.weights_ld, w);
+    add_taps<kKernel, kStride, kOutputs, kInside>(x, r.ld, -w0, r.W - w0, w, sum);
+    x += r.row;
+    weights += kKernel * r.weights_ld;
+  }
+  store_outputs<kOutputs>(r.y + left * r.y_ld, r.y_ld, r.OW - left, r.columns, r.positive, sum);
+}
+
+// Widths of windows; maps of 112, 56, 28, 14 and 7 have no remainder. A remainder is computed together
+// with outputs before it, once more.
+constexpr int kFewOutputs = 4, kSomeOutputs = 7;
+constexpr int kManyOutputs = SENET_VECTOR_BYTES == 64 ? 14 : 7;  // as there are registers
+
+template <int kKernel, int kStride, int kOutputs>
+SENET_INLINE void window_of_width(const Row& r, int64_t o, V bias) {
+  constexpr int kPixels = (kOutputs - 1) * kStride + kKernel;
+  const int64_t left = std::max<int64_t>(0, std::min(o, r.OW - kOutputs)), w = left * kStride - r.pad;
+  w >= 0 && w + kPixels <= r.W ? window<kKernel, kStride, kOutputs, true>(r, left, bias)
+                               : window<kKernel, kStride, kOutputs, false>(r, left, bias);
+}
+
+template <int kKernel, int kStride>
+void depthwise_row(const Step& s, Outputs at) {
+  const int64_t h = at.h * kStride - s.pad_h;
+  const int64_t top = std::max<int64_t>(0, -h), bottom = std::min<int64_t>(kKernel, s.H - h);
+  Row r = {nullptr, nullptr, nullptr, s.W * s.x_ld, s.x_ld, s.weights_ld, s.y_ld, s.W, s.OW, s.pad_w,
+           top, bottom, 0, Activation(s.activation) == Activation::kRelu};
+  const float* x = s.x + (at.n * s.H + h + top) * r.row;
   for (int64_t c = at.begin; c < at.end; c += kWidth) {
-    const auto pixel = [&](int64_t i, int p) { return pixels[i][p]; };
-    add_window<kKernel, kStride, kOutputs>(s, c, top, bottom, pixel, sum);
-    store_outputs<kOutputs>(s, at, c, positive, sum);
+    r.x = x + c;
+    r.weights = s.weights + c;
+    r.y = at.at(s) + c;
+    r.columns = at.end - c;
+    const V bias = load<kWidth>(s.bias + c);
+    int64_t o = 0;
+    if constexpr (kManyOutputs > kSomeOutputs)
+      for (; r.OW - o > kSomeOutputs; o += kManyOutputs)
+        window_of_width<kKernel, kStride, kManyOutputs>(r, o, bias);
+    for (; r.OW - o > kFewOutputs; o += kSomeOutputs)
+      window_of_width<kKernel, kStride, kSomeOutputs>(r, o, bias);
+    for (; o < r.OW; o += kFewOutputs) window_of_width<kKernel, kStride, kFewOutputs>(r, o, bias);
   }
 }
 
@@ -110,22 +139,7 @@ void any_window(const Step& s, const Outputs& at) {
         sum[0] += load<kWidth>(from + column * s.x_ld) * load<kWidth>(w + j * s.weights_ld);
       }
     }
-    store_outputs<1>(s, at, c, positive, sum);
-  }
-}
-
-constexpr int kManyOutputs = 7;  // maps of 112, 56, 28, 14 and 7 have no remainder
-constexpr int kFewOutputs = 4;
-
-// A row of outputs. A remainder is computed together with outputs before it, once more.
-template <int kKernel, int kStride>
-void depthwise_row(const Step& s, Outputs at) {
-  for (int64_t o = 0; o < s.OW;) {
-    const int64_t rest = s.OW - o, width = rest > kFewOutputs ? kManyOutputs : kFewOutputs;
-    at.left = std::max<int64_t>(0, std::min(o, s.OW - width));
-    width == kManyOutputs ? window<kKernel, kStride, kManyOutputs>(s, at)
-                          : window<kKernel, kStride, kFewOutputs>(s, at);
-    o += width;
+    store_outputs<1>(at.at(s) + c, s.y_ld, 1, at.end - c, positive, sum);
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../threads.h"
+#include "chain.h"
 #include "convolution.h"
 #include "depthwise.h"
 #include "excitation.h"
@@ -35,12 +36,12 @@ int64_t task_count(const Step& s) {
       return excitation_tasks(s);
     case kDepthwise:
       return depthwise_tasks(s);
+    case kChain:
+      return chain_tasks(s);
     default:  // grouped convolution, pooling
       return s.N * s.OH;
   }
 }
-
-void run_task(const Step& s, int64_t task, float* scratch);
 
 // The `steps` steps behind this one, for one image: their tasks are in the order of images, as many
 // for each. What one writes is in the cache for the next, and no thread waits between them.
@@ -74,6 +75,8 @@ void run_task(const Step& s, int64_t task, float* scratch) {
       return excitation(s, task);
     case kImages:
       return images(s, task, scratch);
+    case kChain:
+      return chain(s, task, scratch);
     case kGrouped:
       return grouped(s, task);
     case kDepthwise:
@@ -105,7 +108,7 @@ void run(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t sc
         note_done(s.done);
       }
       wait_until_done(s, tasks);
-      if (s.kind == kImages) i += s.steps;
+      if (s.kind == kImages || s.kind == kChain) i += s.steps;
     }
   });
 }

@@ -20,6 +20,7 @@ enum Kind {
   kExcitation,
   kImages,
   kGrouped,
+  kChain,
 };
 
 // As senet.ops.activations names them; a PReLU has its slopes beside it, and the identity sigmoid, a
@@ -59,7 +60,9 @@ struct Step {
   double parameter;  // of the activation
   int64_t rows, panels, tiles, images;  // of a task, as its kind counts: pixels, panels of weights, …
   int64_t sum_blocks;                   // parts that an image's sums are in
-  int64_t steps;                        // behind a kImages, which runs them
+  int64_t steps;                        // behind a kImages or kChain, which runs them
+  int64_t parts;                        // tasks of an image, of a kChain
+  int64_t lines;                        // rows of its output that a step of a chain keeps
   int64_t counts_padding;               // whether padding counts in an average
   int64_t tile;                         // outputs of a Winograd tile along one side
   int64_t strides[4];                   // of the network's input along n, c, h, w
@@ -81,7 +84,7 @@ constexpr Field kStepFields[] = {
     FIELD(kernel_h), FIELD(kernel_w), FIELD(stride_h), FIELD(stride_w), FIELD(pad_h), FIELD(pad_w),
     FIELD(dilation_h), FIELD(dilation_w), FIELD(groups), FIELD(activation), FIELD(parameter),
     FIELD(rows), FIELD(panels), FIELD(tiles), FIELD(images),
-    FIELD(sum_blocks), FIELD(steps), FIELD(counts_padding), FIELD(tile), FIELD(strides),
+    FIELD(sum_blocks), FIELD(steps), FIELD(parts), FIELD(lines), FIELD(counts_padding), FIELD(tile), FIELD(strides),
 };
 static_assert(covers(kStepFields, sizeof(Step)));
 #undef FIELD
@@ -101,6 +104,7 @@ constexpr Constant kInferenceConstants[] = {
     {"Kind", "EXCITATION", kExcitation},
     {"Kind", "IMAGES", kImages},
     {"Kind", "GROUPED", kGrouped},
+    {"Kind", "CHAIN", kChain},
     {"Activation", "LINEAR", int64_t(Activation::kLinear)},
     {"Activation", "RELU", int64_t(Activation::kRelu)},
     {"Activation", "RELU6", int64_t(Activation::kRelu6)},
