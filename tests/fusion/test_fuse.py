@@ -137,24 +137,31 @@ def _warned_anew() -> Iterator[None]:
 
 
 MODELS = {
-    "timm:efficientnet_b0": {"norm → silu": 32, "norm → silu → se": 16, "norm → add": 9},
+    "timm:efficientnet_b0": {
+        "norm → silu": 32,
+        "norm → silu → se": 16,
+        "norm → add": 9,
+        "depthwise": 9,
+    },
     "timm:mobilenetv3_large_100": {
         "norm → relu": 14,
         "norm → hardswish": 26,
         "norm → relu → se": 3,
         "norm → hardswish → se": 5,
         "norm → add": 10,
+        "depthwise": 6,
     },
     "timm:regnety_016": {"norm → relu": 28, "norm → relu → se": 27, "norm → add → relu": 27},
     "timm:seresnet50": {"norm → relu": 33, "norm → se → add → relu": 16},
     "timm:seresnext50_32x4d": {"norm → relu": 33, "norm → se → add → relu": 16},
-    "torchvision:efficientnet_b0": {"norm → silu": 17, "norm → silu → se": 16},
+    "torchvision:efficientnet_b0": {"norm → silu": 17, "norm → silu → se": 16, "depthwise": 9},
     "torchvision:mobilenet_v3_large": {
         "norm → relu": 8,
         "norm → hardswish": 15,
         "norm → relu → se": 3,
         "norm → hardswish → se": 5,
         "norm → add": 10,
+        "depthwise": 6,
     },
     "torchvision:regnet_y_800mf": {
         "norm → relu": 15,
@@ -533,6 +540,33 @@ def test_se_alone(calls: list[str]) -> None:
     calls.clear()
     assert_same(step(fused), step(plain), 1e-7)  # F.hardsigmoid has 1/6 in float32
     assert calls == ["squeeze_excite"]
+
+
+def test_depthwise_convolutions(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of 5 and 7, plain ones; float32 in channels_last runs in ours."""
+    used: list[int] = []
+    real = ops.depthwise
+    monkeypatch.setattr(ops, "depthwise", lambda *a: used.append(a[1].shape[-1]) or real(*a))
+    layers = [
+        nn.Conv2d(8, 8, 5, 2, 2, groups=8, bias=False),
+        nn.Conv2d(8, 8, 7, 1, 3, groups=8, bias=False),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False),
+        nn.Conv2d(8, 8, 5, 1, 2, groups=8),
+        nn.Conv2d(8, 8, 5, 1, 2, groups=4, bias=False),
+        nn.Conv2d(8, 8, 5, 1, 4, dilation=2, groups=8, bias=False),
+        nn.Conv2d(8, 8, 5, 1, "same", groups=8, bias=False),
+    ]
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), *layers).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(plain)
+    report = senet.fuse(fused, torch.zeros(1, 3, 12, 12))
+    assert [(part.name, part.form) for part in report.fused] == [
+        *(("1", "depthwise"), ("2", "depthwise"))
+    ]
+    used.clear()
+    x = images(2, 12).float().contiguous(memory_format=torch.channels_last)
+    assert_same(step(fused, x), step(plain, x), 1e-5)
+    assert used == [5, 7]
+    assert calls == []
 
 
 def test_our_own_networks_are_left() -> None:

@@ -83,6 +83,13 @@ def added(
     )
 
 
+def depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(x) by `senet.ops.depthwise`."""
+    padding = conv.padding[0]
+    assert isinstance(padding, int)
+    return ops.depthwise(x, conv.weight, conv.stride[0], padding)
+
+
 def excited(x: Tensor, fc1: nn.Module, fc2: nn.Module, hidden_activation: str, gate: str) -> Tensor:
     """SE(x) by `senet.ops.squeeze_excite`."""
     w1, b1, w2, b2 = _parameters(fc1, fc2)

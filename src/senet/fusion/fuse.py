@@ -21,7 +21,7 @@ from senet.anatomy.tails import Part as Step
 from senet.anatomy.tails import Tail, read_tails
 from senet.errors import SenetError, UserError
 from senet.fusion.forward import FusedForward, fused_forwards
-from senet.fusion.modules import Gate, gate_of, is_norm
+from senet.fusion.modules import Gate, gate_of, is_depthwise, is_norm
 from senet.fusion.rewriting import ALONE, Plan, Unreadable
 from senet.nn.block import SqueezeExcitation
 
@@ -33,12 +33,14 @@ _OURS = "it is ours and runs in the operator"
 
 @dataclass(frozen=True)
 class Fused:
-    """A tail or an SE block that runs in the operator.
+    """A tail, an SE block or a depthwise convolution that runs in the operator.
 
     Attributes:
-        name: dotted name of its batch norm; of the SE block where that is alone.
+        name: dotted name of its batch norm; of the SE block where that is alone; of a depthwise
+            convolution.
         owner: of the module whose forward was written anew.
-        form: its steps: "norm → silu → se", "norm → se → add → relu", "se", …
+        form: its steps: "norm → silu → se", "norm → se → add → relu", "se", …; or "depthwise", a
+            convolution.
         bytes_moved: memory traffic saved in a training step, for one image of the example.
         bytes_kept: maps that the backward pass no longer keeps, likewise.
     """
@@ -107,7 +109,8 @@ def fuse(model: nn.Module, example_input: Any = None) -> FusionReport:
     """Run the tails and SE blocks of a live model through the operator, in place.
 
     Batch norm, activation, SE, addition and ReLU between two convolutions become one call of
-    `senet.ops`, in training and evaluation. The module tree, names, parameters, state dict, hooks,
+    `senet.ops`, in training and evaluation; depthwise convolutions with kernels of 5 and 7 run in
+    `senet.ops.depthwise`. The module tree, names, parameters, state dict, hooks,
     optimizers and copies stay as they are; outputs and gradients change by rounding only, random
     numbers not at all. Where a module inside has hooks, its block runs as before, which is said
     once.
@@ -150,6 +153,10 @@ def fuse(model: nn.Module, example_input: Any = None) -> FusionReport:
             failed[name] = _OURS
         elif name not in inside:
             failed |= _rewritten(root, name, frozenset(), known)
+    called = {call.name for call in seen.trace.calls}
+    for name, module in root.named_modules():
+        if name in called and is_depthwise(module):
+            failed |= _rewritten(root, name, frozenset(), {})
     _check(root, seen, arguments)
     return _report(root, seen, tails, gates, {**failed, **unread})
 
@@ -368,6 +375,8 @@ def _bytes(step: Step) -> int:
 
 def _saved(form: str, size: int) -> tuple[int, int]:
     """Bytes that no longer move, and that are no longer kept."""
+    if form == "depthwise":
+        return 0, 0
     steps = form.split(" → ")
     apart = sum(_PASSES.get(step, _PASSES["act"]) for step in steps)
     together = 5 if steps == ["se"] else 8

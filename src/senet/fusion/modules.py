@@ -39,6 +39,7 @@ _FUNCTIONS: dict[Any, Activation] = {
     F.silu: Activation("silu"),
     F.hardswish: Activation("hardswish"),
 }
+_FASTER = (5, 7)  # sides of kernels at which PyTorch's gradient of the weights is slow
 _GRID = torch.linspace(-8, 8, 161)
 _MEANS = ("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 _SHAPES = ("reshape", "same", "expand")
@@ -62,6 +63,16 @@ def normalizes_and_activates(module: nn.Module | None) -> bool:
 def own_activation(module: nn.Module | None) -> Activation | None:
     """The activation within a batch norm: none but in timm's; None for one that is not known."""
     return activation_of(module.act) if normalizes_and_activates(module) else _LINEAR  # type: ignore[union-attr, arg-type]  # it is that class
+
+
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether `senet.ops.depthwise` computes this, and faster: docs/fusion.md."""
+    if type(module) is not nn.Conv2d or module.bias is not None or module.padding_mode != "zeros":
+        return False
+    square = len({*module.kernel_size}) == len({*module.stride}) == len({*module.padding}) == 1
+    alone = module.groups == module.in_channels == module.out_channels
+    whole = alone and square and module.dilation == (1, 1)
+    return whole and module.kernel_size[0] in _FASTER and isinstance(module.padding[0], int)
 
 
 def is_norm(module: nn.Module | None) -> bool:

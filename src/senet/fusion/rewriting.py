@@ -21,6 +21,7 @@ from senet.fusion.modules import (
     Gate,
     activation_of,
     function_activation,
+    is_depthwise,
     is_norm,
     normalizes_and_activates,
     own_activation,
@@ -59,7 +60,8 @@ class Part:
     """A tail that runs in the operator.
 
     Attributes:
-        norm: name of its batch norm within the module; "" where it is the module, or for SE alone.
+        norm: name of its batch norm, or depthwise convolution, within the module; "" where it is
+            the module; None for SE alone.
         block: name of its SE block, likewise; None without.
         form: its steps, as `senet.anatomy.tails` names them.
     """
@@ -147,12 +149,20 @@ def _traced(module: nn.Module, opened: frozenset[str]) -> list[fx.Graph]:
 
 
 def _whole(module: nn.Module, plan: Plan) -> Rewritten:
-    """Of a module that is a tail, or an SE block, and nothing else.
+    """Of a module that is a tail, an SE block or a depthwise convolution, and nothing else.
 
     Raises:
         Unreadable: the operator does not have its activation.
     """
-    if "" in plan.gates:
+    names: tuple[str, ...] = ()
+    if is_depthwise(module):
+        part = Part("", None, "depthwise")
+
+        def function(module: nn.Module, x: Tensor) -> Tensor:
+            assert isinstance(module, nn.Conv2d)
+            return execution.depthwise(x, module)
+
+    elif "" in plan.gates:
         gate = plan.gates[""]
         names, part = gate.inside, Part(None, "", "se")
 
@@ -184,7 +194,7 @@ def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
     Raises:
         Unreadable: the forward cannot be read, or has no tail.
     """
-    if is_norm(module) or "" in plan.gates:
+    if is_norm(module) or is_depthwise(module) or "" in plan.gates:
         return _whole(module, plan)
     graphs = _traced(module, plan.opened)
     (parts, touched), *others = [_Replacement(module, plan, graph).run() for graph in graphs]

@@ -79,7 +79,8 @@ using namespace senet;
 
 // What structs.py is compared with, one by one from index 0 on until null is returned.
 SENET_EXPORT const Field* senet_field(int64_t index) {
-  constexpr Table<Field> tables[] = {kNormFields, kTailFields, kBranchFields, kJoinFields, kStepFields};
+  constexpr Table<Field> tables[] = {kNormFields, kTailFields,      kBranchFields,
+                                     kJoinFields, kDepthwiseFields, kStepFields};
   return entry(tables, index);
 }
 SENET_EXPORT const Constant* senet_constant(int64_t index) {
@@ -104,6 +105,13 @@ SENET_EXPORT int senet_join_forward(int type, const JoinArguments* a) {
 }
 SENET_EXPORT int senet_join_backward(int type, const JoinArguments* a) {
   return operator_kernels(type).join_backward[type](*a);
+}
+
+SENET_EXPORT int senet_depthwise_forward(const DepthwiseArguments* a) {
+  return kernels().operator_kernels.depthwise_forward(*a);
+}
+SENET_EXPORT int senet_depthwise_backward(const DepthwiseArguments* a) {
+  return kernels().operator_kernels.depthwise_backward(*a);
 }
 
 // Runs `count` steps with `threads` threads; each has `scratch_size` floats of scratch.

@@ -149,6 +149,15 @@ class JoinArguments(ctypes.Structure):
     )
 
 
+class DepthwiseArguments(ctypes.Structure):
+    """Arguments of depthwise_forward and depthwise_backward, `operator/arguments.h`."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "N C H W OH OW kernel stride padding threads"),
+        *_fields(ctypes.c_void_p, "x weights y packed gradient dx dweights"),
+    )
+
+
 class Step(ctypes.Structure):
     """One step of a program, `inference/step.h`."""
 
@@ -177,6 +186,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     TailArguments,
     JoinBranch,
     JoinArguments,
+    DepthwiseArguments,
     Step,
 )
 ENUMERATIONS: tuple[type[IntEnum], ...] = (

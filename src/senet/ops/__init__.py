@@ -19,7 +19,13 @@ that, `operators` names their implementations.
 """
 
 from senet.ops.activations import Activation
-from senet.ops.api import bn_act_se, bn_relu_concat_se, bn_se_add_relu, squeeze_excite
+from senet.ops.api import (
+    bn_act_se,
+    bn_relu_concat_se,
+    bn_se_add_relu,
+    depthwise,
+    squeeze_excite,
+)
 from senet.ops.choice import Implementation, implementations, use
 from senet.ops.recompute import recomputed
 from senet.ops.reference import BRANCH_ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, BatchNorm
@@ -34,6 +40,7 @@ __all__ = [
     "bn_act_se",
     "bn_relu_concat_se",
     "bn_se_add_relu",
+    "depthwise",
     "implementations",
     "recomputed",
     "squeeze_excite",

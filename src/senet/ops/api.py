@@ -6,12 +6,15 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from senet.ops import checks, join, tail
+from senet.ops import checks, convolution, join, tail
 from senet.ops.activations import Activation
 from senet.ops.choice import resolve
-from senet.ops.operators import JOIN, TAIL
+from senet.ops.cpu.convolution import KERNELS
+from senet.ops.maps import memory_format
+from senet.ops.operators import DEPTHWISE, JOIN, TAIL
 from senet.ops.reference import BatchNorm
 
 _NO_NORM = BatchNorm(None, None, None, None)
@@ -316,3 +319,36 @@ def bn_relu_concat_se(
         norm.momentum if train else None for norm, train in zip(given, training, strict=True)
     ]
     return JOIN.run(resolve(maps[0]), arguments, momenta)
+
+
+def depthwise(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """A depthwise convolution without bias: `F.conv2d(x, weight, stride=…, groups=C)`.
+
+    The C++ kernels take float32 maps in channels_last with kernels of 3, 5 or 7; everything else
+    runs in PyTorch's own convolution.
+
+    Args:
+        x: (N,C,H,W).
+        weight: (C,1,k,k).
+        stride: in both directions.
+        padding: zeros on each side.
+
+    Returns:
+        (N,C,OH,OW), dtype of x; channels_last for such an x.
+
+    Raises:
+        UserError: shapes that do not fit, or an implementation chosen with `use` that cannot take
+            x.
+    """
+    if not torch.jit.is_tracing():
+        checks.check_depthwise(x, weight, stride, padding)
+    suits = (
+        weight.shape[-1] in KERNELS
+        and x.dtype == weight.dtype == torch.float32
+        and memory_format(x) is torch.channels_last
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+    implementation = resolve(x)
+    if implementation in ("cpu", "triton") and not (suits and implementation == "cpu"):
+        return F.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
+    return DEPTHWISE.run(implementation, convolution.Arguments(x, weight, stride, padding), ())

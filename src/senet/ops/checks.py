@@ -124,3 +124,22 @@ def check_join(
             if own or norm.running_mean is None:
                 check_batch(x)
     check_gate(sum(x.shape[1] for x in maps), *gate_parameters, gate)
+
+
+def check_depthwise(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
+    """Raise unless the arguments of `depthwise` fit each other."""
+    if x.ndim != 4:
+        raise UserError(f"x has shape {tuple(x.shape)}; it must be (N, C, H, W)")
+    C, k = x.shape[1], weight.shape[-1]
+    if weight.shape != (C, 1, k, k):
+        raise UserError(
+            f"weight has shape {tuple(weight.shape)}; for an input of {C} channels it must be "
+            f"({C}, 1, k, k)"
+        )
+    if stride < 1 or padding < 0:
+        raise UserError(f"stride is {stride}, padding {padding}; they are at least 1 and 0")
+    if min(x.shape[2:]) + 2 * padding < k:
+        raise UserError(
+            f"a kernel of {k} is larger than the input, {tuple(x.shape[2:])} with a padding of "
+            f"{padding}"
+        )

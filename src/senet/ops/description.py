@@ -41,6 +41,7 @@ _SCHEMA: dict[Any, str] = {
     list[Tensor]: "Tensor[]",
     list[Tensor | None]: "Tensor?[]",
     bool: "bool",
+    int: "int",
     float: "float",
     str: "str",
     list[int]: "int[]",

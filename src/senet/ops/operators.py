@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from senet.ops import join, reference, tail
+from senet.ops import convolution, join, reference, tail
+from senet.ops.algebra import convolution as algebra_convolution
 from senet.ops.algebra import join as algebra_join
 from senet.ops.algebra import tail as algebra_tail
 from senet.ops.cpu import common as cpu
+from senet.ops.cpu import convolution as cpu_convolution
 from senet.ops.cpu import join as cpu_join
 from senet.ops.cpu import tail as cpu_tail
 from senet.ops.description import Kernels, Operator
@@ -30,4 +32,10 @@ JOIN = Operator(
         "triton": Kernels(triton.takes, triton_join),
         "cpu": Kernels(cpu.takes, cpu_join),
     },
+)
+DEPTHWISE = Operator(
+    convolution.DEPTHWISE,
+    reference=reference.depthwise,
+    algebra=algebra_convolution,
+    kernels={"cpu": Kernels(cpu_convolution.takes, cpu_convolution)},
 )

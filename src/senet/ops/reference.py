@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senet.ops.activations import Activation
+from senet.ops.convolution import Arguments as DepthwiseArguments
 from senet.ops.description import Momenta
 from senet.ops.join import BATCH, NONE
 from senet.ops.join import Arguments as JoinArguments
@@ -151,3 +152,17 @@ def join(a: JoinArguments, momenta: Momenta) -> Tensor:
             v = activate(v, a.activation, a.negative_slope)
         parts.append(v)
     return scaled(torch.cat(parts, 1), a, a.hidden_activation).to(a.maps[0].dtype)
+
+
+def depthwise(a: DepthwiseArguments, _: Momenta) -> Tensor:
+    """Each channel's map by its own kernel, tap by tap."""
+    k, s = a.weight.shape[-1], a.stride
+    x = F.pad(a.x.to(accumulator(a.x.dtype)), (a.padding,) * 4)
+    rows, columns = ((side - k) // s + 1 for side in x.shape[2:])
+    taps = [
+        x[:, :, i : i + s * rows : s, j : j + s * columns : s][:, :, :rows, :columns]
+        * spread(a.weight[:, 0, i, j].to(x.dtype), x)
+        for i in range(k)
+        for j in range(k)
+    ]
+    return torch.stack(taps).sum(0).to(a.x.dtype)

@@ -59,6 +59,16 @@ struct JoinArguments {
   void *dw1, *db1, *dw2, *db2;
 };
 
+// A depthwise convolution of channels_last float32 maps: x (N,H,W,C), weights (C,kernel,kernel).
+struct DepthwiseArguments {
+  int64_t N, C, H, W, OH, OW, kernel, stride, padding, threads;
+  const void *x, *weights;
+  void *y, *packed;  // packed: the weights as (kernel * kernel, C), from the forward pass
+  // backward only; a null output is not wanted
+  const void* gradient;
+  void *dx, *dweights;
+};
+
 namespace {
 
 #define FIELD(name) SENET_FIELD(NormArguments, name)
@@ -99,6 +109,15 @@ constexpr Field kJoinFields[] = {
 static_assert(covers(kJoinFields, sizeof(JoinArguments)));
 #undef FIELD
 
+#define FIELD(name) SENET_FIELD(DepthwiseArguments, name)
+constexpr Field kDepthwiseFields[] = {
+    FIELD(N), FIELD(C), FIELD(H), FIELD(W), FIELD(OH), FIELD(OW), FIELD(kernel), FIELD(stride),
+    FIELD(padding), FIELD(threads), FIELD(x), FIELD(weights), FIELD(y), FIELD(packed),
+    FIELD(gradient), FIELD(dx), FIELD(dweights),
+};
+static_assert(covers(kDepthwiseFields, sizeof(DepthwiseArguments)));
+#undef FIELD
+
 constexpr Constant kOperatorConstants[] = {
     {"Gate", "SIGMOID", kSigmoid},
     {"Gate", "TANH", kTanh},
@@ -130,6 +149,8 @@ struct OperatorKernels {
   int (*tail_backward[3])(const TailArguments&);
   int (*join_forward[3])(const JoinArguments&);
   int (*join_backward[3])(const JoinArguments&);
+  int (*depthwise_forward)(const DepthwiseArguments&);
+  int (*depthwise_backward)(const DepthwiseArguments&);
 };
 
 }  // namespace senet

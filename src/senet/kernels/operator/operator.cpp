@@ -3,6 +3,7 @@
 // linker cannot take code of one set for that of another.
 
 #include "backward.h"
+#include "depthwise.h"
 #include "forward.h"
 #include "join.h"
 
@@ -23,6 +24,8 @@ const OperatorKernels operator_kernels = {
     SENET_EACH_TYPE(tail_backward),
     SENET_EACH_TYPE(join_forward),
     SENET_EACH_TYPE(join_backward),
+    depthwise_forward,
+    depthwise_backward,
 };
 
 }  // namespace senet::SENET_ISA
