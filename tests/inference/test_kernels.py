@@ -1,6 +1,7 @@
 """The C++ kernels of senet.optimize against PyTorch in float64, one layer at a time."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from senet import kernels
+from senet.inference import chains
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
 from senet.kernels.structs import Kind, Step
@@ -442,8 +444,9 @@ def test_gates_scale_the_input_of_a_convolution(images: int) -> None:
 @pytest.mark.parametrize("se", [False, True])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 2)])
 def test_chains_of_convolutions(
-    kernel: int, stride: int, se: bool, images: int, threads: int
+    kernel: int, stride: int, se: bool, images: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chains, "_MOVED", math.inf)  # whether it pays or not
     model = Bottleneck(kernel, stride, se, stride == 1).eval()
     x = torch.randn(images, 16, 71, 74)
     program = Program(Rewriter(model, x).run(), x, threads, {})
@@ -455,7 +458,9 @@ def test_chains_of_convolutions(
 
 
 @torch.no_grad()
-def test_a_chain_begins_with_patches_and_ends_in_a_concat() -> None:
+def test_a_chain_begins_with_patches_and_ends_in_a_concat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "_MOVED", math.inf)
+
     class Stem(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -127,7 +127,9 @@ class Lowering:
                 self._reserve_slots(node)
         self.chains = chains.find(nodes, self._called, self._shape, self._apart(), threads)
         self.inside = {node for chain in self.chains.values() for node in chain[:-1]}
-        segments = cut(nodes, self.results, self._weight_bytes, whole, self.inside)
+        self.segment = frozenset(nodes)
+        joined = set(filter(self._joins, nodes))
+        segments = cut(nodes, self.results, self._weight_bytes, whole, self.inside, joined)
         self.input_images = segments[0].images
         for segment in segments:
             self.slots.pop(segment.nodes[-1], None)
@@ -487,6 +489,15 @@ class Lowering:
             return False
         module = self.module.get_submodule(str(node.target))
         return isinstance(module, SqueezeGate) and native_gate(module)
+
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether the steps before and behind a node's result do less work in one segment."""
+        if not is_map(self.results[node]):
+            return False
+        if self._feeds_gate(node):
+            return True
+        scaling = node.op == "call_module" and isinstance(self._called(node), Pointwise)
+        return scaling and self._scales_an_input(node)
 
     def _averages(self, node: fx.Node) -> bool:
         """Whether a node is the mean over a map, in the part of the graph at hand."""
