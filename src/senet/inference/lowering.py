@@ -35,6 +35,8 @@ from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
 from senet.ops.activations import RELU
 
+PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
+
 
 def pair(value: Any) -> tuple[int, int]:
     """A number or two as two."""
@@ -235,6 +237,8 @@ class Lowering:
             module = self.module.get_submodule(str(node.target))
             return _in_float32(module) and self._native_module(node, module)
         if node.op == "call_method":
+            if node.target in ("mul", "mul_", "multiply") and len(node.args) == 2:
+                return not node.kwargs and self._multiply(node)
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
 
@@ -375,7 +379,7 @@ class Lowering:
             x, shortcut = self._read(a), self._read(b)
             self.builder.copy(x, self._over(node, shortcut, x), shortcut=shortcut)
             return True
-        if target is operator.mul and not kwargs and len(args) == 2:
+        if target in PRODUCTS and not kwargs and len(args) == 2:
             return self._multiply(node)
         if target is torch.flatten and args[1:] == (1,) and not kwargs:
             source = args[0]
@@ -439,14 +443,28 @@ class Lowering:
         return True
 
     def _multiply(self, node: fx.Node) -> bool:
-        """A map times a number."""
+        """A map times a number, or times a vector for each image."""
         maps = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(maps) == 2:
+            return self._scale(node, *maps) or self._scale(node, *reversed(maps))
         numbers = [a for a in node.args if isinstance(a, int | float)]
         if len(maps) != 1 or len(numbers) != 1:
             return False
         module = Pointwise()
         module.multiply(float(numbers[0]))
         self.builder.pointwise(node.name, module, self._read(maps[0]), self._new(node))
+        return True
+
+    def _scale(self, node: fx.Node, scaled: fx.Node, factor: fx.Node) -> bool:
+        """A map (N,C,H,W) times (N,C,1,1), or (N,C) times (N,C)."""
+        shape, other = self.results[scaled].shape, self.results[factor].shape
+        if self.results[node].shape != shape or len(other) != len(shape):
+            return False
+        if other[:2] != shape[:2] or any(size != 1 for size in other[2:]):
+            return False
+        x, gates = self._read(scaled), self._read(factor)
+        y = self._over(node, x, gates)
+        self.builder.pointwise(node.name, Pointwise(), x, y, gates)
         return True
 
     def _padded_shortcut(self, node: fx.Node, module: PaddedShortcut, x: Map) -> None:

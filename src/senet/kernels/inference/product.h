@@ -88,7 +88,7 @@ SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
     SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
       SENET_UNROLL(2)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = relu(sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = rectified(sum[r][v]);
   }
   if (e.columns >= kVectors * kWidth) {
     SENET_UNROLL(16)
