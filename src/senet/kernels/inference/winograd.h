@@ -168,7 +168,7 @@ void multiply_patches(const Step& s, int64_t first, int64_t count, const float* 
     for (int i = 0; i < n * n; ++i) {
       e.y = products + i * count * kPanel;
       panel_product(patches + i * stride * ld, ld, count,
-                    s.weights + (panel * n * n + i) * s.C * kPanel, s.C, e);
+                    s.weights + (panel * n * n + i) * s.C * kPanel, {s.C}, e);
     }
     transform_outputs<m>(s, first, count, panel, products);
   }
