@@ -93,7 +93,7 @@ class Lowering:
         builder: the steps.
         values: map of each node that lies in the arena.
         splits: nodes whose parts are read where the map that they split lies.
-        fixed: what nodes give that follows from the input's shape.
+        fixed: what nodes give that follows from the input's shape, and parameters that they are.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
         input_images: images that an INPUT step reads.
@@ -190,7 +190,7 @@ class Lowering:
             self.fixed[node] = self.results[node]
             return
         if node.op == "get_attr":
-            self.builder.steps.append(TorchStep(node, None))
+            self.fixed[node] = operator.attrgetter(str(node.target))(self.module)
             return
         if node.op == "placeholder":
             self.builder.emit(
@@ -212,7 +212,7 @@ class Lowering:
         if node.op not in ("call_function", "call_method"):
             return False
         parts = torch.utils._pytree.tree_leaves(self.results[node])
-        if any(isinstance(part, Tensor) for part in parts):
+        if any(isinstance(part, Tensor | torch.device) for part in parts):
             return False
         sizes = node.target is getattr and node.args[1] in ("shape", "ndim")
         if sizes or (node.op == "call_method" and node.target in ("size", "dim", "numel")):

@@ -15,6 +15,8 @@ from senet.kernels.structs import Limit
 
 # Bytes of inputs that a task reads again for each panel of weights: half of a small L2 cache.
 _BLOCK_BYTES = 256 << 10
+# Outputs of a group up to which gathered patches are too seldom read again.
+_FEW_OUTPUTS = 64
 # Bytes of a group's rows that a convolution slides over, in the first-level cache.
 _COPIED_BYTES = 24 << 10
 # Bytes of a task's Winograd patches, which are all read for each panel.
@@ -146,7 +148,7 @@ def slides(geometry: Geometry, C: int, OC: int) -> bool:
     """Whether a convolution's outputs are too few for gathering patches: it slides over rows."""
     if geometry.dilation != (1, 1) or geometry.kernel == (1, 1):
         return False
-    narrow = OC // geometry.groups <= 2 * kernels.PANEL
+    narrow = OC // geometry.groups <= _FEW_OUTPUTS
     return narrow and (geometry.groups > 1 or C <= 4)
 
 
