@@ -1,6 +1,7 @@
 """The C++ kernels of senet.optimize against PyTorch in float64, one layer at a time."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from senet import kernels
-from senet.inference.program import Program
+from senet.inference import chains
+from senet.inference.program import Program, Stretch
 from senet.inference.rewrite import Rewriter
 from senet.kernels.structs import Kind, Step
 from senet.nn.block import SqueezeExcitation
@@ -192,6 +194,27 @@ def test_pooling(pool: nn.Module, channels: int) -> None:
     assert error(native(model, x), model, x) < TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (6, 5)])
+def test_products_of_maps_and_vectors(size: tuple[int, int]) -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = torch.nn.functional.adaptive_avg_pool2d(x, 1)
+            y = torch.mul(pooled, pooled.mul(pooled) * 0.5) * x
+            return y * torch.flatten(pooled, 1).mul(2)[:, :, None, None]
+
+    model, x = Products(), torch.randn(2, 19, *size)
+    program = Program(Rewriter(model).run(), x, 2, {})  # without an example nothing is rewritten
+    assert error(program.run(x), model, x) < TOLERANCE
+    kinds = [
+        Kind(step.kind)
+        for part in program.parts
+        if isinstance(part, Stretch)
+        for step in part.steps
+    ]
+    assert kinds.count(Kind.POINTWISE) > 4
+
+
 def test_max_pooling_keeps_nan() -> None:
     x = torch.zeros(1, 3, 4, 4)
     x[0, 1, 0, 0] = float("nan")
@@ -219,7 +242,8 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = torch.relu(self.a(x))
-        joined = torch.cat([a, self.b(x), torch.nn.functional.max_pool2d(a, 3, 1, 1)[:, :13]], 1)
+        pooled = torch.nn.functional.max_pool2d(a, 3, 1, 1).roll(1, 1)
+        joined = torch.cat([a, self.b(x), pooled[:, :13]], 1)
         return self.c(joined) * 0.5
 
 
@@ -228,7 +252,7 @@ def test_concat_of_parts_from_kernels_and_from_pytorch() -> None:
     model = Branches().eval()
     x = torch.randn(2, 8, 10, 10)
     program = Program(Rewriter(model).run(), x, 2, {})
-    assert len(program.parts) == 3  # kernels, the slice in PyTorch, kernels
+    assert len(program.parts) == 3  # kernels, the roll in PyTorch, kernels
     assert error(program.run(x), model, x) < TOLERANCE
 
 
@@ -442,8 +466,9 @@ def test_gates_scale_the_input_of_a_convolution(images: int) -> None:
 @pytest.mark.parametrize("se", [False, True])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 2)])
 def test_chains_of_convolutions(
-    kernel: int, stride: int, se: bool, images: int, threads: int
+    kernel: int, stride: int, se: bool, images: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chains, "_MOVED", math.inf)  # whether it pays or not
     model = Bottleneck(kernel, stride, se, stride == 1).eval()
     x = torch.randn(images, 16, 71, 74)
     program = Program(Rewriter(model, x).run(), x, threads, {})
@@ -455,7 +480,9 @@ def test_chains_of_convolutions(
 
 
 @torch.no_grad()
-def test_a_chain_begins_with_patches_and_ends_in_a_concat() -> None:
+def test_a_chain_begins_with_patches_and_ends_in_a_concat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "_MOVED", math.inf)
+
     class Stem(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senet import create_model, kernels
 from senet.errors import UserError
 from senet.inference import OptimizedModel, optimize, plans, workspaces
+from senet.inference.builder import TorchStep
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
 from senet.inference.workspaces import Workspace, Workspaces
@@ -352,3 +354,24 @@ def test_memory_of_inference_mode_serves_outside_of_it() -> None:
     with torch.inference_mode():
         wanted = fast(x).clone()
     assert torch.equal(fast(x), wanted)
+
+
+@torch.no_grad()
+def test_parameters_that_the_graph_reads_itself() -> None:
+    """They are looked up once; an edit is seen, and another one in their place, too."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(7), nn.Conv2d(8, 4, 1)).eval()
+    norm = type("Norm", (nn.Module,), {"forward": lambda m, x: F.layer_norm(x, (7,), m.w)})()
+    norm.w = nn.Parameter(torch.rand(7))
+    model[1] = norm
+    x = torch.randn(1, 3, 9, 9)
+    fast = optimize(model, x)
+    program = fast.network.plans(x).program(x)
+    assert sum(isinstance(part, TorchStep) for part in program.parts) == 1
+    for change in (lambda w: w.mul_(2), lambda w: w.data.copy_(torch.rand(7))):
+        change(fast.network.graph_module.get_parameter("1.w"))
+        change(norm.w)
+        norm.w.copy_(fast.network.graph_module.get_parameter("1.w"))
+        torch.testing.assert_close(fast(x), model(x))
+    norm.w = nn.Parameter(torch.rand(7))
+    fast.network.graph_module.get_submodule("1").w = norm.w
+    torch.testing.assert_close(fast(x), model(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,9 @@ from senet.inference.schedule import (
     depthwise_tasks,
     narrow_groups,
     row_stride,
+    slides,
+    sliding_floats,
+    sliding_tasks,
     winograd_tasks,
     winograd_tile,
 )
@@ -316,7 +319,25 @@ class Builder:
         assert isinstance(x, Map)
         assert isinstance(y, Map)
         depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
-        panels = groups * math.ceil(y.shape[3] / groups / kernels.PANEL)
+        N, OH, OW, OC = y.shape
+        panels = groups * math.ceil(OC / groups / kernels.PANEL)
+        packed = replace(geometry, groups=groups)
+        if slides(packed, x.shape[3], OC):
+            inputs = x.shape[3] // groups
+            if self._lines:
+                floats = sliding_floats(geometry, OW, inputs, self._lines)
+                tasks = Tasks(self._lines, panels, floats)
+            else:
+                tasks = sliding_tasks(geometry, N, OH, OW, inputs, panels, self.threads)
+            self.scratch = max(self.scratch, tasks.scratch)
+            summed = self._summed(y, math.ceil(OH / tasks.rows)) if sums else None
+            self.emit(
+                Kind.SLIDING,
+                {**maps, "sums": None if summed is None else summed.parts},
+                {**packed.fields(), **ending.fields, "rows": tasks.rows, "panels": tasks.panels},
+                {"weights": weights, "bias": bias, **ending.constants},
+            )
+            return summed
         scaled = maps.get("input_gates") is not None
         images = y.shape[0] if sums or scaled or maps.get("gates") is not None else 1
         if self._lines:

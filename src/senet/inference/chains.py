@@ -24,6 +24,8 @@ _HELD_BYTES = 256 << 10
 _WIDE_BYTES = 1 << 20
 # Products that are computed twice, where two tasks meet in an image, per product.
 _TWICE = 0.15
+# Rows that are moved to the front of the memory that holds them, per row that is new.
+_MOVED = 0.5
 # Products of an output of a convolution whose patches are gathered.
 _PATCH = 512
 
@@ -115,7 +117,17 @@ def pays(links: tuple[Link, ...], images: int, threads: int) -> bool:
         return False
     if all(each.geometry.kernel == (1, 1) for each in links[1:]):
         return False
-    return images * cut(links, images, threads).parts >= threads
+    chosen = cut(links, images, threads)
+    for number, lines in enumerate(chosen.lines):
+        new = chosen.rows * _stride(links[number + 1 :])
+        if lines - new > _MOVED * new:
+            return False
+    return images * chosen.parts >= threads
+
+
+def _stride(links: tuple[Link, ...]) -> int:
+    """Rows of what enters some convolutions per row of what leaves them."""
+    return math.prod(each.geometry.stride[0] for each in links)
 
 
 def _held(links: tuple[Link, ...], rows: int) -> int:
@@ -128,8 +140,8 @@ def _twice(links: tuple[Link, ...]) -> float:
     """Products that are computed twice where two tasks meet, per product of an image."""
     twice = 0
     for number, each in enumerate(links):
-        step = math.prod(after.geometry.stride[0] for after in links[number + 1 :])
-        twice += max(held_lines(links[number:], 1)[0] - step, 0) * each.row_products
+        again = held_lines(links[number:], 1)[0] - _stride(links[number + 1 :])
+        twice += max(again, 0) * each.row_products
     return twice / sum(each.output[0] * each.row_products for each in links)
 
 

@@ -35,6 +35,8 @@ from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
 from senet.ops.activations import RELU
 
+PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
+
 
 def pair(value: Any) -> tuple[int, int]:
     """A number or two as two."""
@@ -91,7 +93,7 @@ class Lowering:
         builder: the steps.
         values: map of each node that lies in the arena.
         splits: nodes whose parts are read where the map that they split lies.
-        fixed: what nodes give that follows from the input's shape.
+        fixed: what nodes give that follows from the input's shape, and parameters that they are.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
         input_images: images that an INPUT step reads.
@@ -127,7 +129,9 @@ class Lowering:
                 self._reserve_slots(node)
         self.chains = chains.find(nodes, self._called, self._shape, self._apart(), threads)
         self.inside = {node for chain in self.chains.values() for node in chain[:-1]}
-        segments = cut(nodes, self.results, self._weight_bytes, whole, self.inside)
+        self.segment = frozenset(nodes)
+        joined = set(filter(self._joins, nodes))
+        segments = cut(nodes, self.results, self._weight_bytes, whole, self.inside, joined)
         self.input_images = segments[0].images
         for segment in segments:
             self.slots.pop(segment.nodes[-1], None)
@@ -186,7 +190,7 @@ class Lowering:
             self.fixed[node] = self.results[node]
             return
         if node.op == "get_attr":
-            self.builder.steps.append(TorchStep(node, None))
+            self.fixed[node] = operator.attrgetter(str(node.target))(self.module)
             return
         if node.op == "placeholder":
             self.builder.emit(
@@ -208,7 +212,7 @@ class Lowering:
         if node.op not in ("call_function", "call_method"):
             return False
         parts = torch.utils._pytree.tree_leaves(self.results[node])
-        if any(isinstance(part, Tensor) for part in parts):
+        if any(isinstance(part, Tensor | torch.device) for part in parts):
             return False
         sizes = node.target is getattr and node.args[1] in ("shape", "ndim")
         if sizes or (node.op == "call_method" and node.target in ("size", "dim", "numel")):
@@ -233,6 +237,8 @@ class Lowering:
             module = self.module.get_submodule(str(node.target))
             return _in_float32(module) and self._native_module(node, module)
         if node.op == "call_method":
+            if node.target in ("mul", "mul_", "multiply") and len(node.args) == 2:
+                return not node.kwargs and self._multiply(node)
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
 
@@ -373,7 +379,7 @@ class Lowering:
             x, shortcut = self._read(a), self._read(b)
             self.builder.copy(x, self._over(node, shortcut, x), shortcut=shortcut)
             return True
-        if target is operator.mul and not kwargs and len(args) == 2:
+        if target in PRODUCTS and not kwargs and len(args) == 2:
             return self._multiply(node)
         if target is torch.flatten and args[1:] == (1,) and not kwargs:
             source = args[0]
@@ -437,14 +443,28 @@ class Lowering:
         return True
 
     def _multiply(self, node: fx.Node) -> bool:
-        """A map times a number."""
+        """A map times a number, or times a vector for each image."""
         maps = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(maps) == 2:
+            return self._scale(node, *maps) or self._scale(node, *reversed(maps))
         numbers = [a for a in node.args if isinstance(a, int | float)]
         if len(maps) != 1 or len(numbers) != 1:
             return False
         module = Pointwise()
         module.multiply(float(numbers[0]))
         self.builder.pointwise(node.name, module, self._read(maps[0]), self._new(node))
+        return True
+
+    def _scale(self, node: fx.Node, scaled: fx.Node, factor: fx.Node) -> bool:
+        """A map (N,C,H,W) times (N,C,1,1), or (N,C) times (N,C)."""
+        shape, other = self.results[scaled].shape, self.results[factor].shape
+        if self.results[node].shape != shape or len(other) != len(shape):
+            return False
+        if other[:2] != shape[:2] or any(size != 1 for size in other[2:]):
+            return False
+        x, gates = self._read(scaled), self._read(factor)
+        y = self._over(node, x, gates)
+        self.builder.pointwise(node.name, Pointwise(), x, y, gates)
         return True
 
     def _padded_shortcut(self, node: fx.Node, module: PaddedShortcut, x: Map) -> None:
@@ -487,6 +507,15 @@ class Lowering:
             return False
         module = self.module.get_submodule(str(node.target))
         return isinstance(module, SqueezeGate) and native_gate(module)
+
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether the steps before and behind a node's result do less work in one segment."""
+        if not is_map(self.results[node]):
+            return False
+        if self._feeds_gate(node):
+            return True
+        scaling = node.op == "call_module" and isinstance(self._called(node), Pointwise)
+        return scaling and self._scales_an_input(node)
 
     def _averages(self, node: fx.Node) -> bool:
         """Whether a node is the mean over a map, in the part of the graph at hand."""

@@ -208,12 +208,8 @@ class _Run:
         get = self.result if node in self.program.escaping else self.value
         args, kwargs = rebuilt(node.args, get), rebuilt(node.kwargs, get)
         match node.op:
-            case "get_attr":
-                result: Any = module
-                for name in str(node.target).split("."):
-                    result = getattr(result, name)
             case "call_module":
-                result = module.get_submodule(str(node.target))(*args, **kwargs)
+                result: Any = module.get_submodule(str(node.target))(*args, **kwargs)
             case "call_method":
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             case _:

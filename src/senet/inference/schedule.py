@@ -15,6 +15,10 @@ from senet.kernels.structs import Limit
 
 # Bytes of inputs that a task reads again for each panel of weights: half of a small L2 cache.
 _BLOCK_BYTES = 256 << 10
+# Outputs of a group up to which gathered patches are too seldom read again.
+_FEW_OUTPUTS = 64
+# Bytes of a group's rows that a convolution slides over, in the first-level cache.
+_COPIED_BYTES = 24 << 10
 # Bytes of a task's Winograd patches, which are all read for each panel.
 _PATCH_BYTES = 384 << 10
 # Up to this many bytes all inputs stay in a core's cache and threads share the panels instead.
@@ -138,6 +142,43 @@ def depthwise_tasks(geometry: Geometry, N: int, OH: int, OW: int, C: int, thread
     if N * math.ceil(OH / rows) * parts < wanted:
         rows = max(1, OH // math.ceil(wanted / (N * parts)))
     return Tasks(rows, math.ceil(panels / parts), 0)
+
+
+def slides(geometry: Geometry, C: int, OC: int) -> bool:
+    """Whether a convolution's outputs are too few for gathering patches: it slides over rows."""
+    if geometry.dilation != (1, 1) or geometry.kernel == (1, 1):
+        return False
+    narrow = OC // geometry.groups <= _FEW_OUTPUTS
+    return narrow and (geometry.groups > 1 or C <= 4)
+
+
+def sliding_tasks(
+    geometry: Geometry, N: int, OH: int, OW: int, C: int, panels: int, threads: int
+) -> Tasks:
+    """Rows of an image's output and panels of weights of the tasks of one that `slides`.
+
+    Args:
+        geometry: the convolution, its groups as they are packed.
+        N: images.
+        OH: height of the output.
+        OW: width of the output.
+        C: channels of a group's input.
+        panels: panels of weights over all groups.
+        threads: threads.
+    """
+    wanted, width = threads * _TASKS, (OW - 1) * geometry.stride[1] + geometry.kernel[1]
+    fitting = _COPIED_BYTES // (4 * width * C * geometry.stride[0])
+    rows = min(OH, max(geometry.kernel[0], fitting))
+    parts = min(panels, math.ceil(wanted / (N * math.ceil(OH / rows))))
+    if N * math.ceil(OH / rows) * parts < wanted:
+        rows = max(1, OH // math.ceil(wanted / (N * parts)))
+    return Tasks(rows, math.ceil(panels / parts), sliding_floats(geometry, OW, C, rows))
+
+
+def sliding_floats(geometry: Geometry, OW: int, C: int, rows: int) -> int:
+    """Floats of the copy of a group's rows for so many rows of the output."""
+    width = (OW - 1) * geometry.stride[1] + geometry.kernel[1]
+    return ((rows - 1) * geometry.stride[0] + geometry.kernel[0]) * width * C + kernels.PANEL
 
 
 def narrow_groups(geometry: Geometry, C: int, OC: int) -> bool:

@@ -39,6 +39,7 @@ def cut(
     weights: Callable[[fx.Node], int],
     whole: Set[fx.Node] = frozenset(),
     inside: Set[fx.Node] = frozenset(),
+    joined: Set[fx.Node] = frozenset(),
 ) -> list[Segment]:
     """The segments of a graph.
 
@@ -47,7 +48,8 @@ def cut(
         results: the tensor (without data) that each gives, images first.
         weights: bytes of a node's weights.
         whole: nodes that have to run on the whole batch at once.
-        inside: nodes whose results do not go through memory, nor from one segment to another.
+        inside: nodes whose results do not go through memory.
+        joined: further nodes behind which no segment ends.
     """
     batch = int(results[nodes[0]].shape[0])
     pieces: list[list[fx.Node]] = [[]]
@@ -58,7 +60,7 @@ def cut(
         pieces[-1].append(node)
         alive = {n for n in (alive | {node}) if last_use[n] > i}
         # The input is no part.
-        if alive == {node} and is_map(results[node]) and i > 0 and node not in inside:
+        if alive == {node} and is_map(results[node]) and i > 0 and node not in inside | joined:
             pieces.append([])
     if not pieces[-1]:
         pieces.pop()

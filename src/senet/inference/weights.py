@@ -37,6 +37,9 @@ class Watch:
             module = graph.get_submodule(target)
             if isinstance(module, FusedConv | Pointwise | SqueezeGate | nn.Linear):
                 self._add(module)
+        for node in graph.graph.nodes:
+            if node.op == "get_attr":
+                self._add_parameter(str(node.target))
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.versions = [tensor._version for tensor in self.counted]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
@@ -50,6 +53,16 @@ class Watch:
             self.places.append((children, name, children[name]))
             self.sizes.append((children, len(children)))
             module = children[name]
+
+    def _add_parameter(self, target: str) -> None:
+        """Notice where another one takes the place of a parameter that the graph reads itself."""
+        owner, _, name = target.rpartition(".")
+        if owner:
+            self._add_path(owner)
+        module = self.graph.get_submodule(owner)
+        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        slot = next(slot for slot in slots if name in slot)
+        self.places.append((slot, name, slot[name]))
 
     def _add(self, module: nn.Module) -> None:
         for part in module.modules():

@@ -70,6 +70,7 @@ class Kind(IntEnum):
     IMAGES = 12
     GROUPED = 13
     CHAIN = 14
+    SLIDING = 15
 
 
 class Activation(IntEnum):

@@ -43,6 +43,8 @@ SENET_INLINE V magnitude(V x) { return reinterpret_cast<V>(bits_of(x) & 0x7fffff
 SENET_INLINE V with_sign_of(V positive, V x) {
   return reinterpret_cast<V>(bits_of(positive) | (bits_of(x) & int32_t(0x80000000)));
 }
+// max(x, 0) in one instruction; a NaN stays one.
+SENET_INLINE V rectified(V x) { return larger(V{}, x); }
 SENET_INLINE V at_least(V x, float low) { return larger(V{} + low, x); }
 SENET_INLINE V at_most(V x, float high) { return smaller(V{} + high, x); }
 
@@ -104,13 +106,13 @@ SENET_INLINE V gelu(V x) {
   Reduced exponent = reduced(-0.5f * (upper * upper));
   exponent.rest -= 0.5f * ((a - upper) * (a + upper));
   const V below = p * u * exponential_of(exponent).value();
-  return x > 14.0f ? x : relu(x) - magnitude(x) * below;
+  return x > 14.0f ? x : rectified(x) - magnitude(x) * below;
 }
 
 template <Activation kActivation>
 SENET_INLINE V activated(V x, float parameter, const float* slopes) {
   using A = Activation;
-  if constexpr (kActivation == A::kRelu) return relu(x);
+  if constexpr (kActivation == A::kRelu) return rectified(x);
   if constexpr (kActivation == A::kRelu6) return at_most(at_least(x, 0.0f), 6.0f);
   if constexpr (kActivation == A::kLeakyRelu) return x > 0 ? x : x * parameter;
   if constexpr (kActivation == A::kPrelu) return x > 0 ? x : x * load<kWidth>(slopes);

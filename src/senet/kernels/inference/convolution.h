@@ -123,7 +123,7 @@ void convolution(const Step& s, int64_t task, float* scratch) {
       scale_panel(weights, s.input_gates + image * s.input_gates_ld, depth, scratch);
       weights = scratch;
     }
-    panel_product(a, lda, rows, weights, depth, e);
+    panel_product(a, lda, rows, weights, {depth}, e);
     if (s.sums) {
       float* to = s.sums + (image * row_blocks + row_block) * s.sums_ld + out;
       sum_rows(e.y, s.y_ld, rows, to, e.columns);

@@ -28,12 +28,12 @@ SENET_INLINE void store_outputs(float* y, int64_t ld, int64_t outputs, int64_t c
   if (columns >= kWidth && outputs >= kOutputs) {
     SENET_UNROLL(16)
     for (int o = 0; o < kOutputs; ++o) {
-      const V value = positive ? relu(sum[o]) : sum[o];
+      const V value = positive ? rectified(sum[o]) : sum[o];
       std::memcpy(y + o * ld, &value, sizeof value);
     }
   } else {
     for (int o = 0; o < std::min<int64_t>(kOutputs, outputs); ++o)
-      store_columns(y + o * ld, positive ? relu(sum[o]) : sum[o], columns);
+      store_columns(y + o * ld, positive ? rectified(sum[o]) : sum[o], columns);
   }
 }
 

@@ -69,7 +69,7 @@ void grouped_row(const Step& s, int64_t task) {
         add_grouped_row<kStride, g>(pixels[i], c, s.weights + i * 3 * g * s.weights_ld + c,
                                     s.weights_ld, sum, std::make_integer_sequence<int, g>{});
       for (int64_t t = 0; t < outputs; ++t) {
-        const V value = positive ? relu(sum[t]) : sum[t];
+        const V value = positive ? rectified(sum[t]) : sum[t];
         store_columns(s.y + (task * s.OW + left + t) * s.y_ld + c, value, s.C - c);
       }
     }

@@ -181,7 +181,7 @@ void pointwise(const Step& s, int64_t task) {
         if (s.bias) value += load<kWidth>(s.bias + c);
         if (s.gates) value *= load<kWidth>(s.gates + n * s.gates_ld + c);
         if (s.shortcut) value += load<kWidth>(s.shortcut + row * s.shortcut_ld + c);
-        if (positive) value = relu(value);
+        if (positive) value = rectified(value);
         store_columns(s.y + row * s.y_ld + c, value, s.C - c);
       }
     if (!in_registers(ending)) activate(ending, s.y + begin * s.y_ld, s.y_ld, rows, s.C);

@@ -88,7 +88,7 @@ SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
     SENET_UNROLL(16)
     for (int r = 0; r < kRows; ++r)
       SENET_UNROLL(2)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = relu(sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = rectified(sum[r][v]);
   }
   if (e.columns >= kVectors * kWidth) {
     SENET_UNROLL(16)
@@ -105,18 +105,24 @@ SENET_INLINE void finish(const Epilogue& e, V (&sum)[kRows][kVectors]) {
   }
 }
 
+// The depth of a product: `slices` pieces of `depth` each, in the maps `step` apart.
+struct Depth {
+  int64_t depth, slices = 1, step = 0;
+};
+
 template <int kRows, int kVectors>
-void tile(const float* a, int64_t lda, const float* b, int64_t depth, const Epilogue& e) {
+void tile(const float* a, int64_t lda, const float* b, const Depth& d, const Epilogue& e) {
   V sum[kRows][kVectors];
   SENET_UNROLL(16)
   for (int r = 0; r < kRows; ++r)
     SENET_UNROLL(2)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = V{};
-  add_product<kRows, kVectors>(a, lda, b, depth, sum);
+  for (int64_t i = 0; i < d.slices; ++i)
+    add_product<kRows, kVectors>(a + i * d.step, lda, b + i * d.depth * kPanel, d.depth, sum);
   finish<kRows, kVectors>(e, sum);
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, const Epilogue&);
+using Tile = void (*)(const float*, int64_t, const float*, const Depth&, const Epilogue&);
 
 template <int kVectors, int... kRows>
 Tile tile_of_rows(int64_t rows, std::integer_sequence<int, kRows...>) {
@@ -125,8 +131,8 @@ Tile tile_of_rows(int64_t rows, std::integer_sequence<int, kRows...>) {
 }
 
 // Rows [0, rows) of a times one panel, in tiles of nearly equal height.
-inline void panel_product(const float* a, int64_t lda, int64_t rows, const float* b, int64_t depth,
-                          Epilogue e) {
+inline void panel_product(const float* a, int64_t lda, int64_t rows, const float* b,
+                          const Depth& depth, Epilogue e) {
   using Rows = std::make_integer_sequence<int, kTileRows>;
   const int64_t tiles = ceil_div(rows, kTileRows);
   const int64_t height = rows / tiles, taller = rows % tiles;

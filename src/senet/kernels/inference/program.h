@@ -9,6 +9,7 @@
 #include "excitation.h"
 #include "grouped.h"
 #include "passes.h"
+#include "sliding.h"
 #include "winograd.h"
 
 namespace senet {
@@ -38,6 +39,8 @@ int64_t task_count(const Step& s) {
       return depthwise_tasks(s);
     case kChain:
       return chain_tasks(s);
+    case kSliding:
+      return sliding_tasks(s);
     default:  // grouped convolution, pooling
       return s.N * s.OH;
   }
@@ -77,6 +80,8 @@ void run_task(const Step& s, int64_t task, float* scratch) {
       return images(s, task, scratch);
     case kChain:
       return chain(s, task, scratch);
+    case kSliding:
+      return sliding(s, task, scratch);
     case kGrouped:
       return grouped(s, task);
     case kDepthwise:

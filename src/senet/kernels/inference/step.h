@@ -21,6 +21,7 @@ enum Kind {
   kImages,
   kGrouped,
   kChain,
+  kSliding,
 };
 
 // As senet.ops.activations names them; a PReLU has its slopes beside it, and the identity sigmoid, a
@@ -105,6 +106,7 @@ constexpr Constant kInferenceConstants[] = {
     {"Kind", "IMAGES", kImages},
     {"Kind", "GROUPED", kGrouped},
     {"Kind", "CHAIN", kChain},
+    {"Kind", "SLIDING", kSliding},
     {"Activation", "LINEAR", int64_t(Activation::kLinear)},
     {"Activation", "RELU", int64_t(Activation::kRelu)},
     {"Activation", "RELU6", int64_t(Activation::kRelu6)},

@@ -129,7 +129,7 @@ void transform_outputs(const Step& s, int64_t first, int64_t count, int64_t pane
         V value = out[i * m + j] + bias;
         if (gated) value *= gate;
         if (shortcut) value += load<kWidth>(shortcut + (i * OW + j) * shortcut_ld);
-        return positive ? relu(value) : value;
+        return positive ? rectified(value) : value;
       };
       const auto store_pixel = [&](int64_t i, int64_t j, V value, int64_t stored) {
         store_columns(y + (i * OW + j) * y_ld, value, stored);
@@ -168,7 +168,7 @@ void multiply_patches(const Step& s, int64_t first, int64_t count, const float* 
     for (int i = 0; i < n * n; ++i) {
       e.y = products + i * count * kPanel;
       panel_product(patches + i * stride * ld, ld, count,
-                    s.weights + (panel * n * n + i) * s.C * kPanel, s.C, e);
+                    s.weights + (panel * n * n + i) * s.C * kPanel, {s.C}, e);
     }
     transform_outputs<m>(s, first, count, panel, products);
   }
