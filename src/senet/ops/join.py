@@ -19,7 +19,8 @@ from senet.ops.maps import accumulator, common_format
 T = TypeVar("T")
 
 # What normalizes a branch, as the kernels count it. NONE: it goes in as it is, without activation.
-NONE, RUNNING, BATCH = 0, 1, 2
+# GIVEN: statistics and gates of an earlier pass, in C++ only.
+NONE, RUNNING, BATCH, GIVEN = 0, 1, 2, 3
 ROWS = 5  # of the statistics: mean, inv_std, unbiased var, scale = weight * inv_std, shift = bias
 
 
