@@ -228,6 +228,23 @@ def test_report() -> None:
     assert "2 × norm → se → add → relu" in str(report)
 
 
+def test_what_a_convolution_reads_is_computed_once_more() -> None:
+    """BN → ReLU → conv, BN → SiLU → SE → conv: the maps between are not kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*Net().mobile, nn.Conv2d(16, 4, 1))
+    model[0] = Conv2dNormActivation(3, 16, 3, activation_layer=nn.SiLU)
+    plain = copy.deepcopy(model)
+    (part,) = senet.fuse(model, torch.zeros(1, 3, 8, 8)).fused
+    assert part.bytes_kept == 3 * 16 * 8 * 8 * 4
+    x = images().float()
+    assert_same(step(model, x), step(plain, x), 1e-4)
+    out = model(x)
+    kept = out.grad_fn._saved_input
+    y = model[:2](x)
+    torch.testing.assert_close(kept, y, rtol=1e-5, atol=1e-6)
+    assert kept.data_ptr() != out.grad_fn._saved_input.data_ptr()  # made anew each time
+
+
 def test_random_numbers_are_the_same() -> None:
     """Drop path stands between SE and the addition: the tail ends there."""
     plain, fused = pair(drop=0.4)
@@ -245,7 +262,7 @@ def test_unfuse_and_fuse_again() -> None:
     assert torch.equal(fused(images()), plain(images()))
     first = senet.fuse(fused, images(1))
     assert senet.fuse(fused, images(1)) == first
-    assert ran(fused) == ["block1", "block2", "mobile"]
+    assert ran(fused) == ["block1", "block1.conv2", "block2", "block2.conv2", "mobile"]
 
 
 def test_copies_are_independent() -> None:
@@ -308,7 +325,7 @@ def test_what_has_hooks_from_the_start_is_left() -> None:
     report = senet.fuse(model, torch.zeros(1, 3, 8, 8))
     assert [left.name for left in report.left] == ["block1.bn1", "block1.bn2"]
     assert {left.reason for left in report.left} == {"modules with hooks (BatchNorm2d)"}
-    assert ran(model) == ["block1.se", "block2", "mobile"]
+    assert ran(model) == ["block1.se", "block2", "block2.conv2", "mobile"]
 
 
 def test_a_hook_on_a_block_does_not_open_it(calls: list[str]) -> None:

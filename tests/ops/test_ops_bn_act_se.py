@@ -179,7 +179,7 @@ def test_gradgradcheck() -> None:
 def test_opcheck() -> None:
     t = {k: v.requires_grad_() for k, v in numbers(case()).items()}
     lists = [[t["x0"]], [t["weight0"]], [t["bias0"]], [t["mean0"].detach()], [t["var0"].detach()]]
-    functions = ("leaky_relu", 0.1, "silu", "tanh")
+    functions = ("tanh", "leaky_relu", 0.1, "silu")
     gate = [t[name] for name in ("w1", "b1", "w2", "b2")]
     opcheck(torch.ops.senet.join.default, (*lists, *gate, [2], [1e-5], *functions))
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_branches_of_other_kinds_beside_it(implementation: str) -> None:
         gate = [t[k].detach().clone().requires_grad_() for k in ("w1", "b1", "w2", "b2")]
         norm = ([t["weight0"], None], [t["bias0"], None], [None, None], [None, None])
         kinds = [2, NONE]
-        arguments = Arguments(maps, *norm, *gate, kinds, [1e-5, 0.0], "silu", 0.0, "silu", "tanh")
+        arguments = Arguments(maps, *norm, *gate, kinds, [1e-5, 0.0], "tanh", "silu", 0.0, "silu")
         y = JOIN.run(name, arguments, (None, None))
         y.backward(t["y"])
         found[name] = [y, *(leaf.grad for leaf in (*maps, *gate))]

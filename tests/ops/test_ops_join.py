@@ -85,15 +85,25 @@ def test_opcheck() -> None:
         lists = [[t[f"{name}{i}"] for i in range(4)] for name in ("x", "weight", "bias")]
         lists += [[t[f"{name}{i}"].detach() for i in range(4)] for name in ("mean", "var")]
         gate = [w1, t["b1"], t["w2"], None] if gated else [None] * 4
-        functions = ("relu", 0.0, "relu", "sigmoid")
-        options = ([2, 0, 1, 2], [1e-5] * 4, *functions)
+        options = ([2, 0, 1, 2], [1e-5] * 4, "sigmoid")  # the rest are defaults
         opcheck(torch.ops.senet.join.default, (*lists, *gate, *options))
         with torch.no_grad():
             y, *kept = torch.ops.senet.join(*lists, *gate, *options)
         maps = [x.detach() for x in lists[0]]
         weights = [None if w is None else w.detach() for w in (gate[0], gate[2])]
         wanted = [True, False, True, True] + [True, False] * 4 + [gated] * 4
-        arguments = (torch.randn_like(y), maps, *weights, *kept, options[0], *functions, wanted)
+        arguments = (
+            torch.randn_like(y),
+            maps,
+            *weights,
+            *kept,
+            options[0],
+            "sigmoid",
+            "relu",
+            0.0,
+            "relu",
+            wanted,
+        )
         opcheck(torch.ops.senet.join_backward.default, arguments)
 
 

@@ -1,6 +1,7 @@
 """Maps that a consumer's backward pass computes again instead of keeping them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -64,6 +65,36 @@ def test_consumer_does_not_hold_the_map() -> None:
     again = out.grad_fn._saved_input
     assert again.data_ptr() != address
     assert torch.equal(again, y)
+
+
+@needs_kernels
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("training", [True, False])
+def test_behind_an_activation(gated: bool, layout: torch.memory_format, training: bool) -> None:
+    """BN → SiLU → SE: the same bits once more, and the consumer holds nothing."""
+    conv = nn.Conv2d(20, 8, 3)
+    w1, w2 = torch.randn(5, 20), torch.randn(20, 5)
+    results = []
+    for keeps in (True, False):
+        x, bn = parts(layout)
+        y = ops.bn_act_se(
+            *(x, bn.weight, bn.bias, bn.running_mean, bn.running_var),
+            *((w1, None, w2, None) if gated else (None,) * 4),
+            training=training,
+            momentum=0.1,
+            eps=1e-5,
+            activation="silu",
+            hidden_activation="silu",
+        )
+        with nullcontext() if keeps else ops.recomputed(y):
+            out = conv(y)
+        again = out.grad_fn._saved_input
+        assert (again.data_ptr() == y.data_ptr()) == keeps
+        assert torch.equal(again, y)
+        results.append(torch.autograd.grad(out.square().sum(), (x, *bn.parameters())))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @needs_kernels

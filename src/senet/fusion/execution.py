@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -83,8 +85,28 @@ def added(
     )
 
 
-def depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """What the class of a convolution computes."""
+    return type(conv).forward(conv, x)
+
+
+def reading(
+    compute: Callable[[nn.Module, Tensor], Tensor],
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The same, and x is not kept for the backward pass where the operator made it."""
+
+    def function(conv: nn.Module, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compute(conv, x)
+        with ops.recomputed(x):
+            return compute(conv, x)
+
+    return function
+
+
+def depthwise(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x) by `senet.ops.depthwise`."""
+    assert isinstance(conv, nn.Conv2d)
     padding = conv.padding[0]
     assert isinstance(padding, int)
     return ops.depthwise(x, conv.weight, conv.stride[0], padding)

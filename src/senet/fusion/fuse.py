@@ -22,7 +22,7 @@ from senet.anatomy.tails import Tail, read_tails
 from senet.errors import SenetError, UserError
 from senet.fusion.forward import FusedForward, fused_forwards
 from senet.fusion.modules import Gate, gate_of, is_depthwise, is_norm
-from senet.fusion.rewriting import ALONE, Plan, Unreadable
+from senet.fusion.rewriting import ALONE, Part, Plan, Unreadable
 from senet.nn.block import SqueezeExcitation
 
 # Passes over a map, forward and backward, of the modules one by one: docs/fusion.md.
@@ -154,9 +154,10 @@ def fuse(model: nn.Module, example_input: Any = None) -> FusionReport:
         elif name not in inside:
             failed |= _rewritten(root, name, frozenset(), known)
     called = {call.name for call in seen.trace.calls}
+    readers = set(_readers(root, tails).values())
     for name, module in root.named_modules():
-        if name in called and is_depthwise(module):
-            failed |= _rewritten(root, name, frozenset(), {})
+        if name in readers or (name in called and is_depthwise(module)):
+            failed |= _rewritten(root, name, frozenset(), {}, reads=name in readers)
     _check(root, seen, arguments)
     return _report(root, seen, tails, gates, {**failed, **unread})
 
@@ -277,8 +278,36 @@ def _chain(step: Step, gates: dict[str, Gate]) -> list[Call]:
     return chain
 
 
+def _readers(root: nn.Module, tails: Sequence[Tail]) -> dict[str, str]:
+    """By fused tail whose result can be computed once more the convolution that alone reads it."""
+    found: dict[str, str] = {}
+    parts = {name: part for _, name, part in _parts(root)}
+    for tail in tails:
+        part = parts.get(tail.name)
+        if part is None or "add" in part.form or part.form.count("→") + 1 < len(tail.parts):
+            continue
+        innermost = [next(reversed(node.calls)) for node in tail.readers if node.calls]
+        if len(tail.readers) == 1 and innermost and type(innermost[0].module) is nn.Conv2d:
+            found[tail.name] = innermost[0].name
+    return found
+
+
+def _parts(root: nn.Module) -> Iterator[tuple[str, str, Part]]:
+    """What runs in the operator: owner, dotted name of its norm (or of SE alone), and form."""
+    for owner, _, forward in fused_forwards(root):
+        assert forward.rewritten is not None
+        for part in forward.rewritten.parts:
+            inner = part.norm if part.norm is not None else part.block or ""
+            yield owner, _joined(owner, inner), part
+
+
 def _rewritten(
-    root: nn.Module, name: str, opened: frozenset[str], gates: dict[str, Gate]
+    root: nn.Module,
+    name: str,
+    opened: frozenset[str],
+    gates: dict[str, Gate],
+    *,
+    reads: bool = False,
 ) -> dict[str, str]:
     """Write a module's forward anew; where that fails, its name and the reason."""
     module = root.get_submodule(name)
@@ -287,7 +316,7 @@ def _rewritten(
     if name in gates:
         within = {"": gates[name]}
     try:
-        forward = FusedForward(module, Plan(opened, within))
+        forward = FusedForward(module, Plan(opened, within, reads))
         if (obstacle := forward.obstacle()) is not None:
             return {name: obstacle}
         module.__dict__["forward"] = forward
@@ -334,12 +363,12 @@ def _report(
         for name, block in seen.excitations.items()
     }
     fused: list[Fused] = []
-    for owner, _, forward in fused_forwards(root):
-        assert forward.rewritten is not None
-        for part in forward.rewritten.parts:
-            name = _joined(owner, part.norm if part.norm is not None else part.block or "")
-            size = sizes.get(name, 0)
-            fused.append(Fused(name, owner, part.form, *_saved(part.form, size)))
+    placed = {name for name, _, _ in fused_forwards(root)}
+    again = {tail for tail, reader in _readers(root, tails).items() if reader in placed}
+    for owner, name, part in _parts(root):
+        moved, kept = _saved(part.form, again=name in again)
+        size = sizes.get(name, 0)
+        fused.append(Fused(name, owner, part.form, moved * size, kept * size))
     done = {part.name for part in fused}
     done |= {b for name, _, f in fused_forwards(root) for b in _blocks(name, f)}
     left = []
@@ -373,8 +402,8 @@ def _bytes(step: Step) -> int:
     return prod(node.shape[1:]) * torch.empty(0, dtype=node.dtype).element_size()
 
 
-def _saved(form: str, size: int) -> tuple[int, int]:
-    """Bytes that no longer move, and that are no longer kept."""
+def _saved(form: str, *, again: bool) -> tuple[int, int]:
+    """How many times a map no longer moves, and is no longer kept; `again`: computed once more."""
     if form == "depthwise":
         return 0, 0
     steps = form.split(" → ")
@@ -382,7 +411,9 @@ def _saved(form: str, size: int) -> tuple[int, int]:
     together = 5 if steps == ["se"] else 8
     if "add" in steps:
         together = 11 if steps[-1] == "relu" else 9
-    kept = ("se" in steps and "norm" in steps) + (
-        len(steps) > 1 and steps[1] not in ("relu", "relu6", "leaky_relu", "add", "se")
+    kept = (
+        again
+        + ("se" in steps and "norm" in steps)
+        + (len(steps) > 1 and steps[1] not in ("relu", "relu6", "leaky_relu", "add", "se"))
     )
-    return max(apart - together, 0) * size, kept * size
+    return max(apart - together - 2 * again, 0), kept

@@ -49,10 +49,12 @@ class Plan:
     Attributes:
         opened: names of its modules that are traced into.
         gates: SE blocks within it that the operator can compute, by their names; "" is the module.
+        reads: whether it is a convolution that alone reads a tail, whose result it need not keep.
     """
 
     opened: frozenset[str]
     gates: Mapping[str, Gate]
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,12 @@ def _whole(module: nn.Module, plan: Plan) -> Rewritten:
         Unreadable: the operator does not have its activation.
     """
     names: tuple[str, ...] = ()
-    if is_depthwise(module):
-        part = Part("", None, "depthwise")
-
-        def function(module: nn.Module, x: Tensor) -> Tensor:
-            assert isinstance(module, nn.Conv2d)
-            return execution.depthwise(x, module)
+    part: Part | None
+    if plan.reads or is_depthwise(module):
+        faster = is_depthwise(module)
+        part = Part("", None, "depthwise") if faster else None
+        compute = execution.depthwise if faster else execution.convolution
+        function = execution.reading(compute) if plan.reads else compute
 
     elif "" in plan.gates:
         gate = plan.gates[""]
@@ -185,7 +187,8 @@ def _whole(module: nn.Module, plan: Plan) -> Rewritten:
             return execution.normalized(x, module, None, None, "relu", "sigmoid", name, slope)
 
     touched = tuple((tuple(n.split(".")), type(module.get_submodule(n))) for n in names)
-    return Rewritten(function, (part,), (((), type(module)), *touched), ())
+    parts = () if part is None else (part,)
+    return Rewritten(function, parts, (((), type(module)), *touched), ())
 
 
 def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
@@ -194,7 +197,7 @@ def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
     Raises:
         Unreadable: the forward cannot be read, or has no tail.
     """
-    if is_norm(module) or is_depthwise(module) or "" in plan.gates:
+    if is_norm(module) or is_depthwise(module) or "" in plan.gates or plan.reads:
         return _whole(module, plan)
     graphs = _traced(module, plan.opened)
     (parts, touched), *others = [_Replacement(module, plan, graph).run() for graph in graphs]

@@ -14,6 +14,7 @@ three ways in which a call runs:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_type_hints
@@ -117,6 +118,8 @@ class Description(Generic[A, O, S]):
         flops, backward_flops: the same from shapes instead of tensors (2 a multiply-add).
         move: moves the running statistics among the arguments by the momenta.
         passes: index into `gradients` of an argument whose gradient is that of y itself, if any.
+        added: the last options, which programs that were exported before do not give: the schema
+            has their defaults.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Description(Generic[A, O, S]):
     backward_flops: Callable[[Any, Any], int]
     move: Callable[[A, O, Momenta], None]
     passes: Callable[[A], int | None] = _passes_nothing
+    added: Sequence[str] = ()
 
 
 def move_running(
@@ -170,11 +174,15 @@ def _grouped(flat: Sequence[Any], lists: Sequence[bool]) -> tuple[Any, ...]:
 class _Fields:
     """A named tuple as the dispatcher and autograd take it: its tensors one by one, its options."""
 
-    def __init__(self, cls: type[Any]) -> None:
+    def __init__(self, cls: type[Any], added: Sequence[str] = ()) -> None:
         hints = get_type_hints(cls)
         self.cls, self.names = cls, cls._fields
         kinds = [_SCHEMA[hints[name]] for name in self.names]
-        self.schema = ", ".join(map(" ".join, zip(kinds, self.names, strict=True)))
+        defaults = [
+            f"={json.dumps(cls._field_defaults[n])}" if n in added else "" for n in self.names
+        ]
+        parts = zip(kinds, self.names, defaults, strict=True)
+        self.schema = ", ".join(f"{kind} {name}{default}" for kind, name, default in parts)
         self.count = sum("Tensor" in kind for kind in kinds)
         assert all("Tensor" in kind for kind in kinds[: self.count])
         lists = tuple(kind.endswith("[]") for kind in kinds[: self.count])
@@ -188,7 +196,7 @@ class _Fields:
     def join(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
         """The named tuple of which these are the parts."""
         values = _grouped(tensors, self.lists) if self.lists else tensors
-        return self.cls._make((*values, *options))
+        return self.cls(*values, *options)  # the dispatcher leaves out the last defaults
 
 
 def differentiates(tensors: Sequence[Any]) -> bool:
@@ -224,7 +232,8 @@ class Operator(Generic[A]):
     ) -> None:
         self.description, self.reference = description, reference
         self.algebra, self.kernels = algebra, kernels
-        self._arguments, self._saved = _Fields(description.arguments), _Fields(description.saved)
+        self._arguments = _Fields(description.arguments, description.added)
+        self._saved = _Fields(description.saved)
         names = self._arguments.names
         self._differentiated = [names.index(name) for name in description.gradients._fields]
         lists = self._arguments.lists

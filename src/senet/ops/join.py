@@ -19,7 +19,8 @@ from senet.ops.maps import accumulator, common_format
 T = TypeVar("T")
 
 # What normalizes a branch, as the kernels count it. NONE: it goes in as it is, without activation.
-NONE, RUNNING, BATCH = 0, 1, 2
+# GIVEN: statistics and gates of an earlier pass, in C++ only.
+NONE, RUNNING, BATCH, GIVEN = 0, 1, 2, 3
 ROWS = 5  # of the statistics: mean, inv_std, unbiased var, scale = weight * inv_std, shift = bias
 
 
@@ -34,10 +35,10 @@ class Arguments(NamedTuple):
             of 1x1 convolutions.
         normalizations: NONE, RUNNING or BATCH.
         eps: added to the variance.
+        gate: one of `reference.GATES`.
         activation: of the normalized branches, one of `reference.BRANCH_ACTIVATIONS`.
         negative_slope: of "leaky_relu".
         hidden_activation: of the gate, one of `reference.HIDDEN_ACTIVATIONS`.
-        gate: one of `reference.GATES`.
     """
 
     maps: list[Tensor]
@@ -51,10 +52,10 @@ class Arguments(NamedTuple):
     b2: Tensor | None
     normalizations: list[int]
     eps: list[float]
+    gate: str
     activation: str = "relu"
     negative_slope: float = 0.0
     hidden_activation: str = "relu"
-    gate: str = "sigmoid"
 
 
 class Outputs(NamedTuple):
@@ -87,10 +88,10 @@ class Saved(NamedTuple):
     hidden: Tensor
     gates: Tensor
     normalizations: list[int]
+    gate: str
     activation: str
     negative_slope: float
     hidden_activation: str
-    gate: str
 
 
 class Gradients(NamedTuple, Generic[T]):
@@ -106,7 +107,7 @@ class Gradients(NamedTuple, Generic[T]):
 
 
 def _save(a: Arguments, out: Outputs) -> Saved:
-    functions = (a.activation, a.negative_slope, a.hidden_activation, a.gate)
+    functions = (a.gate, a.activation, a.negative_slope, a.hidden_activation)
     return Saved(a.maps, a.w1, a.w2, *out[1:], a.normalizations, *functions)
 
 
@@ -216,4 +217,5 @@ JOIN = Description(
     flops=_flops,
     backward_flops=_backward_flops,
     move=_move,
+    added=("activation", "negative_slope", "hidden_activation"),
 )

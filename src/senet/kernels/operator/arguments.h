@@ -6,7 +6,7 @@
 namespace senet {
 
 enum Gate { kSigmoid, kTanh, kRelu, kHardSigmoid, kIdentitySigmoid };
-// Given: as an earlier forward pass left them in `statistics`; forward only.
+// Given: as an earlier forward pass left them in `statistics` and `gates`; forward only.
 enum Normalization { kNone, kRunningStatistics, kBatchStatistics, kGivenStatistics };
 enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
 // Of each branch of a join, or of a gate's hidden layer.

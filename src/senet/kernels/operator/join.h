@@ -158,8 +158,18 @@ struct JoinForward {
     return {x, nullptr, row, row + kScale * C, row + kShift * C, nullptr, nullptr};
   }
 
+  // Statistics and gates are those of an earlier pass: y once more, to the bit.
+  bool given() const { return parts[0].branch->normalization == kGivenStatistics; }
+
   void operator()(const Member& member) const {
     const Share channels(C, member.id, member.size, kLanes<A>), units(H, member.id, member.size, 4);
+    if (given()) {
+      std::fill(ones + channels.begin, ones + channels.end, A(1));
+      member.barrier();
+      for (const auto& part : parts)
+        apply(part, 0, Share(N * part.plan.chunks, member.id, member.size));
+      return finish_streams();
+    }
     for (const auto& part : parts)
       if (part.batch())
         measure(part.plan, static_cast<const T*>(part.branch->x), 0,
