@@ -61,6 +61,8 @@ def load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{_NAME} is of another version of senet: {difference}; {_REMEDY}"
     for name in ("tail_forward", "tail_backward", "join_forward", "join_backward"):
         getattr(library, f"senet_{name}").argtypes = (ctypes.c_int, ctypes.c_char_p)
+    for name in ("forward", "input_gradient", "weights_gradient"):
+        getattr(library, f"senet_convolution_{name}").argtypes = (ctypes.c_char_p,)
     for name in ("panel", "tile_rows"):
         getattr(library, f"senet_{name}").restype = ctypes.c_int64
     pointer, number = ctypes.c_void_p, ctypes.c_int64

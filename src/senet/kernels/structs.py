@@ -134,12 +134,22 @@ class Step(ctypes.Structure):
     )
 
 
+class ConvolutionArguments(ctypes.Structure):
+    """Arguments of the convolution kernels, `convolution/arguments.h`."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "N H W C OH OW K pad_h pad_w threads"),
+        *_fields(ctypes.c_void_p, "x weights y"),
+    )
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     NormArguments,
     TailArguments,
     JoinBranch,
     JoinArguments,
     Step,
+    ConvolutionArguments,
 )
 ENUMERATIONS: tuple[type[IntEnum], ...] = (
     Gate,
