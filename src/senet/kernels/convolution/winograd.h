@@ -157,15 +157,17 @@ struct Winograd {
         std::memcpy(w[i][tap], row, sizeof row);
       }
     }
-    float* to = u + (k / kTile * kTaps * C + c) * kTile + k % kTile;
-    for (int64_t i = 0; i < kGroup; ++i)
-      for (int v = 0; v < kGroup / kWidth; ++v) {
+    for (int v = 0; v < kGroup / kWidth; ++v) {
+      const int64_t first = k + v * kWidth;
+      float* to = u + (first / kTile * kTaps * C + c) * kTile + first % kTile;
+      for (int64_t i = 0; i < kGroup; ++i) {
         V in[9], out[16];
         for (int tap = 0; tap < 9; ++tap) in[tap] = w[i][tap][v];
         of_weights_2d(in, out);
         for (int tap = 0; tap < 16; ++tap)
-          std::memcpy(to + (tap * C + i) * kTile + v * kWidth, &out[tap], sizeof(V));
+          std::memcpy(to + (tap * C + i) * kTile, &out[tap], sizeof(V));
       }
+    }
   }
 
   template <int kRows, int kVectors>

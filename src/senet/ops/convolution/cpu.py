@@ -7,6 +7,7 @@ from torch import Tensor
 
 from senet import kernels
 from senet.kernels.structs import ConvolutionArguments, packer
+from senet.ops.convolution import pytorch
 from senet.ops.convolution.description import (
     Arguments,
     Gradients,
@@ -14,8 +15,6 @@ from senet.ops.convolution.description import (
     Saved,
     empty_like,
     output_size,
-    torch_backward,
-    torch_forward,
 )
 from senet.ops.convolution.rule import Passes, passes
 from senet.ops.description import Momenta
@@ -44,7 +43,7 @@ def _passes(a: Arguments | Saved) -> Passes:
 def forward(a: Arguments, _: Momenta | None) -> Outputs:
     """y."""
     if not _passes(a).forward:
-        return Outputs(torch_forward(a))
+        return pytorch.forward(a)
     size = output_size(a.x.shape, a.weight.shape, a.stride, a.padding)
     y = torch.empty(size, memory_format=torch.channels_last)
     _call("forward", a, a.x, a.weight, y)
@@ -69,7 +68,7 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
             weight = empty_like(saved.weight).copy_(weight)
     rest = Gradients(wanted.x and not ours.x, wanted.weight and not ours.weight)
     if any(rest):
-        others = torch_backward(gradient, saved, rest)
+        others = pytorch.backward(gradient, saved, rest)
         x, weight = x if ours.x else others.x, weight if ours.weight else others.weight
     return Gradients(x, weight)
 

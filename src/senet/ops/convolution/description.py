@@ -100,27 +100,6 @@ def _backward_flops(saved: Any, wanted: Gradients[bool]) -> int:
     return _flops(saved) * (wanted.x + wanted.weight)
 
 
-def torch_forward(a: Arguments) -> Tensor:
-    """PyTorch's, in the format that y has."""
-    y = torch.conv2d(a.x, a.weight, None, a.stride, a.padding)
-    return y.contiguous(memory_format=output_format(a.x, a.weight))
-
-
-def torch_backward(
-    gradient: Tensor, saved: Saved, wanted: Gradients[bool]
-) -> Gradients[Tensor | None]:
-    """PyTorch's, in the formats that the gradients have."""
-    x, weight, stride, padding = saved
-    mask = [wanted.x, wanted.weight, False]
-    found = torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask
-    )
-    pairs = zip(found, (x, weight), wanted, strict=False)
-    return Gradients(
-        *(g.contiguous(memory_format=memory_format(t)) if w else None for g, t, w in pairs)
-    )
-
-
 CONVOLUTION = Description(
     name="convolution",
     arguments=Arguments,

@@ -9,31 +9,9 @@ from torch import Tensor
 
 from senet.errors import UserError
 from senet.ops.choice import resolve
-from senet.ops.convolution import cpu
-from senet.ops.convolution.description import (
-    CONVOLUTION,
-    Arguments,
-    Gradients,
-    Outputs,
-    Saved,
-    torch_backward,
-    torch_forward,
-)
+from senet.ops.convolution import cpu, pytorch
+from senet.ops.convolution.description import CONVOLUTION, Arguments
 from senet.ops.description import Kernels, Momenta, Operator
-
-
-class _PyTorch:
-    """The convolution of any device and type."""
-
-    @staticmethod
-    def forward(a: Arguments) -> Outputs:
-        return Outputs(torch_forward(a))
-
-    @staticmethod
-    def backward(
-        gradient: Tensor, saved: Saved, wanted: Gradients[bool]
-    ) -> Gradients[Tensor | None]:
-        return torch_backward(gradient, saved, wanted)
 
 
 def _reference(a: Arguments, _: Momenta) -> Tensor:
@@ -43,7 +21,7 @@ def _reference(a: Arguments, _: Momenta) -> Tensor:
 OPERATOR = Operator(
     CONVOLUTION,
     reference=_reference,
-    algebra=_PyTorch,
+    algebra=pytorch,
     kernels={"cpu": Kernels(cpu.takes, cpu)},
 )
 
