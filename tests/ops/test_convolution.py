@@ -184,6 +184,8 @@ def test_layouts_and_gradients_without_memory_of_their_own() -> None:
         assert torch.equal(convolve(contiguous, plain), torch.conv2d(contiguous, plain))
 
 
+# opcheck itself reads .grad of tensors that are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 def test_schema_and_opcheck() -> None:
     assert str(torch.ops.senet.convolution.default._schema) == (
         "senet::convolution(Tensor x, Tensor weight, int[] stride, int[] padding) -> Tensor y"
