@@ -63,6 +63,8 @@ def load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         getattr(library, f"senet_{name}").argtypes = (ctypes.c_int, ctypes.c_char_p)
     for name in ("depthwise_forward", "depthwise_backward"):
         getattr(library, f"senet_{name}").argtypes = (ctypes.c_char_p,)
+    for name in ("forward", "input_gradient", "weights_gradient"):
+        getattr(library, f"senet_convolution_{name}").argtypes = (ctypes.c_char_p,)
     for name in ("panel", "tile_rows"):
         getattr(library, f"senet_{name}").restype = ctypes.c_int64
     pointer, number = ctypes.c_void_p, ctypes.c_int64

@@ -5,15 +5,17 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "convolution/arguments.h"
 #include "inference/step.h"
 #include "layout.h"
 #include "operator/arguments.h"
 #include "portability.h"
 
-#define SENET_DECLARE(isa)                         \
-  namespace senet::isa {                           \
-  extern const OperatorKernels operator_kernels;   \
-  extern const InferenceKernels inference_kernels; \
+#define SENET_DECLARE(isa)                             \
+  namespace senet::isa {                               \
+  extern const OperatorKernels operator_kernels;       \
+  extern const InferenceKernels inference_kernels;     \
+  extern const ConvolutionKernels convolution_kernels; \
   }
 SENET_DECLARE(baseline)
 #ifdef SENET_X86
@@ -28,10 +30,11 @@ struct Kernels {
   const char* isa;
   const OperatorKernels& operator_kernels;
   const InferenceKernels& inference_kernels;
+  const ConvolutionKernels& convolution_kernels;
 };
 
 #define SENET_KERNELS(isa) \
-  Kernels { #isa, isa::operator_kernels, isa::inference_kernels }
+  Kernels { #isa, isa::operator_kernels, isa::inference_kernels, isa::convolution_kernels }
 
 Kernels choose() {
 #ifdef SENET_X86
@@ -80,7 +83,8 @@ using namespace senet;
 // What structs.py is compared with, one by one from index 0 on until null is returned.
 SENET_EXPORT const Field* senet_field(int64_t index) {
   constexpr Table<Field> tables[] = {kNormFields, kTailFields,      kBranchFields,
-                                     kJoinFields, kDepthwiseFields, kStepFields};
+                                     kJoinFields, kDepthwiseFields, kStepFields,
+                                     kConvolutionFields};
   return entry(tables, index);
 }
 SENET_EXPORT const Constant* senet_constant(int64_t index) {
@@ -113,6 +117,15 @@ SENET_EXPORT int senet_depthwise_forward(const DepthwiseArguments* a) {
 SENET_EXPORT int senet_depthwise_backward(const DepthwiseArguments* a) {
   return kernels().operator_kernels.depthwise_backward(*a);
 }
+
+// Return 0, or 1 when memory ran out; see ConvolutionKernels.
+#define SENET_CONVOLUTION(name)                                                \
+  SENET_EXPORT int senet_convolution_##name(const ConvolutionArguments* a) {  \
+    return kernels().convolution_kernels.name(*a);                            \
+  }
+SENET_CONVOLUTION(forward)
+SENET_CONVOLUTION(input_gradient)
+SENET_CONVOLUTION(weights_gradient)
 
 // Runs `count` steps with `threads` threads; each has `scratch_size` floats of scratch.
 SENET_EXPORT void senet_run(Step* steps, int64_t count, int64_t threads, float* scratch,

@@ -182,6 +182,15 @@ class Step(ctypes.Structure):
     )
 
 
+class ConvolutionArguments(ctypes.Structure):
+    """Arguments of the convolution kernels, `convolution/arguments.h`."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "N H W C OH OW K pad_h pad_w threads"),
+        *_fields(ctypes.c_void_p, "x weights y"),
+    )
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     NormArguments,
     TailArguments,
@@ -189,6 +198,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     JoinArguments,
     DepthwiseArguments,
     Step,
+    ConvolutionArguments,
 )
 ENUMERATIONS: tuple[type[IntEnum], ...] = (
     Gate,

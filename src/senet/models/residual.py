@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from senet.models.options import SEOptions
 from senet.nn.block import SqueezeExcitation
+from senet.nn.convolution import convolve
 from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
 
 
@@ -115,9 +116,9 @@ class ResidualBlock(nn.Module):
         """
         bn = None
         if isinstance(self.downsample, nn.Sequential):
-            x, bn = self.downsample[0](x), self.downsample[1]
+            x, bn = convolve(self.downsample[0], x), self.downsample[1]
         elif self.downsample is not None:
-            x = self.downsample(x)
+            x = convolve(self.downsample, x)
         se = self.se_at("identity")
         if se is None:
             return x, bn
@@ -151,7 +152,7 @@ class BasicBlock(ResidualBlock):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
-        out = self.conv1(self.before_branch(x))
+        out = convolve(self.conv1, self.before_branch(x))
         out = bn_relu_into(out, self.bn1, self.conv2, self.se_at("3x3"))
         se = self.se_at("standard")
         if se is None or not self.relu_before_se:
@@ -186,7 +187,7 @@ class Bottleneck(ResidualBlock):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
-        out = bn_relu_into(self.conv1(self.before_branch(x)), self.bn1, self.conv2)
+        out = bn_relu_into(convolve(self.conv1, self.before_branch(x)), self.bn1, self.conv2)
         out = bn_relu_into(out, self.bn2, self.conv3, self.se_at("3x3"))
         return self.finish(out, self.bn3, x)
 
@@ -232,7 +233,7 @@ class PreActivationBasicBlock(PreActivationBlock):
 
     def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
-        return bn_relu_into(self.conv1(x), self.bn2, self.conv2, self.se_at("3x3"))
+        return bn_relu_into(convolve(self.conv1, x), self.bn2, self.conv2, self.se_at("3x3"))
 
 
 class PreActivationBottleneck(PreActivationBlock):
@@ -250,5 +251,5 @@ class PreActivationBottleneck(PreActivationBlock):
 
     def branch(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, 4·planes, H/stride, W/stride)."""
-        x = bn_relu_into(self.conv1(x), self.bn2, self.conv2)
+        x = bn_relu_into(convolve(self.conv1, x), self.bn2, self.conv2)
         return bn_relu_into(x, self.bn3, self.conv3, self.se_at("3x3"))

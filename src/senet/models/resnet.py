@@ -23,6 +23,7 @@ from senet.models.residual import (
     conv,
 )
 from senet.nn.block import SqueezeExcitation
+from senet.nn.convolution import convolve
 from senet.nn.tails import bn_relu, bn_relu_into
 
 Variant = Literal["torch", "caffe", "cadene"]
@@ -169,7 +170,7 @@ class ResNet(Network):
 
     def forward_stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f a b"]:
         """What the first stage gets of images x (N, in_channels, H, W)."""
-        x = self.conv1(x)
+        x = convolve(self.conv1, x)
         if self.preactivation:
             return x if self.maxpool is None else self.maxpool(x)
         return (

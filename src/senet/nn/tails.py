@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet import ops
 from senet.nn.block import SqueezeExcitation, fusable, gate_parameters, leaves_process
+from senet.nn.convolution import convolve
 from senet.nn.sync_bn import SyncBatchNorm
 
 
@@ -44,7 +45,7 @@ def bn_relu_into(
     if torch.compiler.is_compiling():
         return consumer(y)
     with ops.recomputed(y):
-        return consumer(y)
+        return convolve(consumer, y)
 
 
 def residual_tail(

@@ -199,6 +199,16 @@ class _Fields:
         return self.cls(*values, *options)  # the dispatcher leaves out the last defaults
 
 
+def _returned(outputs: Sequence[Any]) -> Any:
+    """Outputs as the dispatcher passes them: one alone is no tuple."""
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _taken(value: Any) -> Any:
+    """What `_returned` was given."""
+    return (value,) if isinstance(value, Tensor) else value
+
+
 def differentiates(tensors: Sequence[Any]) -> bool:
     """Whether a gradient of one of these will be wanted."""
     return torch.is_grad_enabled() and any(
@@ -264,7 +274,7 @@ class Operator(Generic[A]):
             y: Tensor = self._direct.apply(call, *tensors)
             return y
         else:
-            outputs = self.description.outputs._make(self._operator(*arguments))
+            outputs = self.description.outputs._make(_taken(self._operator(*arguments)))
         if not empty:
             self.description.move(arguments, outputs, momenta)
         return outputs.y
@@ -311,7 +321,9 @@ class Operator(Generic[A]):
         def forward(*inputs: Any) -> Any:
             given = arguments.cls(*inputs)
             kernels = self._module(arguments.split(given)[0][0])
-            return self.algebra.forward(given) if kernels is None else kernels.forward(given, None)
+            if kernels is None:
+                return _returned(self.algebra.forward(given))
+            return _returned(kernels.forward(given, None))
 
         def backward(gradient: Tensor, *inputs: Any) -> list[Tensor]:
             *values, flags = inputs
@@ -320,7 +332,7 @@ class Operator(Generic[A]):
             return chosen(module.backward(gradient, kept, self._wanted(flags)), flags)
 
         def fake(*inputs: Any) -> Any:
-            return d.empty_outputs(arguments.cls(*inputs))
+            return _returned(d.empty_outputs(arguments.cls(*inputs)))
 
         def fake_backward(_: Tensor, *inputs: Any) -> list[Tensor]:
             *values, flags = inputs
@@ -357,7 +369,7 @@ class Operator(Generic[A]):
             def forward(ctx: Any, options: Any, *tensors: Any) -> Any:
                 given = arguments(tensors, options)
                 with torch._C._AutoDispatchBelowAutograd():
-                    outputs = named(operator(*given))
+                    outputs = named(_taken(operator(*given)))
                 keep(ctx, given, outputs)
                 ctx.mark_non_differentiable(*outputs[1:])
                 ctx.set_materialize_grads(False)
@@ -474,7 +486,7 @@ class Operator(Generic[A]):
         def forward(*inputs: Any) -> Any:
             tensors, options = arguments.split(inputs)
             if differentiates(tensors):
-                return dispatched.apply(options, *tensors)
+                return _returned(dispatched.apply(options, *tensors))
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*inputs)
 

@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 import senet
+from senet import kernels
 from senet.errors import UserError
+from senet.ops import convolution
 from senet.support.device import choose_device
 from senet.training.config import RunConfig
 
@@ -109,6 +111,7 @@ def environment(config: RunConfig) -> dict[str, str | int]:
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "convolutions": f"{convolution.chosen()} {kernels.instruction_set()}".strip(),
         "parallel": config.parallel,
     }
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
+#include "../memory.h"
 #include "../threads.h"
 #include "passes.h"
 
@@ -16,24 +16,6 @@ constexpr int64_t kGroupBytes = 4 << 20;
 constexpr int64_t kStreamBytes = 24 << 20;
 
 SENET_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
-
-// Scratch memory of the calling thread, kept between calls: fresh pages would cost more than the sums.
-template <class A>
-A* scratch(int64_t count) {
-  struct Buffer {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  thread_local Buffer buffer;
-  const size_t bytes = (size_t(count) * sizeof(A) + 127) / 64 * 64;
-  if (bytes > buffer.size) {
-    std::free(buffer.memory);
-    buffer.memory = std::aligned_alloc(64, bytes);
-    buffer.size = buffer.memory ? bytes : 0;
-  }
-  return static_cast<A*>(buffer.memory);
-}
 
 // How the maps are cut into tasks. The cut depends on the shape only, and partial sums are merged in
 // a fixed order: results do not depend on the number of threads.

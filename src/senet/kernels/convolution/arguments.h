@@ -1,0 +1,34 @@
+// What Python gives the convolution kernels; structs.py describes the same.
+#pragma once
+
+#include "../layout.h"
+
+namespace senet {
+
+// A 3x3 convolution with stride 1 of float32 maps in channels_last order: x is [N][H][W][C], weights
+// [K][3][3][C], y [N][OH][OW][K]. C and K are multiples of 16, the padding is at most 2.
+struct ConvolutionArguments {
+  int64_t N, H, W, C, OH, OW, K, pad_h, pad_w, threads;
+  float *x, *weights, *y;  // one of them is written; of a gradient pass it and y are gradients
+};
+
+namespace {
+
+#define FIELD(name) SENET_FIELD(ConvolutionArguments, name)
+constexpr Field kConvolutionFields[] = {
+    FIELD(N), FIELD(H), FIELD(W), FIELD(C), FIELD(OH), FIELD(OW), FIELD(K),
+    FIELD(pad_h), FIELD(pad_w), FIELD(threads), FIELD(x), FIELD(weights), FIELD(y),
+};
+static_assert(covers(kConvolutionFields, sizeof(ConvolutionArguments)));
+#undef FIELD
+
+}  // namespace
+
+// The kernels of one instruction set. All return 0, or 1 when memory ran out.
+struct ConvolutionKernels {
+  int (*forward)(const ConvolutionArguments&);
+  int (*input_gradient)(const ConvolutionArguments&);
+  int (*weights_gradient)(const ConvolutionArguments&);
+};
+
+}  // namespace senet
