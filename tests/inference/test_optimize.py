@@ -258,6 +258,27 @@ def test_what_cannot_be_traced_is_left_alone() -> None:
     assert ("first.0", "batch norm 1 folded into the convolution") in optimized.report.fused
 
 
+class IntoAPart(nn.Module):
+    """A write into some channels of a map that is read as a whole afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x[:, :3].mul_(2.0)
+        return self.last(x)
+
+
+@torch.no_grad()
+def test_what_writes_into_a_part_of_a_map_is_left_alone() -> None:
+    model, x = IntoAPart().eval(), torch.randn(2, 3, 12, 12)
+    optimized = optimize(model, x)
+    assert difference(optimized(x), model(x)) <= TOLERANCE
+    assert "writes into a part" in str(optimized.report)
+
+
 @torch.no_grad()
 def test_a_foreign_model() -> None:
     import timm

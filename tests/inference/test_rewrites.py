@@ -304,6 +304,9 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda y: (lambda z: z + y)(F.relu(y, inplace=True)),
     "module": lambda y: (lambda z: z + 2 * y)(nn.SiLU(inplace=True)(y)),
     "addition": lambda y: (lambda z: z * y)(y.add_(1.0)),
+    "function": lambda y: (lambda z: z + y)(torch.sigmoid_(y)),
+    "function of layers": lambda y: (lambda z: z * y)(F.leaky_relu_(y, 0.2)),
+    "method": lambda y: (lambda z: z * y)(y.clamp_(max=0.5)),
     "twice": lambda y: (lambda z: z * y)(F.relu(y.mul_(2.0), inplace=True)),
 }
 

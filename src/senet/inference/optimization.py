@@ -32,7 +32,7 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         report: what was done.
-        network: the rewritten model.
+        network: the rewritten model; the original where that was faster (`report.kept`).
     """
 
     report: OptimizationReport

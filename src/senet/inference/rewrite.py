@@ -29,7 +29,6 @@ RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
 ADDS = (operator.add, operator.iadd, torch.add)
 # In the order in which they apply: each finds what those before have made.
 _REWRITES = (
-    cleaning.clean,
     cleaning.remove_dead,
     convolutions.recognise,
     affine.norms,
@@ -64,10 +63,15 @@ class Rewriter:
         left: SE blocks that stay as they are, and why.
         closed: modules that torch.fx cannot follow and that are called as a whole, and why.
         gated: modules with a product of a map and gates that was rewritten, once for each product.
+
+    Raises:
+        TraceError: it writes into a part of a tensor that is read later; and whatever else a model
+            raises that torch.fx cannot follow (`senet.inference.rewrites.tracing.FAILURES`).
     """
 
     def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
         self._edit = Editor(model, example)
+        cleaning.clean(self._edit)
         self.graph, self.module = self._edit.graph, self._edit.module
         self.fused, self.left = self._edit.fused, self._edit.left
         self.closed, self.gated = self._edit.closed, self._edit.gated

@@ -8,6 +8,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference.rewrites.editor import Editor, without_gradient
@@ -21,11 +22,13 @@ _IN_PLACE: dict[Any, Any] = {
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    torch.nn.functional.relu_: torch.relu,
 }
+# What may give a part of its argument's own memory.
+_VIEWS = (
+    *("getitem", "chunk", "split", "narrow", "select", "unbind", "view", "reshape", "flatten"),
+    *("squeeze", "unsqueeze", "transpose", "permute", "expand", "detach", "view_as", "unflatten"),
+)
 _COMPARISONS = (operator.eq, operator.ne, operator.ge, operator.gt, operator.le, operator.lt)
-_METHODS = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
 
 
 def clean(edit: Editor) -> None:
@@ -74,28 +77,42 @@ def _drop_neutral(edit: Editor, node: fx.Node) -> None:
 def _out_of_place(edit: Editor, node: fx.Node) -> None:
     """What reads a tensor after it was changed in place reads the changed one."""
     module = edit.called(node)
-    in_place = (
-        node.target in _IN_PLACE
-        or (node.op == "call_method" and node.target in _METHODS)
-        or node.kwargs.get("inplace") is True
-        or getattr(module, "inplace", False) is True
-    )
+    function = _without_writing(node)
+    by_flag = node.kwargs.get("inplace") is True or getattr(module, "inplace", False) is True
     source = node.args[0] if node.args else None
-    if not in_place or not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or (function is None and not by_flag):
         return
+    whole = source
+    while edit.operation(whole) in _VIEWS and isinstance(whole.args[0], fx.Node):
+        whole = whole.args[0]
+        if any(node < user for user in whole.users):
+            raise fx.proxy.TraceError(f"{node.name} writes into a part of what is read later")
     for user in list(source.users):
         if user is not node and node < user:
             user.replace_input_with(source, node)
-    if node.target in _IN_PLACE:
-        node.target = _IN_PLACE[node.target]
-    elif node.op == "call_method":
-        node.target = str(node.target).removesuffix("_")
+    if function is not None:
+        node.target = function
     elif "inplace" in node.kwargs:
         node.kwargs = {**node.kwargs, "inplace": False}
     elif module is not None:
         module = copy.copy(module)  # the model itself stays as it is
         module.inplace = False  # type: ignore[assignment]
         edit.insert_in_place_of(node, module, node.args)
+
+
+def _without_writing(node: fx.Node) -> Any:
+    """The function or method that gives what this one writes into its first argument."""
+    if node.op == "call_function":
+        name = str(getattr(node.target, "__name__", ""))
+        if name.endswith("_") and not name.endswith("__"):
+            known = (getattr(home, name[:-1], None) for home in (F, torch))
+            return next((function for function in known if function is not None), None)
+        return _IN_PLACE.get(node.target)
+    if node.op == "call_method":
+        name = str(node.target)
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return name[:-1] if writes and hasattr(Tensor, name[:-1]) else None
+    return None
 
 
 def _fold_ranks(edit: Editor) -> None:
