@@ -26,8 +26,6 @@ from senet.errors import UserError
 from senet.fusion import forward as forwards
 from senet.fusion.forward import FusedForward, fused_forwards
 
-HIDDEN = {"torchvision.ops.misc": SqueezeExcitation}
-
 
 class Bottleneck(nn.Module):
     """conv → BN → ReLU → conv → BN → SE → drop path → add → ReLU, a projection where asked."""

@@ -256,7 +256,7 @@ class _Replacement:
         return node.op == "call_module" and len(node.args) == 1 and is_norm(self.submodule(node))
 
     def next(self, node: fx.Node) -> fx.Node | None:
-        """What alone reads a result; modules that give it on are passed over."""
+        """What alone reads a result; None where nothing or more does."""
         if len(node.users) != 1:
             return None
         (user,) = node.users
