@@ -35,7 +35,8 @@ class PaddedShortcut(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """X (N,C,H,W) → (N, C + new, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        x = x[:, :, :: self.stride, :: self.stride]
+        # Every second position; slices would cost a map of zeros each in the backward pass.
+        x = F.avg_pool2d(x, 1, self.stride)
         before = self.new_channels // 2
         return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
 
