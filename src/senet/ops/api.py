@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from senet.ops import checks, convolution, join, tail
+from senet.ops import checks, depthwise_convolution, join, tail
 from senet.ops.activations import Activation
 from senet.ops.choice import resolve
-from senet.ops.cpu.convolution import KERNELS
+from senet.ops.cpu.depthwise import KERNELS
 from senet.ops.maps import memory_format
 from senet.ops.operators import DEPTHWISE, JOIN, TAIL
 from senet.ops.reference import BatchNorm
@@ -351,4 +351,6 @@ def depthwise(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> T
     implementation = resolve(x)
     if implementation in ("cpu", "triton") and not (suits and implementation == "cpu"):
         return F.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
-    return DEPTHWISE.run(implementation, convolution.Arguments(x, weight, stride, padding), ())
+    return DEPTHWISE.run(
+        implementation, depthwise_convolution.Arguments(x, weight, stride, padding), ()
+    )

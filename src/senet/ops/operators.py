@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from senet.ops import convolution, join, reference, tail
-from senet.ops.algebra import convolution as algebra_convolution
+from senet.ops import depthwise_convolution, join, reference, tail
+from senet.ops.algebra import depthwise as algebra_depthwise
 from senet.ops.algebra import join as algebra_join
 from senet.ops.algebra import tail as algebra_tail
 from senet.ops.cpu import common as cpu
-from senet.ops.cpu import convolution as cpu_convolution
+from senet.ops.cpu import depthwise as cpu_depthwise
 from senet.ops.cpu import join as cpu_join
 from senet.ops.cpu import tail as cpu_tail
 from senet.ops.description import Kernels, Operator
@@ -34,8 +34,8 @@ JOIN = Operator(
     },
 )
 DEPTHWISE = Operator(
-    convolution.DEPTHWISE,
+    depthwise_convolution.DEPTHWISE,
     reference=reference.depthwise,
-    algebra=algebra_convolution,
-    kernels={"cpu": Kernels(cpu_convolution.takes, cpu_convolution)},
+    algebra=algebra_depthwise,
+    kernels={"cpu": Kernels(cpu_depthwise.takes, cpu_depthwise)},
 )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senet.ops.activations import Activation
-from senet.ops.convolution import Arguments as DepthwiseArguments
+from senet.ops.depthwise_convolution import Arguments as DepthwiseArguments
 from senet.ops.description import Momenta
 from senet.ops.join import BATCH, NONE
 from senet.ops.join import Arguments as JoinArguments

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from senet.ops.convolution import Arguments, Gradients, Outputs, Saved, arguments_of
+from senet.ops.depthwise_convolution import Arguments, Gradients, Outputs, Saved, arguments_of
 
 
 def forward(a: Arguments) -> Outputs:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from senet import kernels
 from senet.kernels.structs import DepthwiseArguments, packer
-from senet.ops.algebra import convolution as algebra
-from senet.ops.convolution import (
+from senet.ops.algebra import depthwise as algebra
+from senet.ops.cpu import common
+from senet.ops.depthwise_convolution import (
     Arguments,
     Gradients,
     Outputs,
@@ -16,7 +17,6 @@ from senet.ops.convolution import (
     empty_gradients,
     empty_outputs,
 )
-from senet.ops.cpu import common
 from senet.ops.description import Momenta
 
 KERNELS = (3, 5, 7)
