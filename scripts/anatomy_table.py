@@ -10,8 +10,6 @@ Takes about half an hour on two cores; not a part of the test suite.
 """
 
 import argparse
-import fnmatch
-import json
 import time
 import warnings
 from collections import Counter
@@ -21,6 +19,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from resumable import rows_of
 from timm.layers import EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
 from timm.layers.cbam import ChannelAttn
 from timm.layers.squeeze_excite import SqueezeExciteCl
@@ -213,19 +212,9 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [f"timm:{name}" for name in timm.list_models()]
     names += [f"torchvision:{name}" for name in torchvision.models.list_models()]
-    done = {}
-    if arguments.results.is_file():
-        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-        done = {row["name"]: row for row in rows}
     warnings.simplefilter("ignore")
-    with arguments.results.open("a") as file:
-        for name in names:
-            if name in done or not fnmatch.fnmatch(name, arguments.only):
-                continue
-            done[name] = examined(name)
-            file.write(json.dumps(done[name]) + "\n")
-            file.flush()
-    arguments.out.write_text(page([done[name] for name in names if name in done]))
+    rows = rows_of(names, arguments.results, examined, only=arguments.only)
+    arguments.out.write_text(page(rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ which an interrupted run goes on. Takes some hours on two cores; not a part of t
 
 import argparse
 import copy
-import fnmatch
 import json
 import platform
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from resumable import rows_of
 from torch import Tensor, nn
 
 from senet import kernels
@@ -247,21 +247,14 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(examine(arguments.one)))
         return
-    names, done = candidates(), {}
-    if arguments.results.is_file():
-        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-        done = {row["name"]: row for row in rows}
-    start = time.monotonic()
-    with arguments.results.open("a") as file:
-        for name in names:
-            if name in done or not fnmatch.fnmatch(name, arguments.only):
-                continue
-            if time.monotonic() - start > arguments.seconds:
-                break
-            done[name] = in_process(name)
-            file.write(json.dumps(done[name]) + "\n")
-            file.flush()
-    arguments.out.write_text(page([done[name] for name in names if name in done]))
+    rows = rows_of(
+        candidates(),
+        arguments.results,
+        in_process,
+        only=arguments.only,
+        seconds=arguments.seconds,
+    )
+    arguments.out.write_text(page(rows))
 
 
 if __name__ == "__main__":

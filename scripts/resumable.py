@@ -1,0 +1,43 @@
+"""Rows of a table over many networks, kept in a file from which an interrupted script goes on."""
+
+import fnmatch
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def rows_of(
+    names: Sequence[str],
+    results: Path,
+    examine: Callable[[str], Row],
+    *,
+    only: str = "*",
+    seconds: float = float("inf"),
+) -> list[Row]:
+    """A row for each name, as far as there is one, in their order.
+
+    Args:
+        names: what the table is about; a row's "name".
+        results: a JSON line a row, read first and added to.
+        examine: makes the row of a name that has none.
+        only: shell pattern of the names that are examined.
+        seconds: nothing new is begun after so long.
+    """
+    done: dict[str, Row] = {}
+    if results.is_file():
+        done = {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
+    start = time.monotonic()
+    with results.open("a") as file:
+        for name in names:
+            if name in done or not fnmatch.fnmatch(name, only):
+                continue
+            if time.monotonic() - start > seconds:
+                break
+            done[name] = examine(name)
+            file.write(json.dumps(done[name]) + "\n")
+            file.flush()
+    return [done[name] for name in names if name in done]
