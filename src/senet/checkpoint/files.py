@@ -233,15 +233,22 @@ def _foreign_with_weights(
     head = state.get(f"{head_of(model)[0]}.weight")
     if head is not None and head.shape[0] != model.config["num_classes"]:
         model = open_source(name, num_classes=head.shape[0])
+    load_own(model, state, f"weights {source} do not fit {name}")
+    return model
+
+
+def load_own(model: nn.Module, state: Mapping[str, Tensor], refusal: str, remedy: str = "") -> None:
+    """Load a network's own state dict.
+
+    Raises:
+        UserError: names or shapes differ; `refusal`, the first of them, how many, and `remedy`.
+    """
     own = model.state_dict()
     different = sorted(own.keys() ^ state.keys())
     different += [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if different:
-        raise UserError(
-            f"weights {source} do not fit {name}: {different[0]} differs ({len(different)} in all)"
-        )
+        raise UserError(f"{refusal}: {different[0]} differs ({len(different)} in all){remedy}")
     model.load_state_dict(state)
-    return model
 
 
 def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.checkpoint.files import Checkpoint, load_own, open_checkpoint
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models import Network
@@ -48,7 +48,12 @@ def open_network(
     count = num_classes or (len(classes) if classes else 1000)
     network = open_source(model, num_classes=count)
     if weights is not None:
-        _load(network, weights)
+        load_own(
+            network,
+            read_state_dict(weights),
+            f"weights {weights} do not fit the model",
+            "; is it the same network with as many classes?",
+        )
     preprocessing = _preparation(model, network, weights)
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
@@ -74,16 +79,3 @@ def _preparation(name: str, network: nn.Module, weights: Path | None) -> Preproc
         return Preprocessing.from_dict(said)
     size: Any = network.input_size
     return imagenet().resized(int(size[1]))
-
-
-def _load(network: nn.Module, weights: Path) -> None:
-    state = read_state_dict(weights)
-    own = network.state_dict()
-    different = sorted(own.keys() ^ state.keys())
-    different += [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if different:
-        raise UserError(
-            f"weights {weights} do not fit the model: {different[0]} differs "
-            f"({len(different)} in all); is it the same network with as many classes?"
-        )
-    network.load_state_dict(state)
