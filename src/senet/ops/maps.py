@@ -19,9 +19,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether operations on that kind of device are under autocast."""
+    return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
 def full_precision(device_type: str) -> AbstractContextManager[object]:
     """Context without autocast; nothing at all (also in a graph) where autocast is not on."""
-    if device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -12,6 +12,7 @@ from senet.ops.choice import resolve
 from senet.ops.convolution import cpu, pytorch
 from senet.ops.convolution.description import CONVOLUTION, Arguments
 from senet.ops.description import Kernels, Momenta, Operator
+from senet.ops.maps import autocast_is_on
 
 
 def _reference(a: Arguments, _: Momenta) -> Tensor:
@@ -62,8 +63,7 @@ def convolve(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be "
             "(N,C,H,W) and (K,C,h,w)"
         )
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocast_is_on(x.device.type):
         return torch.conv2d(x, weight, None, strides, zeros)
     implementation = resolve(x)
     if implementation == "cpu" and x.dtype is not torch.float32:
