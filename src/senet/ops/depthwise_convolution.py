@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from senet.ops.description import Again, Description, Momenta
+from senet.ops.description import Again, Description
 
 T = TypeVar("T")
 
@@ -104,10 +104,6 @@ def _backward_flops(saved: Any, wanted: Gradients[bool]) -> int:
     return sum(wanted) * _flops(arguments_of(saved))
 
 
-def _moves_nothing(_: Arguments, __: Outputs, ___: Momenta) -> None:
-    return
-
-
 DEPTHWISE = Description(
     name="depthwise",
     arguments=Arguments,
@@ -121,5 +117,4 @@ DEPTHWISE = Description(
     again=_again,
     flops=_flops,
     backward_flops=_backward_flops,
-    move=_moves_nothing,
 )

@@ -82,6 +82,10 @@ def _passes_nothing(_: Any) -> None:
     return None
 
 
+def _moves_nothing(*_: Any) -> None:
+    return None
+
+
 class Again(NamedTuple):
     """The operator's y once more, to be differentiated further.
 
@@ -116,7 +120,7 @@ class Description(Generic[A, O, S]):
         again: (saved, those tensors, the arguments' options, gradient of y) → what the reference
             computes again where the backward pass is differentiated itself.
         flops, backward_flops: the same from shapes instead of tensors (2 a multiply-add).
-        move: moves the running statistics among the arguments by the momenta.
+        move: moves the running statistics among the arguments, if there are any, by the momenta.
         passes: index into `gradients` of an argument whose gradient is that of y itself, if any.
         added: the last options, which programs that were exported before do not give: the schema
             has their defaults.
@@ -134,7 +138,7 @@ class Description(Generic[A, O, S]):
     again: Callable[[S, Sequence[Tensor | None], Sequence[Any], Tensor], Again]
     flops: Callable[[Any], int]
     backward_flops: Callable[[Any, Any], int]
-    move: Callable[[A, O, Momenta], None]
+    move: Callable[[A, O, Momenta], None] = _moves_nothing
     passes: Callable[[A], int | None] = _passes_nothing
     added: Sequence[str] = ()
 

@@ -113,5 +113,4 @@ CONVOLUTION = Description(
     again=_again,
     flops=_flops,
     backward_flops=_backward_flops,
-    move=lambda *_: None,
 )
