@@ -4,9 +4,11 @@
 
 The count that is compared with is made from the libraries' own classes: modules of these types that
 run in the forward pass. Each network is built and run on the meta device at its own input size, so
-no memory is needed; one that cannot run there is run on the CPU with its smallest input. What was
-found is kept in a file beside the page (`--results`), from which an interrupted run goes on.
-Takes about half an hour on two cores; not a part of the test suite.
+no memory is needed; one that cannot run there is run on the CPU with its smallest input. A network
+with SE then runs in float64 with its smallest input: what `senet.record_gates` records is compared
+with output ÷ input of the libraries' modules, channel by channel. What was found is kept in a file
+beside the page (`--results`), from which an interrupted run goes on. Takes about an hour on two
+cores; not a part of the test suite.
 """
 
 import argparse
@@ -25,10 +27,11 @@ from timm.layers.cbam import ChannelAttn
 from timm.layers.squeeze_excite import SqueezeExciteCl
 from timm.models import _efficientnet_blocks, hgnet
 from timm.models import senet as timm_senet
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from senet.anatomy import Anatomy, anatomy
+from senet.gates.record import record_gates
 
 SE_CLASSES = (
     SEModule,
@@ -82,6 +85,7 @@ def examined(name: str) -> dict[str, Any]:
             return {"name": name, "failed": f"{why}; {str(second).splitlines()[0][:120]}"}
     own = [key for key, module in model.named_modules() if is_se(module) and key in called]
     found = list(seen.excitations)
+    both = [key for key in own if key in found]
     return {
         "name": name,
         "family": type(model).__name__,
@@ -93,8 +97,54 @@ def examined(name: str) -> dict[str, Any]:
         "forms": dict(Counter(_form(e) for e in seen.excitations.values())),
         "others": dict(Counter(seen.others.values())),
         "unread": seen.unread,
+        "gate_error": gate_error(build().eval(), short, both) if both else None,
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+@torch.no_grad()
+def gate_error(model: nn.Module, name: str, blocks: list[str]) -> float:
+    """Largest difference of a recorded gate from output ÷ input of its module, in float64.
+
+    The quotient is taken over all positions of a channel at once, Σ output·input ÷ Σ input²; a
+    channel that is zero everywhere has none.
+
+    Raises:
+        RuntimeError: no channel could be compared.
+    """
+    model.double()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():  # as last batch norms are, before which every map is 0
+            parameter.normal_()
+    for key in blocks:  # as they are drawn, gates hardly differ from their value at 0
+        for parameter in model.get_submodule(key).parameters():
+            parameter.mul_(2).add_(0.1 * torch.randn_like(parameter))
+    quotients: dict[str, Tensor] = {}
+
+    def listen(key: str, module: nn.Module) -> None:
+        def heard(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x, y = inputs[0], output
+            if isinstance(module, SqueezeExciteCl):
+                x, y = x.movedim(-1, 1), y.movedim(-1, 1)
+            x, y = x.flatten(2), y.flatten(2)
+            quotients[key] = (x * y).sum(2) / (x * x).sum(2)  # NaN for a channel of zeros
+
+        module.register_forward_hook(heard)
+
+    for key in blocks:
+        listen(key, model.get_submodule(key))
+    example = _example(model, name, "cpu")
+    images = torch.stack(example[0]) if isinstance(example, tuple) else example
+    images = torch.randn(images.shape, dtype=torch.float64)
+    gates = record_gates(model, [images], top=1).blocks
+    differences = [
+        (gates[key].mean - quotients[key].mean(0)).abs() for key in blocks if key in quotients
+    ]
+    compared = torch.cat(differences)
+    if len(differences) < len(blocks) or compared.isnan().all():
+        raise RuntimeError(f"{name}: gates that could not be compared")
+    return float(compared[~compared.isnan()].max())
 
 
 def _arguments(name: str) -> str:
@@ -146,6 +196,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     equal = [row for row in with_se if not row["more"] and not row["less"]]
     without = [row for row in good if not row["own"]]
     clean = [row for row in without if not row["found"]]
+    errors = [row["gate_error"] for row in with_se if row["gate_error"] is not None]
     lines = [
         "# SE blocks found in timm and torchvision",
         "",
@@ -158,6 +209,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"- {len(good)} of {len(rows)} networks could be run.",
         f"- {len(with_se)} have SE by their classes, {sum(r['own'] for r in with_se)} blocks; in "
         f"{len(equal)} of them exactly these blocks were found.",
+        f"- Gates as `senet.record_gates` records them, against output ÷ input of these modules "
+        f"in float64: compared in {len(errors)} networks, the largest difference is "
+        f"{max(errors):.0e}.",
         f"- {len(without)} have none by their classes; in {len(clean)} of them none was found.",
         "",
         "## Differences",
