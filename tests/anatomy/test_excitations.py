@@ -223,6 +223,25 @@ def test_what_is_none_is_not_taken_for_one(kind: type[nn.Module]) -> None:
     assert all(reason.startswith(NONE[kind]) for reason in reasons)
 
 
+class ByEinsum(HFRegNetSE):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nchw,ncab->nchw", x, self.attention(self.pooler(x)))
+
+
+class ByAddcmul(HFRegNetSE):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, x, self.attention(self.pooler(x)))
+
+
+@pytest.mark.parametrize(("kind", "form"), [(ByEinsum, "einsum"), (ByAddcmul, "addcmul")])
+def test_a_form_that_is_not_read_is_named(kind: type[HFRegNetSE], form: str) -> None:
+    model = Body(kind(16)).eval()
+    seen = anatomy(model, example())
+    assert seen.others == {f"blocks.0.{form}": f"written as {form}: only map * gates is read as SE"}
+    with pytest.raises(UserError, match=rf"{form}: only map \* gates is read as SE.*senet.insert"):
+        record_gates(model, [example()])
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant
 @pytest.mark.parametrize("way", ["plain", "checkpoint", "reentrant", "twice", "tuple"])
 def test_ways_to_run_a_block(way: str) -> None:

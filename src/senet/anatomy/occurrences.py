@@ -12,6 +12,8 @@ from torch import Tensor
 from senet.anatomy.gate_function import gate_chain, gate_function, only_shapes
 from senet.anatomy.graph import LAYERS, Call, Node, Site, Trace
 
+# Functions that can scale a map by channel without being a product that could be listened to.
+_OTHER_FORMS = ("einsum", "addcmul", "addcmul_")
 BRANCHES = "softmax between branches: selective kernels or split attention"
 
 
@@ -51,7 +53,9 @@ class Occurrence:
 
 def products(trace: Trace) -> dict[Node, Occurrence | str]:
     """Products that are SE blocks, and those that look like one with what they are instead."""
-    seen = {node: _occurrence(node) for node in trace.nodes if node.site is not None}
+    seen = {
+        node: _other_form(node) if node.site is None else _occurrence(node) for node in trace.nodes
+    }
     return {node: what for node, what in seen.items() if what is not None}
 
 
@@ -86,6 +90,15 @@ def _occurrence(product: Node) -> Occurrence | str | None:
             return why_not
         return _made(product, scaled, factor, squeezes, program)
     return None
+
+
+def _other_form(node: Node) -> str | None:
+    """What scales a map by something reduced and is not written as a product; None for the rest."""
+    if node.name not in _OTHER_FORMS:
+        return None
+    scaled = any(source.positions and source.shape == node.shape for source in node.sources)
+    gated = any(source.reduced and not source.positions for source in node.sources)
+    return f"written as {node.name}: only map * gates is read as SE" if scaled and gated else None
 
 
 def _program(factor: Node) -> tuple[list[Node], list[Node]]:
@@ -229,7 +242,8 @@ def name_of(occurrence: Occurrence) -> str:
 def inline_name(product: Node) -> str:
     """Name of a product that is written inside of a larger module."""
     site, call = product.site, product.calls[-1]
-    assert site is not None
+    if site is None:
+        return f"{call.name}.{product.name}" if call.name else product.name
     alone = call.output is product and set(call.inputs) >= set(product.sources)
     if alone and call.name and not list(call.module.children()):
         return call.name

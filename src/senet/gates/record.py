@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from senet.anatomy import Excitation, excitations
+from senet.anatomy import Excitation, anatomy
 from senet.anatomy.recording import evaluating
 from senet.errors import SenetError, UserError
 from senet.gates.accumulators import Histogram, Moments, TopImages
@@ -78,17 +78,18 @@ def record_gates(
 
 def _blocks(model: nn.Module, images: Tensor) -> dict[str, Excitation]:
     try:
-        blocks = excitations(model, images[:1])
+        seen = anatomy(model, images[:1])
     except UserError:  # an exported program may take batches of one size only
         if len(images) == 1:
             raise
-        blocks = excitations(model, images)
-    if not blocks:
+        seen = anatomy(model, images)
+    if not seen.excitations:
+        alike = "".join(f" ({name}: {what})" for name, what in list(seen.others.items())[:1])
         raise UserError(
-            f"{type(model).__name__} has no SE blocks whose gates could be recorded; "
+            f"{type(model).__name__} has no SE blocks whose gates could be recorded{alike}; "
             "senet.insert puts some into it"
         )
-    return blocks
+    return seen.excitations
 
 
 def _class_names(loader: Iterable[Any]) -> tuple[str, ...]:
