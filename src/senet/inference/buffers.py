@@ -70,10 +70,12 @@ class Map:
         return self.buffer.size == self.pixels * self.ld and self.channel == 0
 
     def tensor(self, arena: Tensor, dims: int) -> Tensor:
-        """A view of it in the arena, (N,C,H,W) or (N,C)."""
+        """A view of it in the arena: (N,C,H,W), (N,C), or (N,C,W) of maps of one row."""
         N, H, W, C = self.shape
         if dims == 2:
             return arena.as_strided((N, C), (self.ld, 1), self.offset)
+        if dims == 3:
+            return arena.as_strided((N, C, W), (W * self.ld, 1, self.ld), self.offset)
         return arena.as_strided(
             (N, C, H, W), (H * W * self.ld, 1, W * self.ld, self.ld), self.offset
         )

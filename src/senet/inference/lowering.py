@@ -27,6 +27,7 @@ from senet.inference.builder import (
 )
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
+from senet.inference.rewrites.gates import POOLS
 from senet.inference.rewrites.slices import channel_bounds, channel_sizes
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
@@ -43,11 +44,26 @@ def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def along_width(value: Any, along_height: int) -> tuple[int, int]:
+    """A number along the only dimension of maps of one row, as two."""
+    return (along_height, value if isinstance(value, int) else value[0])
+
+
+def _as_rows(result: Any) -> Any:
+    """A tensor (N,C,L) as (N,C,1,L), anything else as it is."""
+    return result.unsqueeze(2) if isinstance(result, Tensor) and result.ndim == 3 else result
+
+
 def _in_float32(module: nn.Module) -> bool:
     """Whether the kernels can read a module's weights."""
     weights = (*module._parameters.values(), *module._buffers.values())
     held = [w for w in weights if w is not None]
     return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in held)
+
+
+def _is_mean(module: nn.Module) -> bool:
+    """Whether a layer gives the mean over all positions of a map."""
+    return isinstance(module, POOLS) and module.output_size in (1, (1,), (1, 1))
 
 
 def concatenated(cat: fx.Node) -> list[fx.Node]:
@@ -91,6 +107,8 @@ class Lowering:
 
     Attributes:
         builder: the steps.
+        traced: what each node gives.
+        results: the same; in networks of one spatial dimension, maps of which have one row.
         values: map of each node that lies in the arena.
         splits: nodes whose parts are read where the map that they split lies.
         fixed: what nodes give that follows from the input's shape, and parameters that they are.
@@ -109,7 +127,9 @@ class Lowering:
         whole: Set[fx.Node],
     ) -> None:
         self.module = module
-        self.results = results
+        self.traced = self.results = results
+        if x.ndim == 3:
+            self.results = {node: _as_rows(result) for node, result in results.items()}
         self.builder = Builder(threads, constants)
         self.values: dict[fx.Node, Map] = {}
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -339,13 +359,17 @@ class Lowering:
                 return self._relu(node)
             case nn.Flatten() if module.start_dim == 1 and x.shape[1] * x.shape[2] == 1:
                 self._alias(node, node.args[0])
-            case nn.AdaptiveAvgPool2d() if pair(module.output_size) == (1, 1):
+            case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() if _is_mean(module):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 summed = self.sums.get(source) if source in self.segment else None
                 self.builder.means(x, Geometry(), self._new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
                 self._alias(node, node.args[0])
+            case nn.MaxPool1d() if module.dilation in (1, (1,)) and not module.return_indices:
+                self._pool_rows(node, x, module, largest=True)
+            case nn.AvgPool1d():
+                self._pool_rows(node, x, module, counts=module.count_include_pad)
             case nn.MaxPool2d() if module.dilation in (1, (1, 1)) and not module.return_indices:
                 self._pool(node, x, module.kernel_size, module.stride, module.padding, largest=True)
             case nn.AvgPool2d() if module.divisor_override is None:
@@ -435,6 +459,19 @@ class Lowering:
         geometry = Geometry(pair(kernel), pair(stride), pair(padding))
         self.builder.pool(x, self._new(node), geometry, largest=largest, padding=counts)
 
+    def _pool_rows(
+        self,
+        node: fx.Node,
+        x: Map,
+        module: nn.MaxPool1d | nn.AvgPool1d,
+        *,
+        largest: bool = False,
+        counts: bool = True,
+    ) -> None:
+        kernel, stride = along_width(module.kernel_size, 1), along_width(module.stride, 1)
+        padding = along_width(module.padding, 0)
+        self._pool(node, x, kernel, stride, padding, largest=largest, counts=counts)
+
     def _relu(self, node: fx.Node) -> bool:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -482,7 +519,8 @@ class Lowering:
             return False
         dim = (*node.args[1:], node.kwargs.get("dim", 0))[0]
         maps = all(is_map(self.results[part]) for part in concatenated(node))
-        return bool(maps and dim == 1 and self.results[node].ndim == 4)
+        by_channels = isinstance(dim, int) and dim % self.traced[node].ndim == 1
+        return bool(maps and by_channels and self.results[node].ndim == 4)
 
     def _reserve_slots(self, cat: fx.Node) -> None:
         """Let the parts of a concat be written where the concat wants them."""
@@ -521,8 +559,7 @@ class Lowering:
         """Whether a node is the mean over a map, in the part of the graph at hand."""
         if node.op != "call_module" or node not in self.segment:
             return False
-        module = self.module.get_submodule(str(node.target))
-        return isinstance(module, nn.AdaptiveAvgPool2d) and pair(module.output_size) == (1, 1)
+        return _is_mean(self.module.get_submodule(str(node.target)))
 
     def _scales_an_input(self, node: fx.Node) -> bool:
         """Whether a node only scales the input of a convolution that can do it itself."""
@@ -635,7 +672,7 @@ class Lowering:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or self._crosses(node):
             return False
-        if source in self.values and channel_sizes(node, self.results) is not None:
+        if source in self.values and channel_sizes(node, self.traced) is not None:
             buffer = self.values[source].buffer  # each part has to be read
             buffer.waiting.update(node.users)
             buffer.waiting.discard(node)
@@ -643,11 +680,11 @@ class Lowering:
             return True
         first = 0
         if source in self.splits:
-            sizes = channel_sizes(source, self.results) or ()
+            sizes = channel_sizes(source, self.traced) or ()
             place = node.args[1]
             assert isinstance(place, int)
             source, first = self.splits[source], sum(sizes[: place % len(sizes)])
-        elif source in self.values and (bounds := channel_bounds(node, self.results)) is not None:
+        elif source in self.values and (bounds := channel_bounds(node, self.traced)) is not None:
             first = bounds[0]
         else:
             return False

@@ -83,7 +83,7 @@ class Program:
         self.output, self.escaping = lowering.output, lowering.escaping
         self.images = lowering.input_images
         self.fixed = lowering.fixed
-        self.maps = {n: (m, lowering.results[n].ndim) for n, m in lowering.values.items()}
+        self.maps = {n: (m, lowering.traced[n].ndim) for n, m in lowering.values.items()}
         builder = lowering.builder
         self.arena = place(list(builder.buffers.values())) + kernels.SLACK
         self.arena += -self.arena % _LINE
@@ -162,12 +162,12 @@ class Program:
             workspace.prepared_for = self
         scratch = memory[self.arena : self.size]
         run = _Run(self, memory, dict(self.fixed))
-        group = 0
+        group, strides = 0, x.stride() if x.ndim == 4 else (*x.stride()[:2], *x.stride()[1:])
         for part in workspace.parts:
             if isinstance(part, Stretch):
                 for step in part.inputs:
                     step.x = x.data_ptr() + 4 * group * self.images * x.stride(0)
-                    step.strides[:] = x.stride()
+                    step.strides[:] = strides
                     group += 1
                 kernels.run(part.steps, self.threads, scratch)
             else:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from senet.inference.modules import FusedConv
 from senet.inference.rewrites import (
     activations,
     additions,
@@ -75,6 +76,12 @@ class Rewriter:
         self.graph, self.module = self._edit.graph, self._edit.module
         self.fused, self.left = self._edit.fused, self._edit.left
         self.closed, self.gated = self._edit.closed, self._edit.gated
+
+    @property
+    def rank(self) -> int:
+        """Dimensions of the inputs that the kernels take: 3 where there is one spatial dimension."""
+        rows = any(isinstance(m, FusedConv) and m.dims == 1 for m in self.module.modules())
+        return 3 if self._edit.dims == 1 and rows else 4
 
     def run(self) -> fx.GraphModule:
         """Apply all rewrites and return the graph as a module."""

@@ -77,16 +77,18 @@ def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...]
     """
     shape: tuple[int, ...] | None = None
     match module:
-        case FusedConv() if x.ndim == 4 and x.shape[1] == module.weight.shape[1] * module.groups:
-            height, width = module.output_size(x.shape[2], x.shape[3])
-            shape = (x.shape[0], len(module.weight), height, width)
+        case FusedConv() if x.ndim == module.dims + 2:
+            if x.shape[1] != module.weight.shape[1] * module.groups:
+                return None
+            sizes = module.output_size(*(1, *x.shape[2:])[-2:])
+            shape = (x.shape[0], len(module.weight), *sizes[-module.dims :])
         case Pointwise():
             channels = None if module.scale is None else len(module.scale)
-            if channels is None or (x.ndim == 4 and x.shape[1] == channels):
+            if channels is None or (x.ndim in (3, 4) and x.shape[1] == channels):
                 shape = tuple(x.shape)
         case SqueezeGate():
             taps = 1 if module.geometry is None else math.prod(module.geometry[0])
-            if x.ndim == 4 and module.weight1.shape[1] == taps * x.shape[1]:
+            if x.ndim in (3, 4) and module.weight1.shape[1] == taps * x.shape[1]:
                 shape = (x.shape[0], len(module.weight2))
     shortcut = rest[1] if len(rest) > 1 else None
     if shape is None or min(shape) < 1 or (shortcut is not None and shortcut.shape != shape):
