@@ -23,9 +23,9 @@ class OptimizedPart(nn.Module):
 
     The kernels take one float32 tensor, (N,C,H,W) or (N,C,L), on the CPU outside of autograd; one
     tensor on a GPU is run as a CUDA graph (see `senet.inference.replay`); anything else, and any
-    graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any number of threads
-    may call it at the same time. Weights that were edited since they were packed are packed anew
-    (see `senet.inference.weights.Watch`).
+    graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any number
+    of threads may call it at the same time. Weights that were edited since they were packed are
+    packed anew (see `senet.inference.weights.Watch`).
 
     Args:
         graph: the rewritten graph.

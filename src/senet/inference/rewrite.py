@@ -79,7 +79,7 @@ class Rewriter:
 
     @property
     def rank(self) -> int:
-        """Dimensions of the inputs that the kernels take: 3 where there is one spatial dimension."""
+        """Dimensions of the inputs that the kernels take: 4, or 3 in networks of rows."""
         rows = any(isinstance(m, FusedConv) and m.dims == 1 for m in self.module.modules())
         return 3 if self._edit.dims == 1 and rows else 4
 
