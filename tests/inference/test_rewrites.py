@@ -456,6 +456,71 @@ def test_se_in_any_clothing(name: str, order: str) -> None:
         assert not layers_of  # they are 1×1 convolutions on (N,C,1,1)
 
 
+ECA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "view": lambda m, x: (
+        x * m.conv(_mean2(x).view(x.shape[0], 1, -1)).sigmoid().view(x.shape[0], -1, 1, 1)
+    ),
+    "transpose": lambda m, x: (
+        x
+        * m.conv(_mean4(x).squeeze(-1).transpose(-1, -2)).sigmoid().transpose(-1, -2).unsqueeze(-1)
+    ),
+    "permute": lambda m, x: (
+        x * m.conv(_mean4(x).flatten(2).permute(0, 2, 1)).permute(0, 2, 1)[..., None].sigmoid()
+    ),
+    "hard, with a bias": lambda m, x: (
+        x * F.hardsigmoid(m.biased(_mean2(x).unsqueeze(1))).reshape(x.shape[0], -1, 1, 1)
+    ),
+}
+
+
+def _mean2(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [6, 16, 512])
+@pytest.mark.parametrize("name", ECA)
+def test_convolutions_over_channels_are_gates(name: str, channels: int) -> None:
+    model = Net(
+        lambda m, x: m.last(ECA[name](m, m.first(x))),
+        first=nn.Sequential(nn.Conv2d(8, channels, 1), nn.SiLU()),
+        conv=nn.Conv1d(1, 1, 3, padding=1, bias=False),
+        biased=nn.Conv1d(1, 1, 5, padding=2),
+        last=nn.Conv2d(channels, 8, 1),
+    )
+    shapes = [(2, 8, 5, 6), (1, 8, 7, 4)]
+    graph = rewritten(model, shapes)
+    wanted = ["FusedConv", "AdaptiveAvgPool2d", "Across", "Pointwise", "FusedConv"]
+    assert operations(graph) == wanted
+    for shape in shapes if not kernels.MISSING else ():
+        program = Program(graph, torch.randn(shape), 2, {})
+        assert not any(isinstance(part, TorchStep) for part in program.parts)
+
+
+OTHER_ROWS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "around the ends": lambda m, x: (
+        x
+        * m.conv(F.pad(_mean2(x).unsqueeze(1), (1, 1), mode="circular")).view(x.shape[0], -1, 1, 1)
+    ),
+    "shorter": lambda m, x: x[:, 2:] * m.conv(_mean2(x).unsqueeze(1)).view(x.shape[0], -1, 1, 1),
+    "in another order": lambda m, x: (
+        x * _mean2(x).view(x.shape[0], 2, 4).transpose(1, 2).reshape(x.shape[0], 8, 1, 1).sigmoid()
+    ),
+    "of the images": lambda m, x: x * m.conv(_mean2(x).T[:, None]).mT[:, :, 0].T[..., None, None],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_other_things_with_rows_of_channels_stay(name: str) -> None:
+    """Among them transpositions that change the order of numbers, or are of the images."""
+    model = Net(lambda m, x: OTHER_ROWS[name](m, x), conv=nn.Conv1d(1, 1, 3))
+    if name == "of the images":
+        model.conv = nn.Conv1d(1, 1, 3, padding=1)
+        graph = rewritten(model, [(8, 8, 5, 6)])
+    else:
+        graph = rewritten(model, [(2, 8, 5, 6), (3, 8, 5, 6)])
+    assert "Across" not in operations(graph)
+
+
 NO_SE: dict[str, Callable[[Tensor], Tensor]] = {
     "by position": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
     "one for all": lambda x: x * x.mean((1, 2, 3), keepdim=True).sigmoid(),

@@ -69,6 +69,19 @@ class Map:
         """Whether it has its buffer for itself."""
         return self.buffer.size == self.pixels * self.ld and self.channel == 0
 
+    @property
+    def compact(self) -> bool:
+        """Whether these are vectors without gaps between them."""
+        N, H, W, C = self.shape
+        one = N == 1 and self.buffer.size == self.ld
+        return H == W == 1 and (one or self.ld == C)
+
+    @property
+    def rows(self) -> Map:
+        """Compact vectors (N,C) as rows of one channel."""
+        N, _, _, C = self.shape
+        return Map(self.buffer, (N, 1, C, 1), 1, self.channel, self.image)
+
     def tensor(self, arena: Tensor, dims: int) -> Tensor:
         """A view of it in the arena: (N,C,H,W), (N,C), or (N,C,W) of maps of one row."""
         N, H, W, C = self.shape
@@ -94,6 +107,12 @@ def new_map(shape: tuple[int, int, int, int]) -> Map:
         if ld % 512 == 0:
             ld += 16
     return Map(Buffer(shape[0] * shape[1] * shape[2] * ld), shape, ld)
+
+
+def compact(shape: tuple[int, int, int, int]) -> Map:
+    """Vectors in a buffer of their own, without gaps between them."""
+    N, _, _, C = shape
+    return Map(Buffer(N * C), shape, C)
 
 
 def place(buffers: list[Buffer]) -> int:

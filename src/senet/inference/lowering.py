@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference import chains
-from senet.inference.buffers import Buffer, Map, is_map, new_map
+from senet.inference.buffers import Buffer, Map, compact, is_map, new_map
 from senet.inference.builder import (
     Builder,
     Chained,
@@ -25,7 +25,7 @@ from senet.inference.builder import (
     native_gate,
     takes_input_gates,
 )
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
+from senet.inference.modules import Across, FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.rewrites.gates import POOLS
 from senet.inference.rewrites.slices import channel_bounds, channel_sizes
@@ -351,6 +351,8 @@ class Lowering:
                         self.sums[node] = sums
                 else:
                     self.builder.pointwise(name, module, x, y, gates, shortcut)
+            case Across():
+                self._across(node, name, module, x)
             case SqueezeGate() if native_gate(module):
                 self.builder.gates(name, module, x, self._new(node), self._branches(node))
             case nn.Linear() if plain(module) and len(self.results[node].shape) == 2:
@@ -458,6 +460,16 @@ class Lowering:
         stride = kernel if stride is None else stride
         geometry = Geometry(pair(kernel), pair(stride), pair(padding))
         self.builder.pool(x, self._new(node), geometry, largest=largest, padding=counts)
+
+    def _across(self, node: fx.Node, name: str, module: Across, x: Map) -> None:
+        """A convolution over channels, as one of rows: where vectors lie without gaps, in place."""
+        y = self._new(node)
+        source, target = (where if where.compact else compact(where.shape) for where in (x, y))
+        if source is not x:
+            self.builder.copy(x, source)
+        self.builder.convolution(name, module.conv, source.rows, target.rows)
+        if target is not y:
+            self.builder.copy(target, y)
 
     def _pool_rows(
         self,

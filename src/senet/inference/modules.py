@@ -219,6 +219,25 @@ def finish(
     return activation(y) if slopes is None else F.prelu(y, slopes)
 
 
+class Across(nn.Module):
+    """A convolution over the channels of vectors, as the gates of ECA have (arXiv 1910.03151).
+
+    Args:
+        conv: a convolution of rows (N,1,C) that keeps their length.
+
+    Attributes:
+        conv: the same; it may end in an activation.
+    """
+
+    def __init__(self, conv: FusedConv) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Float[Tensor, "n c *ones"]) -> Float[Tensor, "n c *ones"]:
+        """Vectors (N,C,1,1) or (N,C,1) → the same shape."""
+        return self.conv(x.flatten(1).unsqueeze(1)).reshape(x.shape)
+
+
 class Pointwise(nn.Module):
     """What no convolution takes up: y = δ(gates ⊙ f·(a·x + b) + shortcut).
 

@@ -162,11 +162,29 @@ class _Optimizer:
         if next(child.parameters(), None) is None or _is_leaf(child):
             return
         new = self._optimized(child, name)
-        if new is not child:
-            setattr(parent, key, new)
+        if new is child:
+            return
+        setattr(parent, key, new)
+        why_not = self._complaint(parent, name.rpartition(".")[0])
+        if why_not is not None:
+            setattr(parent, key, child)
+            self.left.append((name, why_not))
+            return
         example = self._examples().get(name)
         if isinstance(new, OptimizedPart) and example is not None:
             self.parts.append(_Part(name, parent, key, child, new, example))
+
+    def _complaint(self, parent: nn.Module, name: str) -> str | None:
+        """Why a module does not run any more, as it reads more of a child than its result."""
+        example = self._examples().get(name) if name else self._example
+        if example is None:
+            return None
+        try:
+            with torch.no_grad():
+                parent(example)
+        except FAILURES as error:
+            return f"the module around it reads its insides: {reason_of(error)}"
+        return None
 
     def _examples(self) -> dict[str, Tensor]:
         """An input of each module that is called with one tensor."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import Across, FusedConv, Pointwise, SqueezeGate
 
 
 def outline(module: fx.GraphModule) -> nn.Module:
@@ -82,6 +82,8 @@ def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...]
                 return None
             sizes = module.output_size(*(1, *x.shape[2:])[-2:])
             shape = (x.shape[0], len(module.weight), *sizes[-module.dims :])
+        case Across():
+            shape = tuple(x.shape)
         case Pointwise():
             channels = None if module.scale is None else len(module.scale)
             if channels is None or (x.ndim in (3, 4) and x.shape[1] == channels):

@@ -10,12 +10,13 @@ of one spatial dimension have maps (N,C,L) and vectors (N,C,1).
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
+from senet.inference.modules import Across, FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrites.activations import is_scalar
 from senet.inference.rewrites.editor import Editor, plain
 from senet.nn.block import GlobalSqueeze, SqueezeExcitation
@@ -24,6 +25,7 @@ from senet.ops.activations import RELU, Activation
 _PRODUCTS = ("mul", "multiply")
 # What moves the numbers of a vector and leaves their order.
 _SHAPING = ("view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten")
+_TURNING = ("transpose", "swapaxes", "permute")
 _SPREADING = ("expand", "expand_as", "broadcast_to")
 _MAXIMA = ("adaptive_max_pool1d", "adaptive_max_pool2d", "amax")
 _GATES = {"sigmoid": "sigmoid", "hardsigmoid": "hard_sigmoid", "tanh": "tanh", "relu": "relu"}
@@ -228,7 +230,8 @@ class Vectors:
 
     def _as_map(self, node: fx.Node, at: fx.Node) -> fx.Node | None:
         edit, shape = self.edit, self.edit.shape(node)
-        if shape is None or len(shape) < 2 or not set(shape[2:]) <= {1}:
+        channels = _numbers(shape)
+        if shape is None or channels is None:
             return None
         module = edit.called(node)
         if isinstance(module, _pools(edit)):
@@ -236,18 +239,19 @@ class Vectors:
         if _only_shapes(edit, node):
             source = node.args[0]
             before = edit.shape(source)
-            same = before is not None and before[:2] == shape[:2] and set(before[2:]) <= {1}
+            same = before is not None and before[0] == shape[0] and _numbers(before) == channels
             return self.as_map(source, at) if same else None
         if not node.args or node.kwargs:
             return None
-        linear = isinstance(module, nn.Linear) and plain(module)
+        linear = isinstance(module, nn.Linear) and plain(module) and len(shape) == 2
+        across = _is_across(module, shape)
         if isinstance(module, FusedConv):
             known = tuple(module.weight.shape[2:]) == (1, 1) and module.unpadded
             known = known and module.dims == edit.dims
         else:
             known = isinstance(module, Pointwise) or is_scalar(edit, node)
             known = known and all(edit.shape(n) == shape for n in node.all_input_nodes)
-        if not linear and not known:
+        if not linear and not across and not known:
             return None
         args = [self.as_map(a, at) if isinstance(a, fx.Node) else a for a in node.args]
         if any(
@@ -256,7 +260,11 @@ class Vectors:
             return None
         if linear:
             assert isinstance(module, nn.Linear)
-            layer = as_convolution(module, edit.dims)
+            layer: nn.Module = as_convolution(module, edit.dims)
+            made = edit.insert(layer, at, tuple(args), edit.name_of(node))
+        elif across:
+            assert isinstance(module, FusedConv)
+            layer = Across(copy.deepcopy(module))
             made = edit.insert(layer, at, tuple(args), edit.name_of(node))
         elif args == list(node.args):
             return node
@@ -267,10 +275,25 @@ class Vectors:
                 made = edit.graph.create_node(node.op, node.target, tuple(args))
             edit.origin[made] = edit.name_of(node)
             edit.scopes[made] = edit.scopes.get(node, "")
-        edit.results[made] = _vector(edit, *shape[:2])
+        edit.results[made] = _vector(edit, shape[0], channels)
         self.known[made] = True
         self.four[made] = made
         return made
+
+
+def _numbers(shape: tuple[int, ...] | None) -> int | None:
+    """How many numbers an image's vector has, in whatever dimension; None of anything else."""
+    if shape is None or len(shape) < 2 or sum(size != 1 for size in shape[1:]) > 1:
+        return None
+    return math.prod(shape[1:])
+
+
+def _is_across(module: nn.Module | None, shape: tuple[int, ...]) -> bool:
+    """Whether a module that gives `shape` is a convolution over the channels of a row (N,1,C)."""
+    if not isinstance(module, FusedConv) or module.dims != 1 or len(shape) != 3 or shape[1] != 1:
+        return False
+    one = module.weight.shape[:2] == (1, 1)
+    return one and module.output_size(1, shape[2]) == (1, shape[2]) and module.stride == (1, 1)
 
 
 def _only_shapes(edit: Editor, node: fx.Node) -> bool:
@@ -280,6 +303,13 @@ def _only_shapes(edit: Editor, node: fx.Node) -> bool:
     if edit.operation(node) == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return all(part in (slice(None), None, Ellipsis, 0) for part in index)
+    if edit.operation(node) in _TURNING:
+        first, *rest = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+        axes = (0, first, *rest) if edit.operation(node) != "permute" else (first, *rest)
+        rank = len(edit.shape(node) or ())
+        images = isinstance(axes[0], int) and axes[0] == 0
+        others = all(isinstance(axis, int) and axis % rank for axis in axes[1:])
+        return images and others and _numbers(edit.shape(node)) is not None
     return edit.operation(node) in _SHAPING
 
 
