@@ -596,6 +596,8 @@ def test_a_squeeze_of_another_map() -> None:
 
 def test_heads_end_in_a_flatten_and_a_linear_layer() -> None:
     heads: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m.fc(m.pool(x).permute(0, 2, 3, 1).flatten(1)),
+        lambda m, x: m.fc(m.pool(x).permute(0, 2, 3, 1).squeeze(1).squeeze(1)),
         lambda m, x: m.fc(m.pool(x).flatten(1)),
         lambda m, x: m.fc(m.pool(x).view(x.size(0), -1)),
         lambda m, x: m.fc(m.pool(x).view(-1, 8)),
@@ -698,6 +700,7 @@ PARTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "split": lambda m, y: _joined(m.dw, y.split([3, 4, 5], 1)),
     "chunk": lambda m, y: sum(2 * part.sigmoid() for part in y.chunk(2, dim=1)),
     "slices": lambda m, y: torch.cat([y[:, :4] + y[:, 4:8], y[:, -4:, :, :]], 1),
+    "split by size": lambda m, y: sum(m.a(part) for part in torch.split(y, y.shape[1] // 2, dim=1)),
     "last of a split": lambda m, y: torch.split(y, 5, dim=1)[-1] + torch.split(y, 5, 1)[1][:, :2],
 }
 
@@ -711,6 +714,7 @@ def test_a_convolution_whose_channels_go_different_ways(name: str, slopes: int) 
         conv=nn.Conv2d(8, 12, 3),
         act=activation,
         dw=nn.Conv2d(3, 3, 3, padding=1, groups=3),
+        a=nn.Conv2d(6, 2, 1),
     )
     graph = rewritten(model)
     rest = {"getitem"} if name == "last of a split" else set()
@@ -758,3 +762,111 @@ def test_parts_of_a_map_are_read_where_it_lies(name: str) -> None:
     shapes = [(2, 12, 12, 12), (4, 12, 9, 14)]
     program = Program(rewritten(model, shapes), torch.randn(shapes[1]), 2, {})
     assert not any(isinstance(part, TorchStep) for part in program.parts)
+
+
+def _shuffled(x: Tensor, groups: int) -> Tensor:
+    """As torchvision's ShuffleNet does it."""
+    batch, channels, height, width = x.size()
+    x = x.view(batch, groups, channels // groups, height, width)
+    return torch.transpose(x, 1, 2).contiguous().view(batch, channels, height, width)
+
+
+SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: _shuffled(x, 2),
+    "other groups": lambda x: _shuffled(x, 6),
+    "reshape": lambda x: (
+        x.reshape(x.shape[0], 3, 4, x.shape[2], x.shape[3]).permute(0, 2, 1, 3, 4).flatten(1, 2)
+    ),
+    "unflatten": lambda x: x.unflatten(1, (4, -1)).swapaxes(1, 2).reshape(x.shape),
+    "function": lambda x: F.channel_shuffle(x, 3),
+    "module": nn.ChannelShuffle(4),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_channel_shuffles(name: str) -> None:
+    model = Net(
+        lambda m, x: torch.cat([m.a(part) for part in SHUFFLES[name](m.first(x)).chunk(2, 1)], 1),
+        first=nn.Conv2d(8, 12, 1),
+        a=nn.Conv2d(6, 6, 3, padding=1, groups=6),
+    )
+    graph = rewritten(model)
+    assert [each for each in operations(graph) if each in ("view", "reshape", "flatten")] == []
+    assert operations(graph).count("Shuffle") == 1
+    for shape in SHAPES if not kernels.MISSING else ():
+        program = Program(graph, torch.randn(shape), 2, {})
+        assert not any(isinstance(part, TorchStep) for part in program.parts)
+
+
+@torch.no_grad()
+def test_a_shuffle_within_a_concat_and_of_many_images() -> None:
+    """Its result lies among other channels, and images take turns."""
+    model = randomised(
+        Net(
+            lambda m, x: m.last(torch.cat([_shuffled(m.a(x), 3), m.b(x)], 1)),
+            a=nn.Conv2d(8, 36, 3, padding=1),
+            b=nn.Conv2d(8, 5, 1),
+            last=nn.Conv2d(41, 3, 1),
+        )
+    )
+    rewritten(model, [(2, 8, 12, 12), (16, 8, 56, 56)])
+
+
+NO_SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of rows": lambda x: x.unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3),
+    "of images": lambda x: x.view(2, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape),
+    "of channels and rows": lambda x: x.transpose(1, 2).reshape(x.shape),
+    "with other numbers": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) + x.exp(),
+}
+
+
+@pytest.mark.parametrize("name", NO_SHUFFLES)
+def test_what_is_no_shuffle_of_channels_stays(name: str) -> None:
+    model = Net(lambda m, x: NO_SHUFFLES[name](m.conv(x)), conv=nn.Conv2d(8, 8, 1))
+    graph = rewritten(model, [(2, 8, 8, 8), (4, 8, 6, 10)])
+    assert operations(graph).count("Shuffle") == (name == "with other numbers")
+
+
+class Checking(nn.Module):
+    """Branches on sizes, as code has them that wants to be safe."""
+
+    def __init__(self, condition: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 3, padding=1)
+        self.condition = condition
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if self.condition(x) else self.b(x)
+
+
+KNOWN: dict[str, Callable[[Tensor], object]] = {
+    "channels": lambda x: x.shape[1] == 8,
+    "more channels": lambda x: x.size(1) % 16 == 0 or x.size()[1] // 2 > 3,
+    "dimensions": lambda x: x.dim() != 4,
+    "every size": lambda x: len([size for size in x.shape[2:]]) == 2,  # noqa: C416  it iterates
+}
+UNKNOWN: dict[str, Callable[[Tensor], object]] = {
+    "height": lambda x: x.shape[2] > 5,
+    "width of a row": lambda x: x.transpose(1, 3).shape[1] > 8,
+    "images": lambda x: x.shape[0] == 2,
+    "square": lambda x: x.shape[2] == x.shape[3],
+    "numbers": lambda x: x.sum() > 0,
+    "parts of rows": lambda x: [part for part in x.split(4, dim=2)] == [],  # noqa: C416
+}
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_branches_on_channels_are_followed(name: str) -> None:
+    """And no others: they may go another way for other images."""
+    model = nn.Sequential(Checking((KNOWN | UNKNOWN)[name]), nn.ReLU())
+    wanted = ["FusedConv"] if name in KNOWN else ["Checking", "Pointwise"]
+    assert operations(rewritten(model)) == wanted
+
+
+def test_a_network_that_takes_one_size_is_followed_otherwise() -> None:
+    model = Net(
+        lambda m, x: m.first(x) + m.places if x.shape[1] == 8 else x,
+        first=nn.Conv2d(8, 6, 1),
+    )
+    model.register_parameter("places", nn.Parameter(torch.randn(1, 6, 12, 12)))
+    rewritten(model, [(2, 8, 12, 12), (3, 8, 12, 12)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, fx
 
 # Floats between two buffers, so that equal offsets in them fall into different cache sets.
 _GAP = 16 * 5
+
+
+Shape = tuple[int, int, int, int]  # N, H, W, C
 
 
 @dataclass(eq=False)
@@ -48,7 +52,7 @@ class Map:
     """
 
     buffer: Buffer
-    shape: tuple[int, int, int, int]
+    shape: Shape
     ld: int
     channel: int = 0
     image: int = 0
@@ -94,7 +98,7 @@ class Map:
         )
 
 
-def new_map(shape: tuple[int, int, int, int]) -> Map:
+def new_map(shape: Shape) -> Map:
     """A map in a buffer of its own.
 
     Pixels of many channels are spread so that those of a register tile, which are read together,
@@ -109,10 +113,9 @@ def new_map(shape: tuple[int, int, int, int]) -> Map:
     return Map(Buffer(shape[0] * shape[1] * shape[2] * ld), shape, ld)
 
 
-def compact(shape: tuple[int, int, int, int]) -> Map:
-    """Vectors in a buffer of their own, without gaps between them."""
-    N, _, _, C = shape
-    return Map(Buffer(N * C), shape, C)
+def compact(shape: Shape) -> Map:
+    """A map in a buffer of its own, without gaps between its pixels."""
+    return Map(Buffer(math.prod(shape)), shape, shape[3])
 
 
 def place(buffers: list[Buffer]) -> int:

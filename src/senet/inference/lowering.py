@@ -6,7 +6,7 @@ What the kernels do not know runs in PyTorch between two stretches of kernel ste
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference import chains
-from senet.inference.buffers import Buffer, Map, compact, is_map, new_map
+from senet.inference.buffers import Buffer, Map, Shape, compact, is_map, new_map
 from senet.inference.builder import (
     Builder,
     Chained,
@@ -25,7 +25,7 @@ from senet.inference.builder import (
     native_gate,
     takes_input_gates,
 )
-from senet.inference.modules import Across, FusedConv, Pointwise, SqueezeGate, ends_openly
+from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.rewrites.gates import POOLS
 from senet.inference.rewrites.slices import channel_bounds, channel_sizes
@@ -351,6 +351,8 @@ class Lowering:
                         self.sums[node] = sums
                 else:
                     self.builder.pointwise(name, module, x, y, gates, shortcut)
+            case Shuffle():
+                self._shuffle(node, module, x)
             case Across():
                 self._across(node, name, module, x)
             case SqueezeGate() if native_gate(module):
@@ -460,6 +462,15 @@ class Lowering:
         stride = kernel if stride is None else stride
         geometry = Geometry(pair(kernel), pair(stride), pair(padding))
         self.builder.pool(x, self._new(node), geometry, largest=largest, padding=counts)
+
+    def _shuffle(self, node: fx.Node, module: Shuffle, x: Map) -> None:
+        """Channels of groups in turns; the pass for that leaves no gaps between pixels."""
+        alone = node not in self.slots and not self._crosses(node)
+        y = self._new(node, compact if alone else new_map)
+        target = y if alone else compact(x.shape)
+        self.builder.shuffle(x, target, module.groups)
+        if not alone:
+            self.builder.copy(target, y)
 
     def _across(self, node: fx.Node, name: str, module: Across, x: Map) -> None:
         """A convolution over channels, as one of rows: where vectors lie without gaps, in place."""
@@ -651,7 +662,7 @@ class Lowering:
         self.builder.touch(found)
         return found
 
-    def _new(self, node: fx.Node) -> Map:
+    def _new(self, node: fx.Node, make: Callable[[Shape], Map] = new_map) -> Map:
         """A place for a node's result: its slot in a concat, or a buffer of its own."""
         shape = self._shape(node)
         if node in self.slots:
@@ -663,7 +674,7 @@ class Lowering:
         elif self._crosses(node):
             made = replace(new_map((self.batch, *shape[1:])), shape=shape)
         else:
-            made = new_map(shape)
+            made = make(shape)
         self.values[node] = made
         made.buffer.waiting.update(node.users)
         return made

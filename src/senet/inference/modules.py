@@ -238,6 +238,22 @@ class Across(nn.Module):
         return self.conv(x.flatten(1).unsqueeze(1)).reshape(x.shape)
 
 
+class Shuffle(nn.Module):
+    """Channels of so many groups taken in turns, as in ShuffleNet (arXiv 1707.01083).
+
+    Args:
+        groups: groups of the input.
+    """
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """(N,C,H,W) → the same shape."""
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
 class Pointwise(nn.Module):
     """What no convolution takes up: y = δ(gates ⊙ f·(a·x + b) + shortcut).
 

@@ -48,7 +48,8 @@ class Stretch:
 
 
 def _stretch(steps: ctypes.Array[Step], positions: NDArray[np.intp]) -> Stretch:
-    inputs = tuple(step for step in steps if step.kind == Kind.INPUT)
+    # Others of this kind read maps, and know their strides beforehand.
+    inputs = tuple(s for s in steps if s.kind == Kind.INPUT and not any(s.strides))
     return Stretch(steps, positions, inputs)
 
 
@@ -116,6 +117,8 @@ class Program:
         for number, (step, done) in enumerate(zip(pending, steps, strict=True)):
             for name, value in step.fields.items():
                 setattr(done, name, value)
+            if step.strides is not None:
+                done.strides[:] = step.strides
             for name, where in step.maps.items():
                 setattr(done, name, 4 * where.offset)
                 positions.append((number * size + getattr(Step, name).offset) // 8)

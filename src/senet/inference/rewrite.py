@@ -21,6 +21,7 @@ from senet.inference.rewrites import (
     cleaning,
     convolutions,
     gates,
+    shuffles,
     slices,
 )
 from senet.inference.rewrites.editor import Editor
@@ -31,6 +32,7 @@ ADDS = (operator.add, operator.iadd, torch.add)
 # In the order in which they apply: each finds what those before have made.
 _REWRITES = (
     cleaning.remove_dead,
+    shuffles.recognise,
     convolutions.recognise,
     affine.norms,
     branches.merge,

@@ -34,7 +34,7 @@ class Editor:
     """
 
     def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
-        tracer = Tracer()
+        tracer = Tracer(example)
         self.graph = tracer.trace(model)
         for node in self.graph.nodes:
             node.type = None  # annotations of shapes cannot be pickled
