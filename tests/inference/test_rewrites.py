@@ -863,10 +863,13 @@ def test_branches_on_channels_are_followed(name: str) -> None:
     assert operations(rewritten(model)) == wanted
 
 
-def test_a_network_that_takes_one_size_is_followed_otherwise() -> None:
-    model = Net(
-        lambda m, x: m.first(x) + m.places if x.shape[1] == 8 else x,
-        first=nn.Conv2d(8, 6, 1),
-    )
-    model.register_parameter("places", nn.Parameter(torch.randn(1, 6, 12, 12)))
+def test_a_network_that_takes_one_size_is_called_where_it_branches() -> None:
+    """On images of another size it raises."""
+
+    def asserted(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.first(x)
+        torch._assert(y.shape[2] == 12, "not twelve rows")
+        return y.relu() if y.shape[1] == 6 else y
+
+    model = nn.Sequential(Net(asserted, first=nn.Conv2d(8, 6, 1)), nn.ReLU())
     rewritten(model, [(2, 8, 12, 12), (3, 8, 12, 12)])

@@ -243,7 +243,7 @@ def _undo_slower(parts: list[_Part]) -> list[tuple[str, float, float]]:
 def _check_example(example: object) -> None:
     if not isinstance(example, Tensor):
         kind = type(example).__name__
-        raise TypeError(f"example_input must be a tensor, as (N,C,H,W), got {kind}")
+        raise TypeError(f"example_input must be a tensor (N,C,H,W) or (N,C,L), got {kind}")
 
 
 def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -> OptimizedModel:
