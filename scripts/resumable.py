@@ -17,6 +17,7 @@ def rows_of(
     *,
     only: str = "*",
     seconds: float = float("inf"),
+    stale: Callable[[Row], bool] = lambda row: False,
 ) -> list[Row]:
     """A row for each name, as far as there is one, in their order.
 
@@ -26,6 +27,7 @@ def rows_of(
         examine: makes the row of a name that has none.
         only: shell pattern of the names that are examined.
         seconds: nothing new is begun after so long.
+        stale: whether a row is to be made anew; of a name's rows in the file the last counts.
     """
     done: dict[str, Row] = {}
     if results.is_file():
@@ -33,7 +35,8 @@ def rows_of(
     start = time.monotonic()
     with results.open("a") as file:
         for name in names:
-            if name in done or not fnmatch.fnmatch(name, only):
+            known = name in done and not stale(done[name])
+            if known or not fnmatch.fnmatch(name, only):
                 continue
             if time.monotonic() - start > seconds:
                 break

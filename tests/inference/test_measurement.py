@@ -133,6 +133,27 @@ def test_parts_that_were_faster_before_stay(
     torch.testing.assert_close(fast(2 * x[:1]), model(2 * x[:1]), rtol=1e-5, atol=1e-6)
 
 
+class Reading(Around):
+    """The same, and what is around the parts reads more of them than their results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.first if x.sum().isfinite() else ():
+            x = layer(x)
+        return self.last(x)
+
+
+@torch.no_grad()
+def test_parts_whose_insides_are_read_stay() -> None:
+    """Around a part that reads its children, all others are optimized."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), Reading(), nn.Conv2d(8, 4, 1), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 9, 9)
+    fast = optimize(model, x, measure=False)
+    left = dict(fast.report.left)
+    assert left["1.first"].startswith("the module around it reads its insides")
+    assert "1.last" not in left
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def ticking(monkeypatch: pytest.MonkeyPatch, seconds: Iterator[float]) -> None:
     """A clock that is these seconds later each time it is read."""
     total = itertools.accumulate(seconds)

@@ -456,6 +456,71 @@ def test_se_in_any_clothing(name: str, order: str) -> None:
         assert not layers_of  # they are 1×1 convolutions on (N,C,1,1)
 
 
+ECA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "view": lambda m, x: (
+        x * m.conv(_mean2(x).view(x.shape[0], 1, -1)).sigmoid().view(x.shape[0], -1, 1, 1)
+    ),
+    "transpose": lambda m, x: (
+        x
+        * m.conv(_mean4(x).squeeze(-1).transpose(-1, -2)).sigmoid().transpose(-1, -2).unsqueeze(-1)
+    ),
+    "permute": lambda m, x: (
+        x * m.conv(_mean4(x).flatten(2).permute(0, 2, 1)).permute(0, 2, 1)[..., None].sigmoid()
+    ),
+    "hard, with a bias": lambda m, x: (
+        x * F.hardsigmoid(m.biased(_mean2(x).unsqueeze(1))).reshape(x.shape[0], -1, 1, 1)
+    ),
+}
+
+
+def _mean2(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [6, 16, 512])
+@pytest.mark.parametrize("name", ECA)
+def test_convolutions_over_channels_are_gates(name: str, channels: int) -> None:
+    model = Net(
+        lambda m, x: m.last(ECA[name](m, m.first(x))),
+        first=nn.Sequential(nn.Conv2d(8, channels, 1), nn.SiLU()),
+        conv=nn.Conv1d(1, 1, 3, padding=1, bias=False),
+        biased=nn.Conv1d(1, 1, 5, padding=2),
+        last=nn.Conv2d(channels, 8, 1),
+    )
+    shapes = [(2, 8, 5, 6), (1, 8, 7, 4)]
+    graph = rewritten(model, shapes)
+    wanted = ["FusedConv", "AdaptiveAvgPool2d", "Across", "Pointwise", "FusedConv"]
+    assert operations(graph) == wanted
+    for shape in shapes if not kernels.MISSING else ():
+        program = Program(graph, torch.randn(shape), 2, {})
+        assert not any(isinstance(part, TorchStep) for part in program.parts)
+
+
+OTHER_ROWS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "around the ends": lambda m, x: (
+        x
+        * m.conv(F.pad(_mean2(x).unsqueeze(1), (1, 1), mode="circular")).view(x.shape[0], -1, 1, 1)
+    ),
+    "shorter": lambda m, x: x[:, 2:] * m.conv(_mean2(x).unsqueeze(1)).view(x.shape[0], -1, 1, 1),
+    "in another order": lambda m, x: (
+        x * _mean2(x).view(x.shape[0], 2, 4).transpose(1, 2).reshape(x.shape[0], 8, 1, 1).sigmoid()
+    ),
+    "of the images": lambda m, x: x * m.conv(_mean2(x).T[:, None]).mT[:, :, 0].T[..., None, None],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_other_things_with_rows_of_channels_stay(name: str) -> None:
+    """Among them transpositions that change the order of numbers, or are of the images."""
+    model = Net(lambda m, x: OTHER_ROWS[name](m, x), conv=nn.Conv1d(1, 1, 3))
+    if name == "of the images":
+        model.conv = nn.Conv1d(1, 1, 3, padding=1)
+        graph = rewritten(model, [(8, 8, 5, 6)])
+    else:
+        graph = rewritten(model, [(2, 8, 5, 6), (3, 8, 5, 6)])
+    assert "Across" not in operations(graph)
+
+
 NO_SE: dict[str, Callable[[Tensor], Tensor]] = {
     "by position": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
     "one for all": lambda x: x * x.mean((1, 2, 3), keepdim=True).sigmoid(),
@@ -531,6 +596,8 @@ def test_a_squeeze_of_another_map() -> None:
 
 def test_heads_end_in_a_flatten_and_a_linear_layer() -> None:
     heads: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m.fc(m.pool(x).permute(0, 2, 3, 1).flatten(1)),
+        lambda m, x: m.fc(m.pool(x).permute(0, 2, 3, 1).squeeze(1).squeeze(1)),
         lambda m, x: m.fc(m.pool(x).flatten(1)),
         lambda m, x: m.fc(m.pool(x).view(x.size(0), -1)),
         lambda m, x: m.fc(m.pool(x).view(-1, 8)),
@@ -633,6 +700,7 @@ PARTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "split": lambda m, y: _joined(m.dw, y.split([3, 4, 5], 1)),
     "chunk": lambda m, y: sum(2 * part.sigmoid() for part in y.chunk(2, dim=1)),
     "slices": lambda m, y: torch.cat([y[:, :4] + y[:, 4:8], y[:, -4:, :, :]], 1),
+    "split by size": lambda m, y: sum(m.a(part) for part in torch.split(y, y.shape[1] // 2, dim=1)),
     "last of a split": lambda m, y: torch.split(y, 5, dim=1)[-1] + torch.split(y, 5, 1)[1][:, :2],
 }
 
@@ -646,6 +714,7 @@ def test_a_convolution_whose_channels_go_different_ways(name: str, slopes: int) 
         conv=nn.Conv2d(8, 12, 3),
         act=activation,
         dw=nn.Conv2d(3, 3, 3, padding=1, groups=3),
+        a=nn.Conv2d(6, 2, 1),
     )
     graph = rewritten(model)
     rest = {"getitem"} if name == "last of a split" else set()
@@ -693,3 +762,114 @@ def test_parts_of_a_map_are_read_where_it_lies(name: str) -> None:
     shapes = [(2, 12, 12, 12), (4, 12, 9, 14)]
     program = Program(rewritten(model, shapes), torch.randn(shapes[1]), 2, {})
     assert not any(isinstance(part, TorchStep) for part in program.parts)
+
+
+def _shuffled(x: Tensor, groups: int) -> Tensor:
+    """As torchvision's ShuffleNet does it."""
+    batch, channels, height, width = x.size()
+    x = x.view(batch, groups, channels // groups, height, width)
+    return torch.transpose(x, 1, 2).contiguous().view(batch, channels, height, width)
+
+
+SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: _shuffled(x, 2),
+    "other groups": lambda x: _shuffled(x, 6),
+    "reshape": lambda x: (
+        x.reshape(x.shape[0], 3, 4, x.shape[2], x.shape[3]).permute(0, 2, 1, 3, 4).flatten(1, 2)
+    ),
+    "unflatten": lambda x: x.unflatten(1, (4, -1)).swapaxes(1, 2).reshape(x.shape),
+    "function": lambda x: F.channel_shuffle(x, 3),
+    "module": nn.ChannelShuffle(4),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_channel_shuffles(name: str) -> None:
+    model = Net(
+        lambda m, x: torch.cat([m.a(part) for part in SHUFFLES[name](m.first(x)).chunk(2, 1)], 1),
+        first=nn.Conv2d(8, 12, 1),
+        a=nn.Conv2d(6, 6, 3, padding=1, groups=6),
+    )
+    graph = rewritten(model)
+    assert [each for each in operations(graph) if each in ("view", "reshape", "flatten")] == []
+    assert operations(graph).count("Shuffle") == 1
+    for shape in SHAPES if not kernels.MISSING else ():
+        program = Program(graph, torch.randn(shape), 2, {})
+        assert not any(isinstance(part, TorchStep) for part in program.parts)
+
+
+@torch.no_grad()
+def test_a_shuffle_within_a_concat_and_of_many_images() -> None:
+    """Its result lies among other channels, and images take turns."""
+    model = randomised(
+        Net(
+            lambda m, x: m.last(torch.cat([_shuffled(m.a(x), 3), m.b(x)], 1)),
+            a=nn.Conv2d(8, 36, 3, padding=1),
+            b=nn.Conv2d(8, 5, 1),
+            last=nn.Conv2d(41, 3, 1),
+        )
+    )
+    rewritten(model, [(2, 8, 12, 12), (16, 8, 56, 56)])
+
+
+NO_SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of rows": lambda x: x.unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3),
+    "of images": lambda x: x.view(2, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape),
+    "of channels and rows": lambda x: x.transpose(1, 2).reshape(x.shape),
+    "with other numbers": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) + x.exp(),
+}
+
+
+@pytest.mark.parametrize("name", NO_SHUFFLES)
+def test_what_is_no_shuffle_of_channels_stays(name: str) -> None:
+    model = Net(lambda m, x: NO_SHUFFLES[name](m.conv(x)), conv=nn.Conv2d(8, 8, 1))
+    graph = rewritten(model, [(2, 8, 8, 8), (4, 8, 6, 10)])
+    assert operations(graph).count("Shuffle") == (name == "with other numbers")
+
+
+class Checking(nn.Module):
+    """Branches on sizes, as code has them that wants to be safe."""
+
+    def __init__(self, condition: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 3, padding=1)
+        self.condition = condition
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if self.condition(x) else self.b(x)
+
+
+KNOWN: dict[str, Callable[[Tensor], object]] = {
+    "channels": lambda x: x.shape[1] == 8,
+    "more channels": lambda x: x.size(1) % 16 == 0 or x.size()[1] // 2 > 3,
+    "dimensions": lambda x: x.dim() != 4,
+    "every size": lambda x: len([size for size in x.shape[2:]]) == 2,  # noqa: C416  it iterates
+}
+UNKNOWN: dict[str, Callable[[Tensor], object]] = {
+    "height": lambda x: x.shape[2] > 5,
+    "width of a row": lambda x: x.transpose(1, 3).shape[1] > 8,
+    "images": lambda x: x.shape[0] == 2,
+    "square": lambda x: x.shape[2] == x.shape[3],
+    "numbers": lambda x: x.sum() > 0,
+    "parts of rows": lambda x: [part for part in x.split(4, dim=2)] == [],  # noqa: C416
+}
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_branches_on_channels_are_followed(name: str) -> None:
+    """And no others: they may go another way for other images."""
+    model = nn.Sequential(Checking((KNOWN | UNKNOWN)[name]), nn.ReLU())
+    wanted = ["FusedConv"] if name in KNOWN else ["Checking", "Pointwise"]
+    assert operations(rewritten(model)) == wanted
+
+
+def test_a_network_that_takes_one_size_is_called_where_it_branches() -> None:
+    """On images of another size it raises."""
+
+    def asserted(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.first(x)
+        torch._assert(y.shape[2] == 12, "not twelve rows")
+        return y.relu() if y.shape[1] == 6 else y
+
+    model = nn.Sequential(Net(asserted, first=nn.Conv2d(8, 6, 1)), nn.ReLU())
+    rewritten(model, [(2, 8, 12, 12), (3, 8, 12, 12)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, fx
 
 # Floats between two buffers, so that equal offsets in them fall into different cache sets.
 _GAP = 16 * 5
+
+
+Shape = tuple[int, int, int, int]  # N, H, W, C
 
 
 @dataclass(eq=False)
@@ -48,7 +52,7 @@ class Map:
     """
 
     buffer: Buffer
-    shape: tuple[int, int, int, int]
+    shape: Shape
     ld: int
     channel: int = 0
     image: int = 0
@@ -69,17 +73,32 @@ class Map:
         """Whether it has its buffer for itself."""
         return self.buffer.size == self.pixels * self.ld and self.channel == 0
 
+    @property
+    def compact(self) -> bool:
+        """Whether these are vectors without gaps between them."""
+        N, H, W, C = self.shape
+        one = N == 1 and self.buffer.size == self.ld
+        return H == W == 1 and (one or self.ld == C)
+
+    @property
+    def rows(self) -> Map:
+        """Compact vectors (N,C) as rows of one channel."""
+        N, _, _, C = self.shape
+        return Map(self.buffer, (N, 1, C, 1), 1, self.channel, self.image)
+
     def tensor(self, arena: Tensor, dims: int) -> Tensor:
-        """A view of it in the arena, (N,C,H,W) or (N,C)."""
+        """A view of it in the arena: (N,C,H,W), (N,C), or (N,C,W) of maps of one row."""
         N, H, W, C = self.shape
         if dims == 2:
             return arena.as_strided((N, C), (self.ld, 1), self.offset)
+        if dims == 3:
+            return arena.as_strided((N, C, W), (W * self.ld, 1, self.ld), self.offset)
         return arena.as_strided(
             (N, C, H, W), (H * W * self.ld, 1, W * self.ld, self.ld), self.offset
         )
 
 
-def new_map(shape: tuple[int, int, int, int]) -> Map:
+def new_map(shape: Shape) -> Map:
     """A map in a buffer of its own.
 
     Pixels of many channels are spread so that those of a register tile, which are read together,
@@ -92,6 +111,11 @@ def new_map(shape: tuple[int, int, int, int]) -> Map:
         if ld % 512 == 0:
             ld += 16
     return Map(Buffer(shape[0] * shape[1] * shape[2] * ld), shape, ld)
+
+
+def compact(shape: Shape) -> Map:
+    """A map in a buffer of its own, without gaps between its pixels."""
+    return Map(Buffer(math.prod(shape)), shape, shape[3])
 
 
 def place(buffers: list[Buffer]) -> int:

@@ -58,11 +58,13 @@ class NativeStep:
         fields: numbers of `Step`.
         maps: map or buffer for a pointer of `Step`.
         constants: tensor for a pointer of `Step`.
+        strides: of a map that is read as the network's input is, along n, c, h and w.
     """
 
     fields: dict[str, float]
     maps: dict[str, Map | Buffer]
     constants: dict[str, Tensor] = field(default_factory=dict)
+    strides: tuple[int, int, int, int] | None = None
 
 
 @dataclass
@@ -617,6 +619,19 @@ class Builder:
     ) -> None:
         """y = δ(x + shortcut), with either left out."""
         self._pass(x, y, ending(activation), shortcut=shortcut)
+
+    def shuffle(self, x: Map, y: Map, groups: int) -> None:
+        """y: the channels of groups of x in turns; y has no gaps between pixels.
+
+        Each pixel is read as an image's row of C / groups pixels with a channel for each group.
+        """
+        N, H, W, C = x.shape
+        each = C // groups
+        fields = {"N": N, "H": H * W, "W": each, "C": groups, "y_ld": groups}
+        self.emit(Kind.INPUT, {"x": x, "y": y}, fields)
+        step = self.steps[-1]
+        assert isinstance(step, NativeStep)
+        step.strides = (H * W * x.ld, each, x.ld, 1)
 
     def pool(self, x: Map, y: Map, geometry: Geometry, *, largest: bool, padding: bool) -> None:
         """Maximum or mean of windows; `padding`: whether padding counts in a mean."""

@@ -6,7 +6,7 @@ What the kernels do not know runs in PyTorch between two stretches of kernel ste
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference import chains
-from senet.inference.buffers import Buffer, Map, is_map, new_map
+from senet.inference.buffers import Buffer, Map, Shape, compact, is_map, new_map
 from senet.inference.builder import (
     Builder,
     Chained,
@@ -25,8 +25,9 @@ from senet.inference.builder import (
     native_gate,
     takes_input_gates,
 )
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
+from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate, ends_openly
 from senet.inference.rewrite import ADDS, RELUS, plain
+from senet.inference.rewrites.gates import POOLS
 from senet.inference.rewrites.slices import channel_bounds, channel_sizes
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
@@ -43,11 +44,26 @@ def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def along_width(value: Any, along_height: int) -> tuple[int, int]:
+    """A number along the only dimension of maps of one row, as two."""
+    return (along_height, value if isinstance(value, int) else value[0])
+
+
+def _as_rows(result: Any) -> Any:
+    """A tensor (N,C,L) as (N,C,1,L), anything else as it is."""
+    return result.unsqueeze(2) if isinstance(result, Tensor) and result.ndim == 3 else result
+
+
 def _in_float32(module: nn.Module) -> bool:
     """Whether the kernels can read a module's weights."""
     weights = (*module._parameters.values(), *module._buffers.values())
     held = [w for w in weights if w is not None]
     return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in held)
+
+
+def _is_mean(module: nn.Module) -> bool:
+    """Whether a layer gives the mean over all positions of a map."""
+    return isinstance(module, POOLS) and module.output_size in (1, (1,), (1, 1))
 
 
 def concatenated(cat: fx.Node) -> list[fx.Node]:
@@ -91,6 +107,8 @@ class Lowering:
 
     Attributes:
         builder: the steps.
+        traced: what each node gives.
+        results: the same; in networks of one spatial dimension, maps of which have one row.
         values: map of each node that lies in the arena.
         splits: nodes whose parts are read where the map that they split lies.
         fixed: what nodes give that follows from the input's shape, and parameters that they are.
@@ -109,7 +127,9 @@ class Lowering:
         whole: Set[fx.Node],
     ) -> None:
         self.module = module
-        self.results = results
+        self.traced = self.results = results
+        if x.ndim == 3:
+            self.results = {node: _as_rows(result) for node, result in results.items()}
         self.builder = Builder(threads, constants)
         self.values: dict[fx.Node, Map] = {}
         self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -331,6 +351,10 @@ class Lowering:
                         self.sums[node] = sums
                 else:
                     self.builder.pointwise(name, module, x, y, gates, shortcut)
+            case Shuffle():
+                self._shuffle(node, module, x)
+            case Across():
+                self._across(node, name, module, x)
             case SqueezeGate() if native_gate(module):
                 self.builder.gates(name, module, x, self._new(node), self._branches(node))
             case nn.Linear() if plain(module) and len(self.results[node].shape) == 2:
@@ -339,13 +363,17 @@ class Lowering:
                 return self._relu(node)
             case nn.Flatten() if module.start_dim == 1 and x.shape[1] * x.shape[2] == 1:
                 self._alias(node, node.args[0])
-            case nn.AdaptiveAvgPool2d() if pair(module.output_size) == (1, 1):
+            case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() if _is_mean(module):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 summed = self.sums.get(source) if source in self.segment else None
                 self.builder.means(x, Geometry(), self._new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
                 self._alias(node, node.args[0])
+            case nn.MaxPool1d() if module.dilation in (1, (1,)) and not module.return_indices:
+                self._pool_rows(node, x, module, largest=True)
+            case nn.AvgPool1d():
+                self._pool_rows(node, x, module, counts=module.count_include_pad)
             case nn.MaxPool2d() if module.dilation in (1, (1, 1)) and not module.return_indices:
                 self._pool(node, x, module.kernel_size, module.stride, module.padding, largest=True)
             case nn.AvgPool2d() if module.divisor_override is None:
@@ -435,6 +463,38 @@ class Lowering:
         geometry = Geometry(pair(kernel), pair(stride), pair(padding))
         self.builder.pool(x, self._new(node), geometry, largest=largest, padding=counts)
 
+    def _shuffle(self, node: fx.Node, module: Shuffle, x: Map) -> None:
+        """Channels of groups in turns; the pass for that leaves no gaps between pixels."""
+        alone = node not in self.slots and not self._crosses(node)
+        y = self._new(node, compact if alone else new_map)
+        target = y if alone else compact(x.shape)
+        self.builder.shuffle(x, target, module.groups)
+        if not alone:
+            self.builder.copy(target, y)
+
+    def _across(self, node: fx.Node, name: str, module: Across, x: Map) -> None:
+        """A convolution over channels, as one of rows: where vectors lie without gaps, in place."""
+        y = self._new(node)
+        source, target = (where if where.compact else compact(where.shape) for where in (x, y))
+        if source is not x:
+            self.builder.copy(x, source)
+        self.builder.convolution(name, module.conv, source.rows, target.rows)
+        if target is not y:
+            self.builder.copy(target, y)
+
+    def _pool_rows(
+        self,
+        node: fx.Node,
+        x: Map,
+        module: nn.MaxPool1d | nn.AvgPool1d,
+        *,
+        largest: bool = False,
+        counts: bool = True,
+    ) -> None:
+        kernel, stride = along_width(module.kernel_size, 1), along_width(module.stride, 1)
+        padding = along_width(module.padding, 0)
+        self._pool(node, x, kernel, stride, padding, largest=largest, counts=counts)
+
     def _relu(self, node: fx.Node) -> bool:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -482,7 +542,8 @@ class Lowering:
             return False
         dim = (*node.args[1:], node.kwargs.get("dim", 0))[0]
         maps = all(is_map(self.results[part]) for part in concatenated(node))
-        return bool(maps and dim == 1 and self.results[node].ndim == 4)
+        by_channels = isinstance(dim, int) and dim % self.traced[node].ndim == 1
+        return bool(maps and by_channels and self.results[node].ndim == 4)
 
     def _reserve_slots(self, cat: fx.Node) -> None:
         """Let the parts of a concat be written where the concat wants them."""
@@ -521,8 +582,7 @@ class Lowering:
         """Whether a node is the mean over a map, in the part of the graph at hand."""
         if node.op != "call_module" or node not in self.segment:
             return False
-        module = self.module.get_submodule(str(node.target))
-        return isinstance(module, nn.AdaptiveAvgPool2d) and pair(module.output_size) == (1, 1)
+        return _is_mean(self.module.get_submodule(str(node.target)))
 
     def _scales_an_input(self, node: fx.Node) -> bool:
         """Whether a node only scales the input of a convolution that can do it itself."""
@@ -602,7 +662,7 @@ class Lowering:
         self.builder.touch(found)
         return found
 
-    def _new(self, node: fx.Node) -> Map:
+    def _new(self, node: fx.Node, make: Callable[[Shape], Map] = new_map) -> Map:
         """A place for a node's result: its slot in a concat, or a buffer of its own."""
         shape = self._shape(node)
         if node in self.slots:
@@ -614,7 +674,7 @@ class Lowering:
         elif self._crosses(node):
             made = replace(new_map((self.batch, *shape[1:])), shape=shape)
         else:
-            made = new_map(shape)
+            made = make(shape)
         self.values[node] = made
         made.buffer.waiting.update(node.users)
         return made
@@ -635,7 +695,7 @@ class Lowering:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or self._crosses(node):
             return False
-        if source in self.values and channel_sizes(node, self.results) is not None:
+        if source in self.values and channel_sizes(node, self.traced) is not None:
             buffer = self.values[source].buffer  # each part has to be read
             buffer.waiting.update(node.users)
             buffer.waiting.discard(node)
@@ -643,11 +703,11 @@ class Lowering:
             return True
         first = 0
         if source in self.splits:
-            sizes = channel_sizes(source, self.results) or ()
+            sizes = channel_sizes(source, self.traced) or ()
             place = node.args[1]
             assert isinstance(place, int)
             source, first = self.splits[source], sum(sizes[: place % len(sizes)])
-        elif source in self.values and (bounds := channel_bounds(node, self.results)) is not None:
+        elif source in self.values and (bounds := channel_bounds(node, self.traced)) is not None:
             first = bounds[0]
         else:
             return False

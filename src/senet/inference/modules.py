@@ -17,8 +17,10 @@ from senet.ops.activations import LINEAR, RELU, Activation
 from senet.ops.triton import tail as triton
 from senet.ops.triton.common import takes
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
-def batch_norm_affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+
+def batch_norm_affine(bn: BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale a and offset b (C,) in float64 with BN(x) = a·x + b in evaluation mode."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
@@ -30,9 +32,9 @@ def batch_norm_affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tens
     return scale, offset if bn.bias is None else offset + bn.bias.double()
 
 
-def two(values: tuple[int, ...]) -> tuple[int, int]:
-    """Numbers along height and width."""
-    height, width = values
+def two(values: tuple[int, ...], along_height: int = 1) -> tuple[int, int]:
+    """Numbers along height and width; one number is that along the width of maps of one row."""
+    height, width = values if len(values) == 2 else (along_height, *values)
     return height, width
 
 
@@ -44,11 +46,14 @@ def constant(value: Tensor, like: Tensor) -> nn.Parameter:
 class FusedConv(nn.Module):
     """Convolution with all that follows it: y = δ(gates ⊙ (W x + b) + shortcut).
 
+    One of a single spatial dimension is one of maps of a single row.
+
     Args:
         conv: the convolution; it pads with zeros.
         bn: batch norm behind it, folded into weight and bias in float64.
 
     Attributes:
+        dims: spatial dimensions of its inputs, 1 or 2.
         padding: zeros above and to the left.
         behind: zeros below and to the right.
         same: whether there are instead as many as TensorFlow's "same" needs for an input, those
@@ -57,9 +62,14 @@ class FusedConv(nn.Module):
         slopes: with a linear δ: slopes (D,) or (1,) of a PReLU in its place.
     """
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
+    def __init__(
+        self, conv: nn.Conv1d | nn.Conv2d, bn: nn.BatchNorm1d | nn.BatchNorm2d | None = None
+    ) -> None:
         super().__init__()
+        self.dims = len(conv.kernel_size)
         weight = conv.weight.double()
+        if self.dims == 1:
+            weight = weight.unsqueeze(2)
         bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
         if bn is not None:
             scale, offset = batch_norm_affine(bn)
@@ -71,7 +81,7 @@ class FusedConv(nn.Module):
             self.padding = (total[0] // 2, total[1] // 2)
             self.behind = (total[0] - self.padding[0], total[1] - self.padding[1])
         else:
-            self.padding = self.behind = two(conv.padding)
+            self.padding = self.behind = two(conv.padding, 0)
         self.same = False
         self.groups = conv.groups
         self.activation: Activation = LINEAR
@@ -115,11 +125,18 @@ class FusedConv(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "n c h w"],
+        x: Float[Tensor, "n c *s"],
         gates: Float[Tensor, "n d *ones"] | None = None,
-        shortcut: Float[Tensor, "n d a b"] | None = None,
-    ) -> Float[Tensor, "n d a b"]:
-        """(N,C,H,W) → (N,D,A,B); gates are known beforehand, one per image and output channel."""
+        shortcut: Float[Tensor, "n d *t"] | None = None,
+    ) -> Float[Tensor, "n d *t"]:
+        """(N,C,H,W) → (N,D,A,B), or (N,C,L) → (N,D,M); gates are known beforehand, one per image
+        and output channel."""
+        if self.dims == 1 and x.ndim == 3:
+            gates, shortcut = (
+                None if t is None else t.unsqueeze(2) if t.ndim == 3 else t
+                for t in (gates, shortcut)
+            )
+            return self.forward(x.unsqueeze(2), gates, shortcut).squeeze(2)
         padding = self.padding
         if self.same or self.padding != self.behind:
             (top, left), (bottom, right) = self.zeros(x.shape[2], x.shape[3])
@@ -202,6 +219,41 @@ def finish(
     return activation(y) if slopes is None else F.prelu(y, slopes)
 
 
+class Across(nn.Module):
+    """A convolution over the channels of vectors, as the gates of ECA have (arXiv 1910.03151).
+
+    Args:
+        conv: a convolution of rows (N,1,C) that keeps their length.
+
+    Attributes:
+        conv: the same; it may end in an activation.
+    """
+
+    def __init__(self, conv: FusedConv) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Float[Tensor, "n c *ones"]) -> Float[Tensor, "n c *ones"]:
+        """Vectors (N,C,1,1) or (N,C,1) → the same shape."""
+        return self.conv(x.flatten(1).unsqueeze(1)).reshape(x.shape)
+
+
+class Shuffle(nn.Module):
+    """Channels of so many groups taken in turns, as in ShuffleNet (arXiv 1707.01083).
+
+    Args:
+        groups: groups of the input.
+    """
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """(N,C,H,W) → the same shape."""
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
 class Pointwise(nn.Module):
     """What no convolution takes up: y = δ(gates ⊙ f·(a·x + b) + shortcut).
 
@@ -216,7 +268,7 @@ class Pointwise(nn.Module):
         slopes: with a linear δ: slopes (C,) or (1,) of a PReLU in its place.
     """
 
-    def __init__(self, bn: nn.BatchNorm2d | None = None) -> None:
+    def __init__(self, bn: BatchNorm | None = None) -> None:
         super().__init__()
         self.scale: nn.Parameter | None = None
         self.offset: nn.Parameter | None = None
@@ -320,11 +372,11 @@ class SqueezeGate(nn.Module):
             self.geometry = (kernel, conv.padding, conv.dilation)
 
     def forward(self, u: Float[Tensor, "n c *s"]) -> Float[Tensor, "n d"]:
-        """Gates (N,D) for the input u (N,C,H,W) of the convolution."""
+        """Gates (N,D) for the input u (N,C,H,W) or (N,C,L) of the convolution."""
         if self.geometry is None:
             wide = torch.promote_types(u.dtype, torch.float32)
             means = u.mean(tuple(range(2, u.ndim)), dtype=wide)
         else:
-            means = tap_means(u, *self.geometry).flatten(1)
+            means = tap_means(u if u.ndim == 4 else u.unsqueeze(2), *self.geometry).flatten(1)
         hidden = self.activation(F.linear(means.to(self.weight1.dtype), self.weight1, self.bias1))
         return self.gate(F.linear(hidden, self.weight2, self.bias2))

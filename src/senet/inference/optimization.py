@@ -60,7 +60,7 @@ class OptimizedModel(nn.Module):
                 module.repack()
 
     def forward(self, x: Tensor) -> Any:
-        """What the original model returns for images x (N,C,H,W)."""
+        """What the original model returns for images x, (N,C,H,W), (N,C,L) or (N,C,D,H,W)."""
         return self.network(x)
 
 
@@ -155,18 +155,36 @@ class _Optimizer:
             parent, _, key = path.rpartition(".")
             held = graph.get_submodule(parent)
             self._replace(held, key, graph.get_submodule(path), f"{name}.{path}" if name else path)
-        return OptimizedPart(graph)
+        return OptimizedPart(graph, rewriter.rank)
 
     def _replace(self, parent: nn.Module, key: str, child: nn.Module, name: str) -> None:
         """Put the optimized form of a child in its place."""
         if next(child.parameters(), None) is None or _is_leaf(child):
             return
         new = self._optimized(child, name)
-        if new is not child:
-            setattr(parent, key, new)
+        if new is child:
+            return
+        setattr(parent, key, new)
+        why_not = self._complaint(parent, name.rpartition(".")[0])
+        if why_not is not None:
+            setattr(parent, key, child)
+            self.left.append((name, why_not))
+            return
         example = self._examples().get(name)
         if isinstance(new, OptimizedPart) and example is not None:
             self.parts.append(_Part(name, parent, key, child, new, example))
+
+    def _complaint(self, parent: nn.Module, name: str) -> str | None:
+        """Why a module does not run any more, as it reads more of a child than its result."""
+        example = self._examples().get(name) if name else self._example
+        if example is None:
+            return None
+        try:
+            with torch.no_grad():
+                parent(example)
+        except FAILURES as error:
+            return f"the module around it reads its insides: {reason_of(error)}"
+        return None
 
     def _examples(self) -> dict[str, Tensor]:
         """An input of each module that is called with one tensor."""
@@ -225,7 +243,7 @@ def _undo_slower(parts: list[_Part]) -> list[tuple[str, float, float]]:
 def _check_example(example: object) -> None:
     if not isinstance(example, Tensor):
         kind = type(example).__name__
-        raise TypeError(f"example_input must be a tensor (N,C,H,W), got {kind}")
+        raise TypeError(f"example_input must be a tensor (N,C,H,W) or (N,C,L), got {kind}")
 
 
 def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -> OptimizedModel:
@@ -249,9 +267,11 @@ def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -
 
     Args:
         model: any module that takes images (N,C,H,W). It stays as it is. What cannot be rewritten
-            is left alone, and the report says so. It may return tensors in tuples, named tuples,
-            lists, dicts and dataclasses.
-        example_input: an input of it, to compare both models on.
+            is left alone, and the report says so. Networks of one spatial dimension, (N,C,L), run
+            as maps of one row; those of three keep PyTorch's convolutions, with batch norms folded.
+            It may return tensors in tuples, named tuples, lists, dicts and dataclasses.
+        example_input: an input of it, to compare both models on; the kernels take inputs of as many
+            dimensions.
         measure: whether to time both on the example, the original with channels last too, and to
             keep what is fastest, part by part where the model could not be traced as a whole; takes
             some ten runs of each. False keeps the optimized network, whatever its speed.
@@ -301,11 +321,10 @@ def _fastest(
 ) -> tuple[nn.Module, OptimizationReport]:
     """The network that is fastest on an example, and the report with the times."""
     original.requires_grad_(False)
-    networks = {
-        ORIGINAL: _Original(original, channels_last=False),
-        CHANNELS_LAST: _Original(copy.deepcopy(original), channels_last=True),
-        OPTIMIZED: network,
-    }
+    networks: dict[str, nn.Module] = {ORIGINAL: _Original(original, channels_last=False)}
+    if x.ndim == 4:
+        networks[CHANNELS_LAST] = _Original(copy.deepcopy(original), channels_last=True)
+    networks[OPTIMIZED] = network
     times = medians({name: called(each, x) for name, each in networks.items()})
     kept = min(times, key=lambda name: times[name])
     if times[kept] >= _CLEARLY * times[OPTIMIZED]:

@@ -21,19 +21,22 @@ _MAKING = threading.Lock()
 class OptimizedPart(nn.Module):
     """A rewritten graph that runs on the C++ kernels where it can and in PyTorch elsewhere.
 
-    The kernels take one float32 tensor (N,C,H,W) on the CPU outside of autograd; one tensor on a
-    GPU is run as a CUDA graph (see `senet.inference.replay`); anything else, and any graph capture
-    (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any number of threads
-    may call it at the same time. Weights that were edited since they were packed are packed anew
-    (see `senet.inference.weights.Watch`).
+    The kernels take one float32 tensor, (N,C,H,W) or (N,C,L), on the CPU outside of autograd; one
+    tensor on a GPU is run as a CUDA graph (see `senet.inference.replay`); anything else, and any
+    graph capture (torch.compile, torch.export, a trace), gets the same graph in PyTorch. Any number
+    of threads may call it at the same time. Weights that were edited since they were packed are
+    packed anew (see `senet.inference.weights.Watch`).
 
     Args:
         graph: the rewritten graph.
+        rank: dimensions of the tensors that the kernels take: 4, or 3 in networks of one spatial
+            dimension.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, rank: int = 4) -> None:
         super().__init__()
         self.graph_module = graph
+        self.rank = rank
         self._plans: Plans | Replays | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,7 +44,8 @@ class OptimizedPart(nn.Module):
         return {**self.__dict__, "_plans": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPart:
-        return OptimizedPart(copy.deepcopy(self.graph_module, memo)).train(self.training)
+        graph = copy.deepcopy(self.graph_module, memo)
+        return OptimizedPart(graph, self.rank).train(self.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_layer(self, name, value, "graph_module")
@@ -90,9 +94,9 @@ class OptimizedPart(nn.Module):
             return None
         if x.device.type == "cuda":
             return None if torch.cuda.is_current_stream_capturing() else Replays
-        in_float32 = x.dtype == weight.dtype == torch.float32
-        suits = x.device.type == "cpu" and x.ndim == 4 and in_float32 and not kernels.MISSING
-        return Plans if suits else None
+        if x.device.type != "cpu" or x.ndim != self.rank or kernels.MISSING:
+            return None
+        return Plans if x.dtype == weight.dtype == torch.float32 else None
 
 
 def refuse_layer(module: nn.Module, name: str, value: object, own: str) -> None:

@@ -48,7 +48,8 @@ class Stretch:
 
 
 def _stretch(steps: ctypes.Array[Step], positions: NDArray[np.intp]) -> Stretch:
-    inputs = tuple(step for step in steps if step.kind == Kind.INPUT)
+    # Others of this kind read maps, and know their strides beforehand.
+    inputs = tuple(s for s in steps if s.kind == Kind.INPUT and not any(s.strides))
     return Stretch(steps, positions, inputs)
 
 
@@ -83,7 +84,7 @@ class Program:
         self.output, self.escaping = lowering.output, lowering.escaping
         self.images = lowering.input_images
         self.fixed = lowering.fixed
-        self.maps = {n: (m, lowering.results[n].ndim) for n, m in lowering.values.items()}
+        self.maps = {n: (m, lowering.traced[n].ndim) for n, m in lowering.values.items()}
         builder = lowering.builder
         self.arena = place(list(builder.buffers.values())) + kernels.SLACK
         self.arena += -self.arena % _LINE
@@ -116,6 +117,8 @@ class Program:
         for number, (step, done) in enumerate(zip(pending, steps, strict=True)):
             for name, value in step.fields.items():
                 setattr(done, name, value)
+            if step.strides is not None:
+                done.strides[:] = step.strides
             for name, where in step.maps.items():
                 setattr(done, name, 4 * where.offset)
                 positions.append((number * size + getattr(Step, name).offset) // 8)
@@ -162,12 +165,12 @@ class Program:
             workspace.prepared_for = self
         scratch = memory[self.arena : self.size]
         run = _Run(self, memory, dict(self.fixed))
-        group = 0
+        group, strides = 0, x.stride() if x.ndim == 4 else (*x.stride()[:2], *x.stride()[1:])
         for part in workspace.parts:
             if isinstance(part, Stretch):
                 for step in part.inputs:
                     step.x = x.data_ptr() + 4 * group * self.images * x.stride(0)
-                    step.strides[:] = x.stride()
+                    step.strides[:] = strides
                     group += 1
                 kernels.run(part.steps, self.threads, scratch)
             else:

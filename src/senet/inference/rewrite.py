@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from senet.inference.modules import FusedConv
 from senet.inference.rewrites import (
     activations,
     additions,
@@ -20,6 +21,7 @@ from senet.inference.rewrites import (
     cleaning,
     convolutions,
     gates,
+    shuffles,
     slices,
 )
 from senet.inference.rewrites.editor import Editor
@@ -30,6 +32,7 @@ ADDS = (operator.add, operator.iadd, torch.add)
 # In the order in which they apply: each finds what those before have made.
 _REWRITES = (
     cleaning.remove_dead,
+    shuffles.recognise,
     convolutions.recognise,
     affine.norms,
     branches.merge,
@@ -75,6 +78,12 @@ class Rewriter:
         self.graph, self.module = self._edit.graph, self._edit.module
         self.fused, self.left = self._edit.fused, self._edit.left
         self.closed, self.gated = self._edit.closed, self._edit.gated
+
+    @property
+    def rank(self) -> int:
+        """Dimensions of the inputs that the kernels take: 4, or 3 in networks of rows."""
+        rows = any(isinstance(m, FusedConv) and m.dims == 1 for m in self.module.modules())
+        return 3 if self._edit.dims == 1 and rows else 4
 
     def run(self) -> fx.GraphModule:
         """Apply all rewrites and return the graph as a module."""

@@ -23,10 +23,12 @@ def difference(found: Any, wanted: Any) -> float:
         wanted: the same nesting.
 
     Returns:
-        inf if anything is not finite.
+        inf if anything is not finite, or of another shape.
     """
     worst = 0.0
     for x, y in zip(tensors(found), tensors(wanted), strict=True):
+        if x.shape != y.shape:
+            return math.inf
         if y.is_floating_point() and y.numel():
             scale = max(float(y.abs().max()), torch.finfo(y.dtype).tiny)
             found = float((x - y).abs().max()) / scale

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate
 
 
-def outline(module: fx.GraphModule) -> nn.Module:
+def outline(module: nn.Module) -> nn.Module:
     """A copy of what a graph calls, whose parameters and buffers have shapes but no data.
 
     The graph module itself is only read, so that other threads can go on running it.
@@ -32,11 +32,37 @@ def _without_data(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
+class Growing:
+    """What the nodes give of a graph that is still being traced.
+
+    Args:
+        root: the model.
+        graph: its graph so far.
+        x: an input.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, x: Tensor) -> None:
+        self._keeping = _Keeping(outline(root), root, graph)
+        self._x = x.to("meta")
+
+    @torch.no_grad()
+    def of(self, node: fx.Node) -> Any:
+        """What a node gives, as tensors without data and numbers."""
+        env = self._keeping.env
+        for each in self._keeping.graph.nodes:
+            if each not in env:
+                given = each.op == "placeholder"
+                env[each] = self._x if given else self._keeping.run_node(each)
+            if each is node:
+                break
+        return env[node]
+
+
 class _Keeping(fx.Interpreter):
     """Runs a graph on tensors without data and keeps what each node gives."""
 
-    def __init__(self, empty: nn.Module, module: fx.GraphModule) -> None:
-        super().__init__(empty, graph=module.graph)
+    def __init__(self, empty: nn.Module, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(empty, graph=graph)
         self.real = module
         self.results: dict[fx.Node, Any] = {}
 
@@ -77,16 +103,20 @@ def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...]
     """
     shape: tuple[int, ...] | None = None
     match module:
-        case FusedConv() if x.ndim == 4 and x.shape[1] == module.weight.shape[1] * module.groups:
-            height, width = module.output_size(x.shape[2], x.shape[3])
-            shape = (x.shape[0], len(module.weight), height, width)
+        case FusedConv() if x.ndim == module.dims + 2:
+            if x.shape[1] != module.weight.shape[1] * module.groups:
+                return None
+            sizes = module.output_size(*(1, *x.shape[2:])[-2:])
+            shape = (x.shape[0], len(module.weight), *sizes[-module.dims :])
+        case Across() | Shuffle():
+            shape = tuple(x.shape)
         case Pointwise():
             channels = None if module.scale is None else len(module.scale)
-            if channels is None or (x.ndim == 4 and x.shape[1] == channels):
+            if channels is None or (x.ndim in (3, 4) and x.shape[1] == channels):
                 shape = tuple(x.shape)
         case SqueezeGate():
             taps = 1 if module.geometry is None else math.prod(module.geometry[0])
-            if x.ndim == 4 and module.weight1.shape[1] == taps * x.shape[1]:
+            if x.ndim in (3, 4) and module.weight1.shape[1] == taps * x.shape[1]:
                 shape = (x.shape[0], len(module.weight2))
     shortcut = rest[1] if len(rest) > 1 else None
     if shape is None or min(shape) < 1 or (shortcut is not None and shortcut.shape != shape):
@@ -106,7 +136,7 @@ def traced_results(module: fx.GraphModule, empty: nn.Module, x: Tensor) -> dict[
         empty: its `outline`.
         x: an input.
     """
-    keeping = _Keeping(empty, module)
+    keeping = _Keeping(empty, module, module.graph)
     with torch.no_grad():
         keeping.run(x.to("meta"))
     return keeping.results

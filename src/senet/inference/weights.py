@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from senet.errors import UserError
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
+from senet.inference.modules import Across, FusedConv, Pointwise, SqueezeGate
 
 
 class Watch:
@@ -35,7 +35,7 @@ class Watch:
         for target in {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}:
             self._add_path(target)
             module = graph.get_submodule(target)
-            if isinstance(module, FusedConv | Pointwise | SqueezeGate | nn.Linear):
+            if isinstance(module, Across | FusedConv | Pointwise | SqueezeGate | nn.Linear):
                 self._add(module)
         for node in graph.graph.nodes:
             if node.op == "get_attr":

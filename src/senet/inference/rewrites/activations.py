@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import Pointwise
+from senet.inference.modules import Across, FusedConv, Pointwise, ends_openly
 from senet.inference.rewrites.editor import Editor, without_gradient
 from senet.ops.activations import ACTIVATIONS, Activation
 
@@ -55,7 +55,11 @@ def take_in(edit: Editor) -> None:
         if module.scale is not None or module.factor != 1:
             continue
         source = node.args[0]
-        before = edit.takes_more(source)
+        across = edit.called(source)
+        if isinstance(across, Across) and ends_openly(across.conv) and edit.single_use(source):
+            before: FusedConv | Pointwise | None = across.conv
+        else:
+            before = edit.takes_more(source)
         if before is None or not isinstance(source, fx.Node):
             continue
         before.activation, before.slopes = module.activation, module.slopes

@@ -6,12 +6,13 @@ of F.batch_norm, or a product and a sum with constants (frozen batch norm).
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, batch_norm_affine
+from senet.inference.modules import FusedConv, Pointwise, batch_norm_affine, constant
 from senet.inference.rewrites.editor import Editor, plain
 
 _SUMS, _PRODUCTS = ("add", "sub"), ("mul", "multiply", "div")
@@ -41,7 +42,7 @@ def factors(edit: Editor) -> None:
             edit.replace(node, source)
         elif _into_users(edit, node, factor):
             edit.replace(node, source)
-        elif len(edit.shape(node) or ()) == 4:
+        elif len(edit.shape(node) or ()) == edit.dims + 2:
             made = Pointwise()
             made.multiply(factor)
             edit.insert_in_place_of(node, made, (source,))
@@ -84,10 +85,12 @@ class _Affine(NamedTuple):
 def _norm(edit: Editor, node: fx.Node) -> _Affine | None:
     """What a batch norm computes."""
     module = edit.called(node)
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        wanted = 4 if isinstance(module, nn.BatchNorm2d) else 2
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         dimensions = len(edit.shape(node) or ()) or 4
-        if not plain(module) or module.running_mean is None or dimensions != wanted:
+        wanted = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+        if not plain(module) or module.running_mean is None:
+            return None
+        if not any(isinstance(module, kind) and dimensions in wanted[kind] for kind in wanted):
             return None
         scale, offset = batch_norm_affine(module)
         return _Affine(node.args[0], scale, offset, module.running_mean)
@@ -106,7 +109,7 @@ def _norm(edit: Editor, node: fx.Node) -> _Affine | None:
     if mean is None or var is None or training is not False or not isinstance(eps, float):
         return None
     shape = edit.shape(node)
-    if shape is None or len(shape) not in (2, 4):
+    if shape is None or not 2 <= len(shape) <= 5:
         return None
     scale = torch.rsqrt(var.double() + eps)
     scale = scale if weight is None else scale * weight.double()
@@ -125,10 +128,12 @@ def _with_constant(edit: Editor, node: fx.Node) -> _Affine | None:
     if swapped:
         a, b = b, a
     number, shape = edit.constant(b), edit.shape(a)
-    if number is None or shape is None or len(shape) != 4 or edit.shape(node) != shape:
+    if number is None or shape is None or edit.shape(node) != shape:
         return None
-    C = shape[1]
-    each = number.ndim >= 3 and tuple(number.shape[-3:]) == (C, 1, 1) and number.numel() == C
+    if len(shape) != edit.dims + 2 or edit.dims > 2:
+        return None
+    C, ones = shape[1], (1,) * edit.dims
+    each = tuple(number.shape[-1 - edit.dims :]) == (C, *ones) and number.numel() == C
     if not each and number.numel() != 1:
         return None
     values = number.detach().flatten().double().expand(C)
@@ -158,7 +163,12 @@ def _apply(edit: Editor, node: fx.Node, found: _Affine, what: str) -> None:
             into = "pass before"
         edit.say(source, f"{what} {edit.name_of(node)} folded into the {into}")
         edit.replace(node, source)
-    elif isinstance(before, nn.Linear) and plain(before) and edit.single_use(source):
+    elif isinstance(before, nn.Conv3d) and plain(before) and edit.single_use(source):
+        new = edit.insert_in_place_of(source, _folded(before, scale, offset), source.args)
+        edit.say(new, f"{what} {edit.name_of(node)} folded into the convolution")
+        edit.replace(node, new)
+    elif _is_layer(edit, source) and edit.single_use(source):
+        assert isinstance(before, nn.Linear)
         new = edit.insert_in_place_of(source, _scaled(before, scale, offset), source.args)
         edit.say(new, f"{what} {edit.name_of(node)} folded into the layer")
         edit.replace(node, new)
@@ -168,6 +178,24 @@ def _apply(edit: Editor, node: fx.Node, found: _Affine, what: str) -> None:
         new = edit.insert(made, node, (source,), edit.name_of(node))
         edit.say(new, f"{what} as one scale and offset")
         edit.replace(node, new)
+
+
+def _is_layer(edit: Editor, node: Any) -> bool:
+    """Whether a node is a fully connected layer of vectors."""
+    module = edit.called(node)
+    return isinstance(module, nn.Linear) and plain(module) and len(edit.shape(node) or ()) == 2
+
+
+@torch.no_grad()
+def _folded(conv: nn.Conv3d, scale: Tensor, offset: Tensor) -> nn.Conv3d:
+    """A convolution of three dimensions with a scale and an offset behind it; both (D,)."""
+    made = copy.copy(conv)
+    made._parameters = dict(conv._parameters)
+    weight = conv.weight
+    bias = 0 if conv.bias is None else conv.bias.double()
+    made.weight = constant(weight.double() * scale.view(-1, 1, 1, 1, 1), weight)
+    made.bias = constant(bias * scale + offset, weight)
+    return made
 
 
 @torch.no_grad()

@@ -32,10 +32,15 @@ def recognise(edit: Editor) -> None:
 
 def _of_module(edit: Editor, node: fx.Node) -> FusedConv | None:
     module = edit.called(node)
-    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or node.kwargs:
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or node.kwargs:
+        return None
+    if module.padding_mode != "zeros":
         return None
     if plain(module):
-        return FusedConv(module)
+        batched = isinstance(module, nn.Conv2d) or len(edit.shape(node) or ()) == 3
+        return FusedConv(module) if batched else None
+    if not isinstance(module, nn.Conv2d):
+        return None
     name = str(node.target)
     fused = _padding_to_same_size(module) if name in edit.closed else None
     if fused is not None:
@@ -164,9 +169,9 @@ def _take_in_padding(edit: Editor, node: fx.Node) -> None:
     if not isinstance(module, FusedConv) or module.same or not isinstance(source, fx.Node):
         return
     zeros = _zeros(edit, source)
-    if zeros is None or not edit.single_use(source):
+    if zeros is None or len(zeros) > 2 * module.dims or not edit.single_use(source):
         return
-    left, right, top, bottom = zeros
+    left, right, top, bottom = (*zeros, 0, 0)[:4]
     module.pad((top, left), (bottom, right))
     edit.say(node, "zeros padded by the convolution itself")
     inner = source.args[0]
@@ -175,16 +180,17 @@ def _take_in_padding(edit: Editor, node: fx.Node) -> None:
 
 
 def _zeros(edit: Editor, node: fx.Node) -> tuple[int, ...] | None:
-    """How many zeros a node pads to the left, right, top and bottom of a map."""
+    """How many zeros a node pads to the left and right, and to the top and bottom, of a map."""
     module = edit.called(node)
     sides: Any = None
-    if type(module) in (nn.ZeroPad2d, nn.ConstantPad2d) and getattr(module, "value", 0) == 0:
+    layers = (nn.ZeroPad1d, nn.ConstantPad1d, nn.ZeroPad2d, nn.ConstantPad2d)
+    if type(module) in layers and getattr(module, "value", 0) == 0:
         sides = module.padding  # type: ignore[union-attr]
     elif edit.operation(node) == "pad":
         mode, value = edit.argument(node, 2, "mode", "constant"), edit.argument(node, 3, "value")
         if mode == "constant" and value in (None, 0):
             sides = edit.argument(node, 1, "pad")
-    if not isinstance(sides, list | tuple) or len(sides) != 4:
+    if not isinstance(sides, list | tuple) or len(sides) not in (2, 4):
         return None
     known = all(isinstance(side, int) and side >= 0 for side in sides)
     return tuple(sides) if known else None

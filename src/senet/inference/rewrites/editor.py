@@ -30,10 +30,11 @@ class Editor:
         fused: for each rewrite the module that it starts from, and what was done.
         left: SE blocks that stay as they are, and why.
         gated: modules with a product of a map and gates that was rewritten, once for each product.
+        dims: spatial dimensions of the input.
     """
 
     def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
-        tracer = Tracer()
+        tracer = Tracer(example)
         self.graph = tracer.trace(model)
         for node in self.graph.nodes:
             node.type = None  # annotations of shapes cannot be pickled
@@ -45,6 +46,7 @@ class Editor:
         self.scopes = tracer.scopes
         self.origin: dict[fx.Node, str] = {}
         self.results: dict[fx.Node, Any] = {}
+        self.dims = 2 if example is None else example.ndim - 2
         if example is not None:
             self.results = traced_results(self.module, outline(self.module), example)
 
@@ -163,7 +165,8 @@ def plain(module: nn.Module) -> bool:
     kind: type = type(module)
     if parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
-    return kind in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return kind in (*convolutions, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def without_gradient(value: Tensor) -> nn.Parameter:

@@ -3,18 +3,20 @@ reductions over all their positions.
 
 Means become nn.AdaptiveAvgPool2d(1), layers on the squeezed vectors 1×1 convolutions on
 (N,C,1,1), and the product a `Pointwise` with gates. Two layers behind the mean of a convolution
-without activation become a `SqueezeGate`: their squeeze is taken before the convolution.
+without activation become a `SqueezeGate`: their squeeze is taken before the convolution. Networks
+of one spatial dimension have maps (N,C,L) and vectors (N,C,1).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, ends_openly
+from senet.inference.modules import Across, FusedConv, Pointwise, SqueezeGate, ends_openly
 from senet.inference.rewrites.activations import is_scalar
 from senet.inference.rewrites.editor import Editor, plain
 from senet.nn.block import GlobalSqueeze, SqueezeExcitation
@@ -23,28 +25,52 @@ from senet.ops.activations import RELU, Activation
 _PRODUCTS = ("mul", "multiply")
 # What moves the numbers of a vector and leaves their order.
 _SHAPING = ("view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten")
+_TURNING = ("transpose", "swapaxes", "permute")
 _SPREADING = ("expand", "expand_as", "broadcast_to")
+_MAXIMA = ("adaptive_max_pool1d", "adaptive_max_pool2d", "amax")
 _GATES = {"sigmoid": "sigmoid", "hardsigmoid": "hard_sigmoid", "tanh": "tanh", "relu": "relu"}
+
+
+POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 
 
 def means(edit: Editor) -> None:
     """Make an nn.AdaptiveAvgPool2d(1) of each mean over all positions of a map (N,C,H,W)."""
+    kind = dict(enumerate(POOLS, 1)).get(edit.dims)
+    if kind is None:
+        return
     for node in list(edit.graph.nodes):
         source = node.args[0] if node.args else None
         shape = edit.shape(source)
         if not isinstance(source, fx.Node) or shape is None or not _is_mean(edit, node, shape):
             continue
         found = edit.shape(node)
-        if len(shape) == 3:  # positions in one row
+        if len(shape) == 3 and edit.dims == 2:  # positions in one row
             source = source.args[0]
             assert isinstance(source, fx.Node)
             shape = edit.shape(source) or ()
-        pool = edit.insert(nn.AdaptiveAvgPool2d(1), node, (source,), edit.name_of(node))
-        edit.results[pool] = torch.empty(*shape[:2], 1, 1, device="meta")
+        pool = edit.insert(kind(1), node, (source,), edit.name_of(node))
+        edit.results[pool] = _vector(edit, *shape[:2])
         new = pool
         if found is not None and len(found) == 2:
             new = _flattened(edit, pool, node)
         edit.replace(node, new)
+
+
+def _pools(edit: Editor) -> tuple[type[nn.Module], ...]:
+    """Layers that reduce the maps of a network."""
+    found = {1: (nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)}
+    return found.get(edit.dims, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
+
+
+def _vector(edit: Editor, images: int, channels: int) -> Tensor:
+    """Shape of vectors as maps of one position."""
+    return torch.empty(images, channels, *ones(edit), device="meta")
+
+
+def ones(edit: Editor) -> tuple[int, ...]:
+    """Size of a map of one position."""
+    return (1,) * edit.dims
 
 
 def _flattened(edit: Editor, vector: fx.Node, at: fx.Node) -> fx.Node:
@@ -61,14 +87,16 @@ def _is_mean(edit: Editor, node: fx.Node, shape: tuple[int, ...]) -> bool:
         if node.kwargs.get("dtype") is not None or not all(isinstance(d, int) for d in dims):
             return False
         places = sorted(d % len(shape) for d in dims)
+        if len(shape) == edit.dims + 2:
+            return places == list(range(2, len(shape)))
         if len(shape) == 3:
             return places == [2] and _positions_in_a_row(edit, node.args[0], shape)
-        return len(shape) == 4 and places == [2, 3]
-    if len(shape) != 4 or node.op != "call_function":
         return False
-    if name == "adaptive_avg_pool2d":
+    if len(shape) != edit.dims + 2 or node.op != "call_function":
+        return False
+    if name == f"adaptive_avg_pool{edit.dims}d":
         size = edit.argument(node, 1, "output_size")
-        return size == 1 or (isinstance(size, list | tuple) and tuple(size) == (1, 1))
+        return size == 1 or (isinstance(size, list | tuple) and tuple(size) == ones(edit))
     if name == "avg_pool2d":  # with a window that is read from the map's size
         window = edit.argument(node, 1, "kernel_size")
         read = len(node.all_input_nodes) > 1 and len(node.args) + len(node.kwargs) == 2
@@ -138,19 +166,31 @@ class Vectors:
 
     def _is_vector(self, node: fx.Node) -> bool:
         module = self.edit.called(node)
-        if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
-            return module.output_size in (1, (1, 1))
-        if self.edit.operation(node) in ("adaptive_max_pool2d", "amax"):
-            shape = self.edit.shape(node)
-            size = self.edit.argument(node, 1, "output_size", self.edit.argument(node, 1, "dim"))
-            known = size in (1, (1, 1), [1, 1], (2, 3), [2, 3], (-2, -1), [-2, -1])
-            return bool(known and shape is not None and shape[2:] in ((), (1, 1)))
+        if isinstance(module, _pools(self.edit)):
+            return module.output_size in (1, (1,), (1, 1))
+        if self.edit.operation(node) in _MAXIMA:
+            shape, before = self.edit.shape(node), self.edit.shape(node.args[0])
+            rank = self.edit.dims + 2
+            whole = before is not None and len(before) == rank and self._takes_all(node)
+            return bool(whole and shape is not None and shape[2:] in ((), ones(self.edit)))
         sources = [n for n in node.all_input_nodes if self._is_tensor(n)]
         if node.op not in ("call_module", "call_function", "call_method") or not sources:
             return False
         result = self.edit.results.get(node)
         parts = result if isinstance(result, tuple | list) else (result,)
         return all(isinstance(part, Tensor) for part in parts) and all(map(self.is_vector, sources))
+
+    def _takes_all(self, node: fx.Node) -> bool:
+        """Whether a maximum is over all positions."""
+        edit = self.edit
+        size = edit.argument(node, 1, "output_size", edit.argument(node, 1, "dim"))
+        if edit.operation(node) != "amax":
+            return size in (1, (1,), [1], (1, 1), [1, 1])
+        axes = size if isinstance(size, list | tuple) else (size,)
+        if not all(isinstance(axis, int) for axis in axes):
+            return False
+        rank = edit.dims + 2
+        return sorted(axis % rank for axis in axes) == list(range(2, rank))
 
     def _is_tensor(self, node: fx.Node) -> bool:
         """Whether a node is no size and no constant."""
@@ -165,6 +205,7 @@ class Vectors:
     def gates(self, node: fx.Node, shape: tuple[int, ...], at: fx.Node) -> fx.Node | None:
         """A node (N,C,1,1) with the numbers of `node`, which multiply a map of `shape`.
 
+        Or (N,C,1), for maps (N,C,L).
         New nodes come before `at`.
         """
         edit = self.edit
@@ -172,7 +213,7 @@ class Vectors:
             node = node.args[0]  # type: ignore[assignment]
         if not self.is_vector(node):
             return None
-        if edit.shape(node) != (*shape[:2], 1, 1):
+        if edit.shape(node) != (*shape[:2], *ones(edit)):
             return None
         return self.as_map(node, at) or node
 
@@ -189,25 +230,28 @@ class Vectors:
 
     def _as_map(self, node: fx.Node, at: fx.Node) -> fx.Node | None:
         edit, shape = self.edit, self.edit.shape(node)
-        if shape is None or len(shape) < 2 or not set(shape[2:]) <= {1}:
+        channels = _numbers(shape)
+        if shape is None or channels is None:
             return None
         module = edit.called(node)
-        if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+        if isinstance(module, _pools(edit)):
             return node
         if _only_shapes(edit, node):
             source = node.args[0]
             before = edit.shape(source)
-            same = before is not None and before[:2] == shape[:2] and set(before[2:]) <= {1}
+            same = before is not None and before[0] == shape[0] and _numbers(before) == channels
             return self.as_map(source, at) if same else None
         if not node.args or node.kwargs:
             return None
-        linear = isinstance(module, nn.Linear) and plain(module)
+        linear = isinstance(module, nn.Linear) and plain(module) and len(shape) == 2
+        across = _is_across(module, shape)
         if isinstance(module, FusedConv):
             known = tuple(module.weight.shape[2:]) == (1, 1) and module.unpadded
+            known = known and module.dims == edit.dims
         else:
             known = isinstance(module, Pointwise) or is_scalar(edit, node)
             known = known and all(edit.shape(n) == shape for n in node.all_input_nodes)
-        if not linear and not known:
+        if not linear and not across and not known:
             return None
         args = [self.as_map(a, at) if isinstance(a, fx.Node) else a for a in node.args]
         if any(
@@ -216,7 +260,12 @@ class Vectors:
             return None
         if linear:
             assert isinstance(module, nn.Linear)
-            made = edit.insert(as_convolution(module), at, tuple(args), edit.name_of(node))
+            layer: nn.Module = as_convolution(module, edit.dims)
+            made = edit.insert(layer, at, tuple(args), edit.name_of(node))
+        elif across:
+            assert isinstance(module, FusedConv)
+            layer = Across(copy.deepcopy(module))
+            made = edit.insert(layer, at, tuple(args), edit.name_of(node))
         elif args == list(node.args):
             return node
         elif isinstance(module, FusedConv | Pointwise):  # not shared: it may take in more
@@ -226,10 +275,25 @@ class Vectors:
                 made = edit.graph.create_node(node.op, node.target, tuple(args))
             edit.origin[made] = edit.name_of(node)
             edit.scopes[made] = edit.scopes.get(node, "")
-        edit.results[made] = torch.empty(*shape[:2], 1, 1, device="meta")
+        edit.results[made] = _vector(edit, shape[0], channels)
         self.known[made] = True
         self.four[made] = made
         return made
+
+
+def _numbers(shape: tuple[int, ...] | None) -> int | None:
+    """How many numbers an image's vector has, in whatever dimension; None of anything else."""
+    if shape is None or len(shape) < 2 or sum(size != 1 for size in shape[1:]) > 1:
+        return None
+    return math.prod(shape[1:])
+
+
+def _is_across(module: nn.Module | None, shape: tuple[int, ...]) -> bool:
+    """Whether a module that gives `shape` is a convolution over the channels of a row (N,1,C)."""
+    if not isinstance(module, FusedConv) or module.dims != 1 or len(shape) != 3 or shape[1] != 1:
+        return False
+    one = module.weight.shape[:2] == (1, 1)
+    return one and module.output_size(1, shape[2]) == (1, shape[2]) and module.stride == (1, 1)
 
 
 def _only_shapes(edit: Editor, node: fx.Node) -> bool:
@@ -239,15 +303,23 @@ def _only_shapes(edit: Editor, node: fx.Node) -> bool:
     if edit.operation(node) == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return all(part in (slice(None), None, Ellipsis, 0) for part in index)
+    if edit.operation(node) in _TURNING:
+        first, *rest = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+        axes = (0, first, *rest) if edit.operation(node) != "permute" else (first, *rest)
+        rank = len(edit.shape(node) or ())
+        images = isinstance(axes[0], int) and axes[0] == 0
+        others = all(isinstance(axis, int) and axis % rank for axis in axes[1:])
+        return images and others and _numbers(edit.shape(node)) is not None
     return edit.operation(node) in _SHAPING
 
 
-def as_convolution(linear: nn.Linear) -> FusedConv:
-    """A fully connected layer as a 1×1 convolution."""
-    conv = nn.Conv2d(
+def as_convolution(linear: nn.Linear, dims: int = 2) -> FusedConv:
+    """A fully connected layer as a 1×1 convolution of so many spatial dimensions."""
+    kind = nn.Conv1d if dims == 1 else nn.Conv2d
+    conv = kind(
         linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta"
     )
-    conv.weight = nn.Parameter(linear.weight[:, :, None, None], False)
+    conv.weight = nn.Parameter(linear.weight.reshape(*linear.weight.shape, *(1,) * dims), False)
     if linear.bias is not None:
         conv.bias = nn.Parameter(linear.bias, False)
     return FusedConv(conv)
@@ -255,13 +327,15 @@ def as_convolution(linear: nn.Linear) -> FusedConv:
 
 def products(edit: Editor) -> None:
     """Make a `Pointwise` with gates of each map times a vector."""
+    if edit.dims not in (1, 2):
+        return
     vectors = Vectors(edit)
     for node in list(edit.graph.nodes):
         _flatten(edit, vectors, node)
         if edit.operation(node) not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
             continue
         shape = edit.shape(node)
-        if shape is None or len(shape) != 4:
+        if shape is None or len(shape) != edit.dims + 2:
             continue
         for scaled, factor in (node.args, node.args[::-1]):
             if not isinstance(scaled, fx.Node) or not isinstance(factor, fx.Node):
@@ -280,12 +354,14 @@ def products(edit: Editor) -> None:
 
 
 def _flatten(edit: Editor, vectors: Vectors, node: fx.Node) -> None:
-    """Make a torch.flatten of whatever takes the last two dimensions off a vector (N,C,1,1)."""
+    """Make a torch.flatten of whatever takes the last dimensions off a vector (N,C,1,1)."""
     source: Any = node
     while vectors.is_vector(source) and _only_shapes(edit, source):
         source = source.args[0]
     before = edit.shape(source)
-    if source is node or not vectors.is_vector(source) or before is None or before[2:] != (1, 1):
+    if source is node or not vectors.is_vector(source) or before is None:
+        return
+    if before[2:] != ones(edit):
         return
     if edit.shape(node) == before[:2]:
         new = _flattened(edit, source, node)
@@ -300,7 +376,7 @@ def own_blocks(edit: Editor) -> None:
         if not isinstance(se, SqueezeExcitation) or len(node.args) != 1 or node.kwargs:
             continue
         name, source = str(node.target), node.args[0]
-        why_not = obstacle(se)
+        why_not = obstacle(se, edit.dims)
         if why_not is not None:
             edit.left.append((name, why_not))
             continue
@@ -359,7 +435,7 @@ def _two_layers(edit: Editor, gates: Any) -> tuple[fx.Node, fx.Node, fx.Node] | 
     """The mean, and the two layers behind it that nothing else reads."""
     found: list[fx.Node] = []
     node = gates
-    for kind in (FusedConv, FusedConv, nn.AdaptiveAvgPool2d):
+    for kind in (FusedConv, FusedConv, POOLS):
         module = edit.called(node)
         if not isinstance(module, kind) or not edit.single_use(node) or len(node.args) != 1:
             return None
@@ -397,9 +473,14 @@ def _alone(activation: Activation) -> Pointwise:
     return module
 
 
-def obstacle(se: SqueezeExcitation) -> str | None:
-    """Why the gates of an SE block cannot be computed from its weights, or None if they can."""
-    if se.dims != 2:
+def obstacle(se: SqueezeExcitation, dims: int) -> str | None:
+    """Why the gates of an SE block cannot be computed from its weights, or None if they can.
+
+    Args:
+        se: the block.
+        dims: spatial dimensions of the network's input.
+    """
+    if se.dims != dims or dims > 2:
         return f"it takes {se.dims} spatial dimensions"
     squeeze: nn.Module = se.squeeze
     if not isinstance(squeeze, GlobalSqueeze):

@@ -29,7 +29,7 @@ def of_convolutions(edit: Editor) -> None:
         shape = edit.shape(node)
         if not isinstance(module, FusedConv) or module.groups != 1 or len(node.args) != 1:
             continue
-        if shape is None or len(shape) != 4:
+        if shape is None or len(shape) != module.dims + 2:
             continue
         parts = _parts(edit, node, shape)
         if parts is None or sum(end - start for start, end in parts.values()) > shape[1]:
@@ -77,7 +77,7 @@ def _parts(
 
 
 def channel_sizes(node: fx.Node, results: Mapping[fx.Node, Any]) -> list[int] | None:
-    """Channels of the parts of a split of a map (N,C,H,W) by channels, of which parts are read.
+    """Channels of the parts of a split of a map (N,C,*) by channels, of which parts are read.
 
     Args:
         node: any node.
@@ -91,10 +91,11 @@ def channel_sizes(node: fx.Node, results: Mapping[fx.Node, Any]) -> list[int] | 
     if node.op not in ("call_method", "call_function") or target not in _SPLITS:
         return None
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    if dim not in (1, -3) or not isinstance(pieces, list | tuple):
+    if not isinstance(dim, int) or not isinstance(pieces, list | tuple):
         return None
-    if not all(isinstance(piece, Tensor) and piece.ndim == 4 for piece in pieces):
-        return None
+    for piece in pieces:
+        if not isinstance(piece, Tensor) or piece.ndim not in (3, 4) or dim % piece.ndim != 1:
+            return None
     read = all(
         user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
     )
@@ -102,12 +103,14 @@ def channel_sizes(node: fx.Node, results: Mapping[fx.Node, Any]) -> list[int] | 
 
 
 def channel_bounds(node: fx.Node, results: Mapping[fx.Node, Any]) -> tuple[int, int] | None:
-    """First and last channel of a slice of a map (N,C,H,W) by channels; None for anything else."""
+    """First and last channel of a slice of a map (N,C,*) by channels; None for anything else."""
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return None
     whole = results.get(node.args[0])  # type: ignore[arg-type]
     index = node.args[1]
-    if not isinstance(whole, Tensor) or whole.ndim != 4 or not 2 <= len(index) <= 4:
+    if not isinstance(whole, Tensor) or not 3 <= whole.ndim <= 4:
+        return None
+    if not 2 <= len(index) <= whole.ndim:
         return None
     images, part, *places = index
     if images != slice(None) or any(each not in (slice(None), Ellipsis) for each in places):

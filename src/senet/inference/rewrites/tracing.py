@@ -8,16 +8,31 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from senet.inference.shapes import Growing
 from senet.models.residual import PaddedShortcut
 from senet.nn.block import SqueezeExcitation
 
 # What code raises that wants numbers where a symbolic trace has none.
 FAILURES = (
     *(fx.proxy.TraceError, TypeError, NotImplementedError, ValueError, RuntimeError),
-    *(AttributeError, IndexError, KeyError),
+    *(AttributeError, IndexError, KeyError, AssertionError),
 )
+
+
+# Functions of numbers.
+_OF_NUMBERS = (
+    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.truediv),
+    *(operator.not_, operator.and_, operator.or_),
+)
+
+
+def _of_another_size(x: Tensor) -> Tensor:
+    """Images without data of another number and size, which networks that reduce theirs take."""
+    larger = [factor * size + 32 for factor, size in enumerate(x.shape[2:], 2)]
+    return x.new_empty(len(x) + 1, *x.shape[1:2], *larger, device="meta")
 
 
 def reason_of(error: Exception) -> str:
@@ -25,20 +40,36 @@ def reason_of(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+class _Proxy(fx.Proxy):
+    """One with a length where that is known."""
+
+    def __len__(self) -> int:
+        assert isinstance(self.tracer, Tracer)
+        length = self.tracer.length(self.node)
+        return super().__len__() if length is None else length
+
+
 class Tracer(fx.Tracer):
     """Follows a model down to PyTorch's own modules and SE blocks.
 
-    A module that cannot be followed is called as a whole. What a model returns keeps its kind: fx
-    itself takes an OrderedDict, or a dataclass that is one, for a plain dict, and returns its own
+    A module that cannot be followed is called as a whole. Loops over shapes and parts, and branches
+    that compare sizes, are followed where they are the same for images of another number and size:
+    then they depend on dimensions and channels. What a model returns keeps its kind: fx itself
+    takes an OrderedDict, or a dataclass that is one, for a plain dict, and returns its own
     immutable lists inside of named tuples.
+
+    Args:
+        example: an input.
 
     Attributes:
         closed: modules that could not be followed, and why.
         scopes: for each node the dotted name of the innermost module around it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, example: Tensor | None = None) -> None:
         super().__init__()
+        self._examples = () if example is None else (example.to("meta"), _of_another_size(example))
+        self._results: tuple[Growing, ...] = ()
         self.closed: dict[str, str] = {}
         self.scopes: dict[fx.Node, str] = {}
 
@@ -72,7 +103,45 @@ class Tracer(fx.Tracer):
             return map(partial(operator.getitem, obj), range(len(number)))
         if name in ("chunk", "tensor_split") and isinstance(number, int):
             return map(partial(operator.getitem, obj), range(number))
+        length = self.length(node)
+        if length is not None:
+            return map(partial(operator.getitem, obj), range(length))
         return super().iter(obj)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What the model's code has in its hands for a node."""
+        return _Proxy(node, self)
+
+    def length(self, node: fx.Node) -> int | None:
+        """How many parts a node gives, if that follows from dimensions and channels alone."""
+        lengths = {len(each) for each in self._given(node) if isinstance(each, list | tuple)}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Which way a branch goes that compares sizes."""
+        if self._is_fixed(obj.node):
+            return bool(self._given(obj.node)[0])
+        return super().to_bool(obj)
+
+    def _given(self, node: fx.Node) -> tuple[Any, ...]:
+        """What a node gives for the example, and for another one; nothing where that is unknown."""
+        if not self._results:
+            self._results = tuple(Growing(self.root, self.graph, x) for x in self._examples)
+        try:
+            return tuple(results.of(node) for results in self._results)
+        except FAILURES:
+            return ()
+
+    def _is_fixed(self, node: Any) -> bool:
+        """Whether a node gives a number that follows from dimensions and channels alone."""
+        if not isinstance(node, fx.Node):
+            return isinstance(node, int | float)
+        if node.target in _OF_NUMBERS:
+            return all(map(self._is_fixed, node.args))
+        name = node.args[1] if node.target is getattr else node.target
+        sizes = name in ("ndim", "dim", "size") or node.target is operator.getitem
+        found = self._given(node) if sizes else ()
+        return bool(found) and isinstance(found[0], int) and found[0] == found[1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph calls m and does not look into it."""
