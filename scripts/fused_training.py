@@ -2,7 +2,7 @@
 
 For each network and seed the same training twice: its tails and SE blocks in the operator
 (`senet.fuse`; networks of this package call it themselves) and in PyTorch's modules (of a network
-of this package `senet.ops.use("reference")`), with the same weights, images, order and augmentation.
+of this package `senet.ops.use("reference")`), with the same weights, images and order.
 Prints how far the losses of the first steps lie apart, beside what another number of threads does
 to the modules alone, and top-1 after the last epoch.
 

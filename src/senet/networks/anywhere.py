@@ -90,9 +90,7 @@ def open_source(
 def check_options(name: str, options: Iterable[str]) -> None:
     """Raise UserError for an option that a foreign network does not have."""
     if wrong := [option for option in options if option not in OPTIONS]:
-        raise UserError(
-            f"{name} takes no options but {', '.join(OPTIONS)}, got {', '.join(wrong)}"
-        )
+        raise UserError(f"{name} takes no options but {', '.join(OPTIONS)}, got {', '.join(wrong)}")
 
 
 def _foreign(
