@@ -7,12 +7,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_tools import CLASSES, run
 
 from senet.__main__ import main
+from senet.checkpoint.files import open_checkpoint
 from senet.errors import UserError
 from senet.experiments.compare import QUICK_EPOCHS, CompareConfig
 from senet.experiments.runs import read_rows
+from senet.networks.anywhere import open_source
+
+NET = """
+from torch import nn
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
+
+def small(num_classes=10, se=True):
+    block = SqueezeExcitation(8, 4, activation=nn.SiLU) if se else nn.Identity()
+    return nn.Sequential(
+        Conv2dNormActivation(3, 8, 3, activation_layer=nn.SiLU), block,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+    )
+
+def plain(num_classes=10):
+    return small(num_classes, se=False)
+
+class Inline(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        return self.head(x.mean((2, 3)))
+
+def inline(num_classes=10):
+    return Inline(num_classes)
+"""
 
 
 def flags(data: Path, out: Path) -> list[str]:
@@ -232,3 +264,96 @@ def test_resume_refuses_flags_and_other_folders(
 def test_compare_config_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="seeds must be at least 1"):
         CompareConfig(out=tmp_path, seeds=0)
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Networks in a file of the working directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    return tmp_path / "net.py"
+
+
+def test_a_foreign_network_against_itself_without_se(
+    data: Path, net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    found = run(capsys, *flags(data, out), "--model", "net.py:small")
+    assert found.code == 0, found.err
+    content = json.loads((out / "results.json").read_text())
+    assert [content[kind]["name"] for kind in ("plain", "se")] == [
+        *("net.py:small without SE", "net.py:small")
+    ]
+    assert content["se"]["parameters"] - content["plain"]["parameters"] == 8 * 4 * 2 + 4 + 8
+    assert {name: np.shape(gates) for name, gates in content["gates"].items()} == {"1": (3, 8)}
+    assert "net.py:small without SE seed 1" in found.out
+    for kind, options in (("plain", {"without_se": True}), ("se", {})):
+        config = tomllib.loads((out / kind / "seed0" / "config.toml").read_text())
+        assert config["model"] == f"{net}:small"
+        assert config.get("model_options", {}) == options
+    # Its runs are opened, and the comparison goes on, from anywhere.
+    monkeypatch.chdir("/")
+    opened = open_checkpoint(out / "plain" / "seed0").model
+    assert opened.config["options"] == {"without_se": True}
+    assert not any(name.startswith("1.") for name in opened.state_dict())
+    shutil.rmtree(out / "se" / "seed1")
+    assert run(capsys, "compare", "--resume", out, "--no-tune-allocator").code == 0
+    assert results(out)["se"] == {k: content["se"][k] for k in results(out)["se"]}
+
+
+def test_a_foreign_run_without_se_is_trained_again_from_its_config(
+    data: Path, net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    found = run(
+        capsys, "train", "--model", "net.py:small", "--without-se", "--data", data, "--epochs", 1,
+        "--batch-size", 8, "--out", first, "--device", "cpu", "--no-tune-allocator",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    again = tmp_path / "again"
+    found = run(capsys, "train", "--config", first / "config.toml", "--out", again)
+    assert found.code == 0, found.err
+    assert (first / "metrics.csv").read_bytes() == (again / "metrics.csv").read_bytes()
+
+
+def test_both_start_from_the_same_weights(net: Path) -> None:
+    weights = []
+    for options in ({}, {"without_se": True}):
+        torch.manual_seed(0)
+        weights.append(open_source(f"{net}:small", **options).state_dict())
+    assert weights[1].keys() < weights[0].keys()
+    assert all(torch.equal(value, weights[0][name]) for name, value in weights[1].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--model": "net.py:plain"}, ["net.py:plain", "no SE blocks", "senet insert"]),
+        ({"--model": "net.py:inline"}, ["mul", "inside of a larger", "FILE.py:FUNCTION"]),
+        ({"--model": "net.py:other"}, ["no function 'other'"]),
+        ({"--model": "timm:nothing"}, ["timm has no model 'nothing'"]),
+        ({"--model": "net.py:small", "--gate": "tanh"}, ["without gate", "FILE.py:FUNCTION"]),
+        ({"--model": "net.py:small", "--width": "2"}, ["without width", "senet models"]),
+        ({"--without-se": None}, ["without_se"]),
+    ],
+)
+def test_foreign_networks_that_are_refused(
+    changes: dict[str, str | None], words: list[str], data: Path, net: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    more = [text for pair in changes.items() for text in pair if text is not None]
+    run(capsys, *flags(data, out), *more).refused("compare", *words)
+    assert not out.exists()
+
+
+def test_ablations_are_of_our_own_networks(
+    data: Path, net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(
+        capsys, "ablate", "squeeze", "--model", "net.py:small", "--data", data, "--out",
+        tmp_path / "run", "--no-tune-allocator",
+    )  # fmt: skip
+    found.refused("ablate", "networks of this package", "net.py:small")

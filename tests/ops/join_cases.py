@@ -15,6 +15,8 @@ CHANNELS = (21, 16, 5, 33)
 class Join:
     """Branches and sizes; kinds: of each branch b(atch), r(unning statistics) or n(o norm).
 
+    joined: the activation of the branches of `bn_relu_concat_se`.
+
     A single branch with an activation is `bn_act_se`, everything else `bn_relu_concat_se`.
     """
 
@@ -30,6 +32,7 @@ class Join:
     affine: bool = True
     biases: bool = True
     activation: str = ""
+    joined: str = "relu"
     hidden_activation: str = "relu"
 
 
@@ -84,6 +87,7 @@ def apply(t: dict[str, Tensor], case: Join) -> Tensor:
         *(gate if case.gated else [None] * 4),
         training=[kind == "b" for kind in case.kinds],
         gate=case.gate,
+        activation=case.joined,
     )
 
 

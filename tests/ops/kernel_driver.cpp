@@ -55,7 +55,7 @@ std::vector<double> run(const Shape& s, int normalization, int shortcut, bool re
 
   TailArguments a{};
   a.N = s.N, a.C = s.C, a.P = s.P, a.H = H;
-  a.channels_last = channels_last, a.threads = 2, a.gate = gate, a.relu = relus;
+  a.channels_last = channels_last, a.threads = 2, a.gate = gate, a.activation = relus ? kActRelu : kActLinear;
   a.normalization = normalization, a.shortcut_kind = shortcut;
   a.norm = a.shortcut_norm = {weight.data(), bias.data(), mean.data(), var.data(), 1e-5, 0.1};
   a.x = x.data(), a.shortcut = shortcut ? r.data() : nullptr;

@@ -33,6 +33,7 @@ class Case:
     shortcut: str = "plain"
     gated: bool = True
     relu: bool = True
+    activation: str = "relu"
     training: bool = True
     gate: str = "sigmoid"
     layout: str = "channels_last"
@@ -109,6 +110,7 @@ def apply(t: dict[str, Tensor], case: Case) -> Tensor:
         eps=1e-5,
         gate=case.gate,
         relu=case.relu,
+        activation=case.activation,
         shortcut_norm=ops.BatchNorm(*norms[1], 0.2, 1e-3)
         if case.shortcut == "normalized"
         else None,

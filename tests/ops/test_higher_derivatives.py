@@ -55,6 +55,16 @@ def test_second_derivatives_of_the_tail(case: Case, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shortcut", ops_cases.SHORTCUTS)
+def test_second_derivatives_of_another_activation(shortcut: str, way: str) -> None:
+    case = Case(**SMALL, shortcut=shortcut, activation="silu")
+    y, tensors = of_numbers(
+        ops_cases.inputs(case), used(case), lambda t: ops_cases.apply(t, case), way
+    )
+    assert gradgradcheck(y, tensors, atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate", ops.GATES)
 def test_second_derivatives_of_gates(gate: str, way: str) -> None:
     case = Case(**SMALL, gate=gate, shortcut="none", relu=False)

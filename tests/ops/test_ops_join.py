@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from senet import ops
 from senet.errors import UserError
-from senet.ops import GATES
+from senet.ops import BRANCH_ACTIVATIONS, GATES
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -22,6 +22,14 @@ from senet.ops import GATES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_every_kind_of_branch(implementation: str, layout: str, dtype: torch.dtype) -> None:
     for case in joins(layout=layout, dtype=dtype):
+        assert_close(run(implementation, case), oracle(case), case.dtype, case)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("activation", BRANCH_ACTIVATIONS)
+def test_activations_of_the_branches(implementation: str, activation: str) -> None:
+    for gated in (True, False):
+        case = Join(joined=activation, gated=gated)
         assert_close(run(implementation, case), oracle(case), case.dtype, case)
 
 
@@ -228,6 +236,8 @@ def test_bad_arguments() -> None:
     x, norm = t["x0"], ops.BatchNorm(t["weight0"], t["bias0"], t["mean0"], t["var0"])
     with pytest.raises(UserError, match=r"maps, norms, training have 1, 2, 1 entries"):
         ops.bn_relu_concat_se([x], [norm, None], training=[True])
+    with pytest.raises(UserError, match="activation is 'swish'; choose one of linear, relu"):
+        ops.bn_relu_concat_se([x], [norm], training=[True], activation="swish")
     with pytest.raises(UserError, match="at least one"):
         ops.bn_relu_concat_se([], [], training=[])
     with pytest.raises(UserError, match=r"maps\[1\] has shape .* differ in their channels only"):

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ops_cases import PARAMETERS, Case, apply, inputs, parts
+from ops_cases import PARAMETERS, SHORTCUTS, Case, apply, inputs, parts
 from tolerances import error
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -58,7 +59,8 @@ SCHEMAS = {
     " Tensor? running_mean, Tensor? running_var, Tensor? shortcut_weight, Tensor? shortcut_bias,"
     " Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2,"
     " str normalization, bool normalize_shortcut, float eps, float shortcut_eps, str gate,"
-    " bool relu) -> (Tensor y, Tensor statistics, Tensor squeezed, Tensor hidden, Tensor gates)",
+    ' bool relu, str activation="linear", float negative_slope=0.)'
+    " -> (Tensor y, Tensor statistics, Tensor squeezed, Tensor hidden, Tensor gates)",
     "join": "senet::join(Tensor[] maps, Tensor?[] weights, Tensor?[] biases, Tensor?[] means,"
     " Tensor?[] variances, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, int[] normalizations,"
     ' float[] eps, str gate, str activation="relu", float negative_slope=0.,'
@@ -94,8 +96,23 @@ def test_opcheck(configuration: tuple[Any, ...]) -> None:
         x,
         y if relu and shortcut == "plain" else None,
         r if normalized else None,
-        *(w, b, rw, rb, w1, w2, *kept, normalization, normalized, gate, relu, wanted),
+        *(w, b, rw, rb, w1, w2, *kept, normalization, normalized, gate, relu, "linear", 0.0),
+        wanted,
     )
+    opcheck(torch.ops.senet.tail_backward.default, backward)
+
+
+@NON_LEAF
+@pytest.mark.parametrize("activation", ["silu", "leaky_relu"])
+def test_opcheck_of_another_activation(activation: str) -> None:
+    arguments = (*tail_arguments("batch", "plain", True, "sigmoid", False), activation, 0.2)
+    opcheck(torch.ops.senet.tail.default, arguments)
+    given = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    y, *kept = torch.ops.senet.tail(*given)
+    x, r, w, b, w1, w2 = (given[i] for i in (0, 1, 2, 3, 10, 12))
+    options = ("batch", False, "sigmoid", False, activation, 0.2)
+    wanted = [True] * 4 + [False] * 2 + [True] * 4
+    backward = (torch.randn_like(y), x, None, r, w, b, None, None, w1, w2, *kept, *options, wanted)
     opcheck(torch.ops.senet.tail_backward.default, backward)
 
 
@@ -109,13 +126,14 @@ def test_opcheck_of_unusual_strides() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradcheck(implementation: str) -> None:
     names = ("x", "shortcut", *PARAMETERS)
-    for gate, case in zip(
-        [g for g in ops.GATES for _ in range(5)],
-        parts(N=2, C=3, spatial=(2, 2), hidden=2, dtype=torch.float64),
-        strict=False,
-    ):
+    small = {"N": 2, "C": 3, "spatial": (2, 2), "hidden": 2, "dtype": torch.float64}
+    gates = [g for g in ops.GATES for _ in range(5)]
+    cases = [replace(c, gate=g) for g, c in zip(gates, parts(**small), strict=False)]
+    for activation in ops.BRANCH_ACTIVATIONS[2:]:
+        for shortcut in SHORTCUTS:
+            cases.append(Case(**small, shortcut=shortcut, activation=activation))
+    for case in cases:
         t = inputs(case)
-        case = Case(**{**case.__dict__, "gate": gate})
         frozen = {k: v for k, v in t.items() if k not in names}
 
         def tail(*values: Tensor, case: Case = case, frozen: dict[str, Tensor] = frozen) -> Tensor:

@@ -1,15 +1,20 @@
 """Every implementation against the float64 oracle: outputs, statistics and every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops_cases import FAST, LAYOUTS, PARAMETERS, TRITON, Case, inputs, oracle, parts, run
+from ops_cases import FAST, LAYOUTS, PARAMETERS, TRITON, Case, apply, inputs, oracle, parts, run
 from tolerances import assert_close, error
 
 from senet import ops
-from senet.ops import GATES
+from senet.errors import UserError
+from senet.ops import BRANCH_ACTIVATIONS, GATES
 
+OTHERS = tuple(name for name in BRANCH_ACTIVATIONS if name not in ("linear", "relu"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, *((torch.float16,) if TRITON else ()))
 
 
@@ -19,6 +24,46 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, *((torch.float16,) if TR
 def test_all_parts_of_the_tail(implementation: str, layout: str, dtype: torch.dtype) -> None:
     for case in parts(layout=layout, dtype=dtype):
         assert_close(run(implementation, case), oracle(case), dtype, case)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("activation", OTHERS)
+def test_other_activations_behind_the_addition(
+    implementation: str, layout: str, activation: str
+) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for case in parts(layout=layout, dtype=dtype, activation=activation):
+            if case.relu:  # says whether there is an activation at all
+                assert_close(run(implementation, case), oracle(case), dtype, case)
+
+
+@pytest.mark.parametrize("activation", OTHERS)
+@pytest.mark.parametrize("shortcut", ["none", "plain", "normalized"])
+def test_other_activations_are_pytorchs(activation: str, shortcut: str) -> None:
+    case = Case(activation=activation, shortcut=shortcut, dtype=torch.float64)
+    t = inputs(case)
+    with ops.use("reference"):
+        y = apply(t, case)
+        bare = apply(t, replace(case, relu=False, activation="relu"))
+    functions = {"hardswish": F.hardswish, "leaky_relu": F.leaky_relu, "gelu": F.gelu}
+    functions |= {"silu": F.silu, "relu6": F.relu6}
+    # F.hardswish has 1/6 in float32
+    torch.testing.assert_close(y, functions[activation](bare), rtol=1e-6, atol=1e-6)
+
+
+def test_slope_of_the_leaky_relu_behind_the_addition() -> None:
+    t = inputs(Case())
+    norm = (t["weight"], t["bias"], None, None)
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5}
+    bare = ops.bn_se_add_relu(t["x"], t["shortcut"], *norm, relu=False, **options)
+    activation = ops.Activation("leaky_relu", 0.3)
+    y = ops.bn_se_add_relu(t["x"], t["shortcut"], *norm, activation=activation, **options)
+    torch.testing.assert_close(y, F.leaky_relu(bare, 0.3), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="activation is 'swish'; choose one of linear, relu"):
+        ops.bn_se_add_relu(t["x"], None, *norm, activation="swish", **options)
+    with pytest.raises(UserError, match="'silu' is given with relu=False"):
+        ops.bn_se_add_relu(t["x"], None, *norm, activation="silu", relu=False, **options)
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -118,12 +163,15 @@ def test_result_has_layout_and_type_of_x(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("shortcut", ["none", "plain", "normalized"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_subsets_of_gradients(implementation: str, shortcut: str, training: bool) -> None:
+def test_subsets_of_gradients(
+    implementation: str, shortcut: str, activation: str, training: bool
+) -> None:
     """Any subset of the inputs may require gradients; the rest gets none, the values stay."""
     everything = ("x", "shortcut", *PARAMETERS)
-    for relu in (True, False):
-        case = Case(shortcut=shortcut, training=training, relu=relu)
+    for relu in (True, False) if activation == "relu" else (True,):
+        case = Case(shortcut=shortcut, training=training, relu=relu, activation=activation)
         full = oracle(case)
         singles = [(name,) for name in everything]
         others = [tuple(n for n in everything if n != name) for name in everything]

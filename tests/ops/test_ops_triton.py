@@ -39,6 +39,13 @@ SELECTIONS: dict[str, tuple[int, list[str]]] = {
             f"{PARTS}[torch.float16-channels_last-triton]",
         ],
     ),
+    "other activations": (
+        3,
+        [
+            f"test_ops_parity.py::test_other_activations_behind_the_addition[{each}-triton]"
+            for each in ("silu-channels_last", "hardswish-contiguous", "leaky_relu-channels_last")
+        ],
+    ),
     "gates and squeeze": (
         7,
         [

@@ -107,7 +107,8 @@ def record(cases: list[Case], joined: list[Join]) -> dict[str, Launch]:
             eps=1e-5,
             shortcut_eps=1e-3,
             gate=case.gate,
-            relu=case.relu,
+            relu=case.relu and case.activation == "relu",
+            activation="linear" if case.activation == "relu" else case.activation,
         )
         outputs = ours.forward(arguments, (0.1, 0.1) if case.training else (None, None))
         given = [name for name in Gradients._fields if getattr(arguments, name) is not None]
@@ -125,6 +126,8 @@ def main() -> None:
     cases = [
         Case(dtype=torch.bfloat16, shortcut="plain", **sizes),
         Case(dtype=torch.float32, shortcut="normalized", layout="contiguous", gate="tanh", **sizes),
+        Case(dtype=torch.bfloat16, shortcut="plain", activation="silu", **sizes),
+        Case(dtype=torch.float32, shortcut="normalized", activation="hardswish", **sizes),
         Case(dtype=torch.float64, N=3, C=21, shortcut="none", gate="hard_sigmoid", training=False),
     ]
     acts = [("silu", "silu"), ("hardswish", "relu"), ("gelu", "hardswish"), ("leaky_relu", "silu")]

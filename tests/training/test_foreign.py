@@ -153,7 +153,7 @@ def test_what_a_training_cannot_use_is_refused(foreign: Make, tmp_path: Path) ->
         Session(foreign(model="torchvision:inception_v3"))
     with pytest.raises(UserError, match="timm has no model 'nothing'"):
         Session(foreign(model="timm:nothing"))
-    with pytest.raises(UserError, match=r"takes no options, got reduction"):
+    with pytest.raises(UserError, match=r"takes no options but without_se, got reduction"):
         foreign(model="timm:test_resnet", model_options={"reduction": 4})
     with pytest.raises(UserError, match=r"--no-fuse\) is for networks of timm.*calls the operator"):
         foreign(model="se_resnet8_cifar", fuse=False)

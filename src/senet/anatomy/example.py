@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from senet.errors import UserError
 
-_SIDES = {1: (256,), 2: (64, 224), 3: (32, 64)}  # tried in this order, by spatial dimensions
+_SIDES = {1: (256,), 2: (64, 224, 32), 3: (32, 64)}  # tried in this order, by spatial dimensions
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

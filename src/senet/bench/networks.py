@@ -13,7 +13,7 @@ from senet.anatomy import excitations
 from senet.bench.setting import Device
 from senet.errors import UserError
 from senet.fusion import fuse
-from senet.networks.anywhere import is_foreign, open_source
+from senet.networks.anywhere import WITHOUT_SE, is_foreign, open_source
 from senet.networks.create import create_model
 from senet.runtimes.sessions import optional
 
@@ -93,12 +93,7 @@ def entrants_of(name: str, *, compiled: bool) -> dict[str, Entrant]:
 
 
 def _fused(name: str, *, se: bool = True) -> nn.Module:
-    model = open_source(name)
-    if not se:
-        for block in excitations(model).values():
-            if block.module is None:
-                raise UserError(f"{name}: {block.name} is no module that could be left out")
-            model.set_submodule(block.name, nn.Identity())
+    model = open_source(name) if se else open_source(name, **{WITHOUT_SE: True})
     size: tuple[int, ...] = model.input_size  # type: ignore[assignment]  # see open_source
     fuse(model, torch.zeros(1, *size))
     return model

@@ -1,4 +1,4 @@
-"""`senet compare`: a plain network against the same with SE."""
+"""`senet compare`: a network without SE against the same with it."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 
 def compare(*, flags: ComparisonFlags = NO_COMPARISON) -> None:
-    """Train a plain network and its SE twin alternately, and show what SE gained and cost.
+    """Train a network with and without SE alternately, and show what SE gained and cost.
 
-    Both get the same recipe, data and seeds. Prints a table and the paired difference with its
+    Both get the same recipe, data and seeds. A network of timm, torchvision or a file is compared
+    with itself without its SE blocks. Prints a table and the paired difference with its
     95% interval; the folder holds a run for each network and seed, figures, results.json and
     report.html. With the recipe quick, 5 epochs, reduction 4 and the gate identity_sigmoid are
-    the defaults.
+    the defaults of networks of this package.
     """
     flags.training.prepare_process()
     from senet.experiments.compare import CompareConfig, run_comparison

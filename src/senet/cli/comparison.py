@@ -30,7 +30,8 @@ class ComparisonFlags:
     """Several networks, each with several seeds, in one folder."""
 
     model: Annotated[str | None, Parameter(group=MODEL_GROUP)] = None
-    """The plain network, or its SE twin (default: resnet8_cifar)."""
+    """The plain network, or its SE twin (default: resnet8_cifar). For compare also timm:NAME,
+    torchvision:NAME or FILE.py:FUNCTION, a network with SE, against itself without."""
     training: TrainingFlags = NO_TRAINING
     seeds: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None
     """Runs of each network, with seeds 0, 1, … (default: 3)."""

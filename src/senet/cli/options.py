@@ -104,6 +104,8 @@ class NetworkFlags:
     """inception_v3: build the auxiliary classifier, for weights that have one."""
     preactivation: bool | None = None
     """resnet110_cifar: batch norm and ReLU before each convolution."""
+    without_se: Annotated[bool | None, Parameter(negative="")] = None
+    """timm:NAME, torchvision:NAME and FILE.py:FUNCTION: take out the SE blocks of the network."""
 
 
 @Parameter(name="*", group=DATA_GROUP)

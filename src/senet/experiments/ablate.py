@@ -83,6 +83,10 @@ class AblateConfig(CompareConfig):
         if wrong := varied & self.se_options.keys():
             name = wrong.pop()
             raise UserError(f"leave out {name}: the ablation {self.ablation} varies it itself")
+        if self.foreign:
+            raise UserError(
+                f"the ablations vary networks of this package (senet models), not {self.model}"
+            )
         super().__post_init__()
         fixed = {key: value for key, value in self.se_options.items() if key not in varied}
         object.__setattr__(self, "se_options", fixed)

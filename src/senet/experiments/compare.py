@@ -1,4 +1,4 @@
-"""Train a plain network and its SE twin alternately, and gather what they show."""
+"""Train a network with and without SE alternately, and gather what they show."""
 
 import multiprocessing
 import os
@@ -18,18 +18,20 @@ import tomli_w
 import torch
 from numpy.typing import NDArray
 
+from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import ImageData, absolute_data
 from senet.errors import UserError
 from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
 from senet.models.registry import entry
+from senet.networks.anywhere import WITHOUT_SE, is_foreign, open_source
 from senet.reports.comparison import Comparison, NetworkResult, write_report
 from senet.reports.figures import neutral_gate
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
 from senet.support.text import decoded
-from senet.training.config import RUN_CONFIG, RunConfig, holdable
+from senet.training.config import RUN_CONFIG, RunConfig, absolute_model, holdable
 from senet.training.data import open_run_data
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
@@ -50,7 +52,8 @@ class CompareConfig:
 
     Attributes:
         out: folder of the comparison.
-        model: name of the plain network or of its SE twin.
+        model: name of the plain network or of its SE twin; or a network with SE of timm,
+            torchvision or a file, which is compared with itself without its SE blocks.
         model_options: options of both networks.
         se_options: options of the SE blocks; with the recipe quick, those of `QUICK_SE_OPTIONS`
             hold where they are not given.
@@ -86,14 +89,30 @@ class CompareConfig:
             raise UserError(f"seeds must be at least 1, got {self.seeds}")
         if self.processes < 1:
             raise UserError(f"processes must be at least 1, got {self.processes}")
-        named = entry(self.model)
-        plain = named.twin if named.se else self.model
-        object.__setattr__(self, "model", plain)
+        if self.foreign:
+            self._check_foreign()
+        else:
+            named = entry(self.model)
+            object.__setattr__(self, "model", named.twin if named.se else self.model)
         if self.recipe == "quick":
-            object.__setattr__(self, "se_options", {**QUICK_SE_OPTIONS, **self.se_options})
+            defaults = {} if self.foreign else QUICK_SE_OPTIONS
+            object.__setattr__(self, "se_options", {**defaults, **self.se_options})
             options = {"epochs": QUICK_EPOCHS, **self.recipe_options}
             object.__setattr__(self, "recipe_options", options)
         self.training_recipe()
+
+    def _check_foreign(self) -> None:
+        """Raise UserError for options, which a network that is not of this package has none of."""
+        if wrong := [*self.model_options, *self.se_options]:
+            raise UserError(
+                f"{self.model} is compared as it is, without {', '.join(wrong)}: options are for "
+                "networks of this package (senet models); build another one by FILE.py:FUNCTION"
+            )
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the network is of timm, torchvision or a file."""
+        return is_foreign(self.model)
 
     @property
     def started(self) -> bool:
@@ -106,6 +125,11 @@ class CompareConfig:
 
     def runs(self) -> dict[str, list[RunConfig]]:
         """The runs of each network, "plain" and "se", in the order of the seeds."""
+        if self.foreign:
+            return {
+                "plain": self._seeds("plain", self.model, {WITHOUT_SE: True}),
+                "se": self._seeds("se", self.model, {}),
+            }
         networks = {
             "plain": (self.model, dict(self.model_options)),
             "se": (entry(self.model).twin, {**self.model_options, **self.se_options}),
@@ -138,7 +162,8 @@ class CompareConfig:
         values: dict[str, Any] = {name: getattr(self, name) for name in self.OWN}
         values["data"] = holdable(
             "data", absolute_data(self.data)
-        )  # found from any working directory
+        )  # found from any working directory, like the file of a network
+        values["model"] = holdable("model", absolute_model(self.model))
         for table in tables:
             for key, value in getattr(self, table).items():
                 values[key] = list(value) if isinstance(value, tuple) else _plain(value)
@@ -202,7 +227,7 @@ class CompareConfig:
                 own.setdefault("machine", {})[key] = value
             elif key in recipe_fields:
                 own.setdefault("recipe_options", {})[key] = value
-            elif key in entry(values["model"]).options:
+            elif is_foreign(values["model"]) or key in entry(values["model"]).options:
                 own.setdefault("model_options", {})[key] = value
             else:
                 own.setdefault("se_options", {})[key] = value
@@ -234,13 +259,26 @@ def run_comparison(
     """
     runs = config.runs()
     data = open_run_data(runs["plain"][0])  # bad data are found before anything is written
+    if config.foreign and not resume:
+        _check_twins(config)
     if not resume:
         make_folder(config)
     order = [run for pair in zip(runs["plain"], runs["se"], strict=True) for run in pair]
-    train_all(config, order, watch, lambda run: f"{run.model} seed {run.seed}", tell)
+    train_all(config, order, watch, lambda run: f"{run.label} seed {run.seed}", tell)
     comparison = gather(config, data)
     write_report(comparison, config.out)
     return comparison
+
+
+def _check_twins(config: CompareConfig) -> None:
+    """Raise UserError where the network has no SE, or cannot be without."""
+    try:
+        open_source(config.model, **{WITHOUT_SE: True})
+    except UserError as error:
+        raise UserError(
+            f"{config.model} cannot be compared with itself without SE: {error}; a network without "
+            "SE gets some by senet insert, or by FILE.py:FUNCTION"
+        ) from error
 
 
 def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> None:
@@ -354,6 +392,7 @@ def gather(config: CompareConfig, data: ImageData) -> Comparison:
     runs = config.runs()
     results: dict[str, NetworkResult] = {}
     gates: dict[str, NDArray[np.float64]] = {}
+    gate = config.se_options.get("gate", "sigmoid")
     for kind, configs in runs.items():
         confusion = np.zeros((len(data.classes),) * 2, np.int64)
         for run in configs:
@@ -362,6 +401,8 @@ def gather(config: CompareConfig, data: ImageData) -> Comparison:
             confusion += matrix
             for name, values in run_gates.items():
                 gates[name] = gates.get(name, 0) + values / config.seeds
+        if config.foreign and kind == "se":
+            gate = next(iter(excitations(checkpoint.model).values())).gate
         results[kind] = _network_result(configs, checkpoint, confusion)
     return Comparison(
         plain=results["plain"],
@@ -373,7 +414,7 @@ def gather(config: CompareConfig, data: ImageData) -> Comparison:
         validation_images=len(data.val),
         classes=data.classes,
         gates=gates,
-        neutral_gate=neutral_gate(config.se_options.get("gate", "sigmoid")),
+        neutral_gate=neutral_gate(gate),
     )
 
 
@@ -385,7 +426,7 @@ def _network_result(
     size = checkpoint.preprocessing.image_size
     model = checkpoint.model
     return NetworkResult(
-        name=configs[0].model,
+        name=configs[0].label,
         parameters=count_parameters(model),
         multiply_adds=count_multiply_adds(model, (checkpoint.preprocessing.channels, size, size)),
         top1=tuple(rows[-1]["top1"] for rows in histories),

@@ -83,7 +83,7 @@ def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
     """
     config = RunConfig.from_toml(run / RUN_CONFIG)
     folder = run / "figures"
-    label = Path(config.model).name  # of a network from a file without the file's folder
+    label = config.label
     checkpoint = open_checkpoint(run / "checkpoints" / "last")
     gates: Gates = {}
     if excitations(checkpoint.model):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet import ops
+from senet.nn.convolution import by_kernels
 from senet.nn.tails import own_statistics, step_norm
 from senet.ops import Activation
 from senet.ops.checks import GateParameters
@@ -57,13 +57,15 @@ def added(
     fc1: nn.Module | None,
     fc2: nn.Module | None,
     gate: str,
-    relu: bool,
+    activation: str,
+    negative_slope: float,
 ) -> Tensor:
-    """SE(norm(x)) + shortcut_norm(shortcut), with a ReLU behind, by `senet.ops.bn_se_add_relu`."""
+    """act(SE(norm(x)) + shortcut_norm(shortcut)) by `senet.ops.bn_se_add_relu`."""
+    act = Activation(activation, negative_slope)
     if shortcut.shape != x.shape:  # broadcast
         y = normalized(x, norm, fc1, fc2, "relu", gate, "linear", 0.0)
         y = y + (shortcut if shortcut_norm is None else shortcut_norm(shortcut))
-        return F.relu(y) if relu else y
+        return act(y)
     own, other = own_statistics(norm), None
     if shortcut_norm is not None:
         if own == own_statistics(shortcut_norm):
@@ -80,14 +82,16 @@ def added(
         momentum=given.momentum,
         eps=given.eps,
         gate=gate,
-        relu=relu,
+        relu=activation != "linear",
+        activation=act if activation != "linear" else "relu",
         shortcut_norm=other,
     )
 
 
 def convolution(conv: nn.Module, x: Tensor) -> Tensor:
-    """What the class of a convolution computes."""
-    return type(conv).forward(conv, x)
+    """conv(x), by `senet.ops.convolution` where its kernels are the faster ones."""
+    found = by_kernels(conv, x)
+    return type(conv).forward(conv, x) if found is None else found
 
 
 def reading(

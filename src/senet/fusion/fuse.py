@@ -21,8 +21,8 @@ from senet.anatomy.tails import Part as Step
 from senet.anatomy.tails import Tail, read_tails
 from senet.errors import SenetError, UserError
 from senet.fusion.forward import FusedForward, fused_forwards
-from senet.fusion.modules import Gate, gate_of, is_depthwise, is_norm
-from senet.fusion.rewriting import ALONE, Part, Plan, Unreadable
+from senet.fusion.modules import Gate, gate_of, is_depthwise, is_norm, is_three_by_three
+from senet.fusion.rewriting import ALONE, DEPTHWISE, THREE_BY_THREE, Part, Plan, Unreadable
 from senet.nn.block import SqueezeExcitation
 
 # Passes over a map, forward and backward, of the modules one by one: docs/fusion.md.
@@ -33,14 +33,13 @@ _OURS = "it is ours and runs in the operator"
 
 @dataclass(frozen=True)
 class Fused:
-    """A tail, an SE block or a depthwise convolution that runs in the operator.
+    """A tail, an SE block or a convolution that runs in the operator.
 
     Attributes:
-        name: dotted name of its batch norm; of the SE block where that is alone; of a depthwise
-            convolution.
+        name: dotted name of its batch norm; of the SE block where that is alone; of a convolution.
         owner: of the module whose forward was written anew.
-        form: its steps: "norm → silu → se", "norm → se → add → relu", "se", …; or "depthwise", a
-            convolution.
+        form: its steps: "norm → silu → se", "norm → se → add → relu", "se", …; or "depthwise" and
+            "3×3 convolution".
         bytes_moved: memory traffic saved in a training step, for one image of the example.
         bytes_kept: maps that the backward pass no longer keeps, likewise.
     """
@@ -108,12 +107,12 @@ class FusionReport:
 def fuse(model: nn.Module, example_input: Any = None) -> FusionReport:
     """Run the tails and SE blocks of a live model through the operator, in place.
 
-    Batch norm, activation, SE, addition and ReLU between two convolutions become one call of
+    Batch norm, activation, SE, addition and activation between two convolutions become one call of
     `senet.ops`, in training and evaluation; depthwise convolutions with kernels of 5 and 7 run in
-    `senet.ops.depthwise`. The module tree, names, parameters, state dict, hooks,
-    optimizers and copies stay as they are; outputs and gradients change by rounding only, random
-    numbers not at all. Where a module inside has hooks, its block runs as before, which is said
-    once.
+    `senet.ops.depthwise`, plain ones of 3×3 in `senet.ops.convolution` where that is faster. The
+    module tree, names, parameters, state dict, hooks, optimizers and copies stay as they are;
+    outputs and gradients change by rounding only, random numbers not at all. Where a module inside
+    has hooks, its block runs as before, which is said once.
 
     Fuse before `torch.compile`, `DistributedDataParallel` and `fully_shard`, or give the module in
     them; `unfuse` undoes it.
@@ -156,7 +155,8 @@ def fuse(model: nn.Module, example_input: Any = None) -> FusionReport:
     called = {call.name for call in seen.trace.calls}
     readers = set(_readers(root, tails).values())
     for name, module in root.named_modules():
-        if name in readers or (name in called and is_depthwise(module)):
+        convolves = is_depthwise(module) or is_three_by_three(module)
+        if name in readers or (name in called and convolves and not _is_ours(root, name)):
             failed |= _rewritten(root, name, frozenset(), {}, reads=name in readers)
     _check(root, seen, arguments)
     return _report(root, seen, tails, gates, {**failed, **unread})
@@ -227,19 +227,25 @@ def _plans(
         if type(owner.module).__module__.startswith("senet.") and len(chains) > 1:
             unread[tail.name] = _OURS
             continue
-        prefix = f"{owner.name}." if owner.name else ""
-        opened = {call.name.removeprefix(prefix) for c in chains for call in c[depth:-1]}
-        ends = {c[-1].name.removeprefix(prefix) for c in chains if len(c) > depth}
-        functional = {
-            c[-1].name.removeprefix(prefix)
-            for c in chains
-            if len(c) > depth and next(c[-1].module.children(), None) is not None
-        }
-        units = {n for n in ends - opened if is_norm(root.get_submodule(prefix + n))}
-        units |= {n for n in ends if prefix + n in gates}
+        names = _names_in(owner.module)
+        inner = [call for c in chains for call in c[depth:]]
+        if any(call.module not in names for call in inner):
+            unread[tail.name] = f"a part of it is no module inside of {type(owner.module).__name__}"
+            continue
+        opened = {names[call.module] for c in chains for call in c[depth:-1]}
+        ends = {names[c[-1].module]: c[-1] for c in chains if len(c) > depth}
+        functional = {n for n, c in ends.items() if next(c.module.children(), None) is not None}
+        units = {n for n, c in ends.items() if n not in opened and is_norm(c.module)}
+        units |= {n for n, c in ends.items() if c.name in gates}
         opened |= functional - units
         plans[owner.name] = plans.get(owner.name, frozenset()) | opened
     return plans, unread
+
+
+def _names_in(owner: nn.Module) -> dict[nn.Module, str]:
+    """The names of modules within another one; a shared module has others outside of it."""
+    every = list(owner.named_modules(remove_duplicate=False))
+    return {module: name for name, module in reversed(every)}
 
 
 def _with_inner(name: str, plans: dict[str, frozenset[str]]) -> frozenset[str]:
@@ -325,6 +331,12 @@ def _rewritten(
     return {}
 
 
+def _is_ours(root: nn.Module, name: str) -> bool:
+    """Whether a module stands in one of this package, which calls our kernels itself."""
+    holder = root.get_submodule(name.rpartition(".")[0])
+    return type(holder).__module__.startswith("senet.")
+
+
 def _blocks(owner: str, forward: FusedForward) -> set[str]:
     """Dotted names of the SE blocks that a forward contains."""
     assert forward.rewritten is not None
@@ -404,16 +416,18 @@ def _bytes(step: Step) -> int:
 
 def _saved(form: str, *, again: bool) -> tuple[int, int]:
     """How many times a map no longer moves, and is no longer kept; `again`: computed once more."""
-    if form == "depthwise":
+    if form in (DEPTHWISE, THREE_BY_THREE):
         return 0, 0
     steps = form.split(" → ")
     apart = sum(_PASSES.get(step, _PASSES["act"]) for step in steps)
     together = 5 if steps == ["se"] else 8
     if "add" in steps:
-        together = 11 if steps[-1] == "relu" else 9
+        together = 9 if steps[-1] == "add" else 11
+    by_output = ("relu", "relu6", "leaky_relu", "add", "se")  # their gradients need no input
     kept = (
         again
+        + ("add" in steps and steps[-1] not in by_output)
         + ("se" in steps and "norm" in steps)
-        + (len(steps) > 1 and steps[1] not in ("relu", "relu6", "leaky_relu", "add", "se"))
+        + (len(steps) > 1 and steps[1] not in by_output)
     )
     return max(apart - together - 2 * again, 0), kept

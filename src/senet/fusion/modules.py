@@ -75,6 +75,19 @@ def is_depthwise(module: nn.Module | None) -> bool:
     return whole and module.kernel_size[0] in _FASTER and isinstance(module.padding[0], int)
 
 
+def is_three_by_three(module: nn.Module | None) -> bool:
+    """Whether `senet.ops.convolution` may compute this faster, which its rule decides by shape."""
+    return (
+        type(module) is nn.Conv2d
+        and module.bias is None
+        and (module.kernel_size, module.stride, module.dilation) == ((3, 3), (1, 1), (1, 1))
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and module.in_channels % 16 == module.out_channels % 16 == 0
+    )
+
+
 def is_norm(module: nn.Module | None) -> bool:
     """Whether the operator can take the place of this batch norm."""
     return type(module) in NORMS or normalizes_and_activates(module)

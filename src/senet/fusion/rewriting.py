@@ -23,11 +23,13 @@ from senet.fusion.modules import (
     function_activation,
     is_depthwise,
     is_norm,
+    is_three_by_three,
     normalizes_and_activates,
     own_activation,
 )
 from senet.ops import Activation
 
+DEPTHWISE, THREE_BY_THREE = "depthwise", "3×3 convolution"
 ALONE = "a batch norm alone, at which PyTorch is as fast"
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _LINEAR = Activation("linear")
@@ -62,8 +64,8 @@ class Part:
     """A tail that runs in the operator.
 
     Attributes:
-        norm: name of its batch norm, or depthwise convolution, within the module; "" where it is
-            the module; None for SE alone.
+        norm: name of its batch norm, or convolution, within the module; "" where it is the module;
+            None for SE alone.
         block: name of its SE block, likewise; None without.
         form: its steps, as `senet.anatomy.tails` names them.
     """
@@ -151,17 +153,17 @@ def _traced(module: nn.Module, opened: frozenset[str]) -> list[fx.Graph]:
 
 
 def _whole(module: nn.Module, plan: Plan) -> Rewritten:
-    """Of a module that is a tail, an SE block or a depthwise convolution, and nothing else.
+    """Of a module that is a tail, an SE block or a convolution, and nothing else.
 
     Raises:
         Unreadable: the operator does not have its activation.
     """
     names: tuple[str, ...] = ()
     part: Part | None
-    if plan.reads or is_depthwise(module):
-        faster = is_depthwise(module)
-        part = Part("", None, "depthwise") if faster else None
-        compute = execution.depthwise if faster else execution.convolution
+    if plan.reads or is_depthwise(module) or is_three_by_three(module):
+        kinds = {DEPTHWISE: is_depthwise(module), THREE_BY_THREE: is_three_by_three(module)}
+        part = next((Part("", None, kind) for kind, is_it in kinds.items() if is_it), None)
+        compute = execution.depthwise if kinds[DEPTHWISE] else execution.convolution
         function = execution.reading(compute) if plan.reads else compute
 
     elif "" in plan.gates:
@@ -197,7 +199,8 @@ def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
     Raises:
         Unreadable: the forward cannot be read, or has no tail.
     """
-    if is_norm(module) or is_depthwise(module) or "" in plan.gates or plan.reads:
+    convolves = is_depthwise(module) or is_three_by_three(module)
+    if is_norm(module) or convolves or "" in plan.gates or plan.reads:
         return _whole(module, plan)
     graphs = _traced(module, plan.opened)
     (parts, touched), *others = [_Replacement(module, plan, graph).run() for graph in graphs]
@@ -362,8 +365,10 @@ class _Replacement:
     def replace_sum(self, tail: _Tail, gate: Gate | None, addition: fx.Node) -> None:
         nodes, end = [*tail.nodes, addition], addition
         after = self.next(addition)
-        relu = after is not None and self.activation(after) == Activation("relu")
-        if relu and after is not None:
+        behind = None if after is None else self.activation(after)
+        if after is None or behind is None or behind == _LINEAR:
+            behind = _LINEAR
+        else:
             nodes.append(after)
             end = after
         first, second = addition.args
@@ -379,10 +384,10 @@ class _Replacement:
             added = shortcut if other is None else other.args[0]
             sigma = "sigmoid" if gate is None else gate.gate
             source = tail.first.args[0]
-            made.args = (source, added, norm, shortcut_norm, *layers, sigma, relu)
+            made.args = (source, added, norm, shortcut_norm, *layers, sigma, *behind)
         if other is not None:
             nodes.insert(0, other)
-        self.finish(tail, nodes, made, ["add", *(["relu"] if relu else [])])
+        self.finish(tail, nodes, made, ["add", *([] if behind == _LINEAR else [behind.name])])
 
     def norm_alone(self, shortcut: fx.Node) -> fx.Node | None:
         """The batch norm whose result a shortcut is; None where it is more or something else."""

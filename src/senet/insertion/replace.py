@@ -1,10 +1,44 @@
 """Another module, or none, in the place of an SE block, wherever the block stands."""
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 
+from senet.anatomy.excitations import excitations
+from senet.errors import UserError
 from senet.models.vgg import ReLUSE
+
+
+def take_out(model: nn.Module, example_input: Any = None) -> tuple[str, ...]:
+    """Take all SE blocks out of a network that was built with them; everything else stays.
+
+    Args:
+        model: changed in place.
+        example_input: see `senet.anatomy.excitations`.
+
+    Returns:
+        The names of the blocks.
+
+    Raises:
+        UserError: there is none, or one cannot be taken out: its code is written inside of a larger
+            module, or it does not give what it is given.
+    """
+    blocks = excitations(model, example_input)
+    if not blocks:
+        raise UserError(f"{type(model).__name__} has no SE blocks to take out")
+    for name, block in blocks.items():
+        if block.module is None:
+            raise UserError(
+                f"{type(model).__name__}: the SE block {name} is written inside of a larger module "
+                "and cannot be taken out; name a FILE.py:FUNCTION that builds the network without"
+            )
+        for alias, module in list(model.named_modules(remove_duplicate=False)):
+            if module is block.module:
+                replace_block(model, alias, None)
+    if left := excitations(model, example_input):
+        raise UserError(f"{type(model).__name__}: the SE block {next(iter(left))} is in it twice")
+    return tuple(blocks)
 
 
 def replace_block(model: nn.Module, name: str, by: nn.Module | None) -> None:

@@ -41,7 +41,7 @@ class Shortcut(IntEnum):
 
 
 class Elementwise(IntEnum):
-    """An activation of the operator: of a join's branches, or of a gate's hidden layer."""
+    """An activation of the operator: of a tail, a join's branches, or a gate's hidden layer."""
 
     LINEAR = 0
     RELU = 1
@@ -119,8 +119,9 @@ class TailArguments(ctypes.Structure):
     """Arguments of tail_forward and tail_backward, `operator/arguments.h`."""
 
     _fields_ = (
-        *_fields(ctypes.c_int64, "N C P H channels_last threads gate relu"),
+        *_fields(ctypes.c_int64, "N C P H channels_last threads gate activation"),
         *_fields(ctypes.c_int64, "normalization shortcut_kind"),
+        *_fields(ctypes.c_double, "negative_slope"),
         *_fields(NormArguments, "norm shortcut_norm"),
         *_fields(ctypes.c_void_p, "x shortcut w1 b1 w2 b2 y statistics squeezed hidden gates"),
         *_fields(ctypes.c_void_p, "gradient dx dshortcut dweight dbias"),

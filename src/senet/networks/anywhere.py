@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch import nn
 
 from senet.data import Preprocessing
 from senet.errors import UserError
+from senet.insertion.replace import take_out
 from senet.models import build_model
 from senet.networks.preparation import imagenet, of_timm, of_torchvision
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 PREFIXES = (TORCHVISION, TIMM)
+WITHOUT_SE = "without_se"
+OPTIONS = (WITHOUT_SE,)  # of foreign networks
 
 
 def is_foreign(name: str) -> bool:
@@ -49,7 +52,8 @@ def open_source(
             `~/.cache/senet/trusted_files`), or if SENET_TRUST_CODE is 1.
         num_classes: classes of the head.
         in_channels: channels of the images; 3 for torchvision and files.
-        **options: for networks of this package, see `create_model`.
+        **options: for networks of this package, see `create_model`; for others `without_se`: True
+            takes the SE blocks out that it is built with. The other weights start as with them.
 
     Returns:
         The network; foreign ones get the attributes `config`, `input_size`, `min_input_size`,
@@ -57,18 +61,20 @@ def open_source(
         timm or torchvision say it of their weights, ImageNet's for files.
 
     Raises:
-        UserError: no such network, or the package is not installed.
+        UserError: no such network, the package is not installed, an option that it does not have,
+            or `without_se` where no SE block can be taken out.
     """
     if is_foreign(name):
-        if options:
-            raise UserError(f"{name} takes no options, got {', '.join(options)}")
+        check_options(name, options)
         if in_channels != (channels_of(name) or in_channels):
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
         model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
+        if options.get(WITHOUT_SE):
+            take_out(model)
         size = preparation.image_size
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels}
         about = {
-            "config": {**config, "options": {}},
+            "config": {**config, "options": options},
             "input_size": (in_channels, size, size),
             "min_input_size": 1,  # unknown: the network itself refuses what is too small
             "preprocessing": preparation.to_dict(),
@@ -79,6 +85,12 @@ def open_source(
             setattr(model, key, value)
         return model
     return build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise UserError for an option that a foreign network does not have."""
+    if wrong := [option for option in options if option not in OPTIONS]:
+        raise UserError(f"{name} takes no options but {', '.join(OPTIONS)}, got {', '.join(wrong)}")
 
 
 def _foreign(

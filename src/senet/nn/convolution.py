@@ -24,10 +24,16 @@ def convolve(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         The layer's output.
     """
+    found = by_kernels(layer, x)
+    return layer(x) if found is None else found
+
+
+def by_kernels(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """layer(x) through `senet.ops.convolution`; None where the layer itself has to compute it."""
     if type(layer) is nn.Conv2d and not torch.compiler.is_compiling() and _worthwhile(layer, x):
         assert isinstance(layer.padding, tuple)
         return operator(x, layer.weight, stride=layer.stride, padding=layer.padding)
-    return layer(x)
+    return None
 
 
 def _worthwhile(layer: nn.Conv2d, x: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from senet.errors import UserError
 from senet.ops import checks, depthwise_convolution, join, tail
 from senet.ops.activations import Activation
 from senet.ops.choice import resolve
@@ -20,6 +21,10 @@ from senet.ops.reference import BatchNorm
 _NO_NORM = BatchNorm(None, None, None, None)
 # What a name alone means: nn.LeakyReLU's slope, and "none" as another name of "linear".
 _BY_NAME = {"leaky_relu": Activation("leaky_relu", 0.01), "none": Activation("linear")}
+
+
+def _activation(given: str | Activation) -> Activation:
+    return _BY_NAME.get(given, Activation(given)) if isinstance(given, str) else given
 
 
 def squeeze_excite(
@@ -89,13 +94,14 @@ def bn_se_add_relu(
     eps: float,
     gate: str = "sigmoid",
     relu: bool = True,
+    activation: str | Activation = "relu",
     shortcut_norm: BatchNorm | None = None,
 ) -> Tensor:
     """y = relu(s ⊙ BN(x) + shortcut), s the squeeze-and-excitation gate of BN(x).
 
     Parts are left out by None or False: no gate (w1, b1, w2, b2 None) gives BN → add → ReLU, no
     shortcut BN → SE → ReLU, `relu=False` no ReLU. For the backward pass only x and y are kept
-    (without a shortcut or with a normalized one, x and the shortcut).
+    (without a shortcut, with a normalized one or another activation, x and the shortcut).
 
     Args:
         x: (N,C,*spatial) with one to three spatial axes; channels_last is the fast layout.
@@ -114,17 +120,22 @@ def bn_se_add_relu(
             `BatchNorm2d(momentum=None)` is the caller's to resolve).
         eps: added to the variance.
         gate: as in `squeeze_excite`; not used without w1 and w2.
-        relu: whether the ReLU is applied.
+        relu: whether the ReLU, or the activation in its place, is applied.
+        activation: in the place of the ReLU, as in `bn_act_se`.
         shortcut_norm: normalization of the shortcut (a projection's), in the same pass.
 
     Returns:
         (N,C,*spatial), layout of x, dtype that x + shortcut has.
 
     Raises:
-        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
-            that cannot take x.
+        UserError: shapes that do not fit, an unknown gate or activation, an activation with
+            `relu=False`, or an implementation chosen with `use` that cannot take x.
         ValueError: batch statistics of a single value per channel.
     """
+    behind = _activation(activation)
+    checks.check_activations(behind, "relu")
+    if not relu and behind.name != "relu":
+        raise UserError(f"activation {behind.name!r} is given with relu=False, which is for none")
     norm = BatchNorm(bn_weight, bn_bias, running_mean, running_var, momentum, eps)
     batch = training or running_mean is None
     if not torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
@@ -155,7 +166,9 @@ def bn_se_add_relu(
         eps=eps,
         shortcut_eps=other.eps,
         gate=gate,
-        relu=relu,
+        relu=relu and behind.name == "relu",
+        activation="linear" if behind.name == "relu" else behind.name,
+        negative_slope=behind.parameter,
     )
     moved = shortcut_norm.momentum if training and shortcut_norm is not None else None
     return TAIL.run(resolve(x), arguments, (momentum if training else None, moved))
@@ -212,8 +225,7 @@ def bn_act_se(
             chosen with `use` that cannot take x.
         ValueError: batch statistics of a single value per channel.
     """
-    if isinstance(activation, str):
-        activation = _BY_NAME.get(activation, Activation(activation))
+    activation = _activation(activation)
     checks.check_activations(activation, hidden_activation)
     norm = BatchNorm(bn_weight, bn_bias, running_mean, running_var, momentum, eps)
     batch = training or running_mean is None
@@ -261,6 +273,7 @@ def bn_relu_concat_se(
     *,
     training: Sequence[bool],
     gate: str = "sigmoid",
+    activation: str | Activation = "relu",
 ) -> Tensor:
     """y = s ⊙ concat(relu(BN(x_i))), s the squeeze-and-excitation gate of the concat.
 
@@ -279,15 +292,18 @@ def bn_relu_concat_se(
         training: of each map whether to normalize by the batch's statistics. Without running
             statistics this is done always, as `torch.nn.BatchNorm2d` does.
         gate: as in `squeeze_excite`; not used without w1 and w2.
+        activation: in the place of the ReLU, as in `bn_act_se`.
 
     Returns:
         (N,C,*spatial), dtype that the concatenated maps have.
 
     Raises:
-        UserError: shapes that do not fit, an unknown gate, or an implementation chosen with `use`
-            that cannot take the maps.
+        UserError: shapes that do not fit, an unknown gate or activation, or an implementation
+            chosen with `use` that cannot take the maps.
         ValueError: batch statistics of a single value per channel.
     """
+    behind = _activation(activation)
+    checks.check_activations(behind, "relu")
     if not torch.jit.is_tracing():
         checks.check_join(maps, norms, training, (w1, b1, w2, b2), gate)
     common = functools.reduce(torch.promote_types, (x.dtype for x in maps))
@@ -314,6 +330,8 @@ def bn_relu_concat_se(
         normalizations=kinds,
         eps=[norm.eps for norm in given],
         gate=gate,
+        activation=behind.name,
+        negative_slope=behind.parameter,
     )
     momenta = [
         norm.momentum if train else None for norm, train in zip(given, training, strict=True)

@@ -19,10 +19,11 @@ from senet.ops.join import BATCH, NONE
 from senet.ops.join import Arguments as JoinArguments
 from senet.ops.maps import accumulator, full_precision, spread
 from senet.ops.tail import Arguments as TailArguments
+from senet.ops.tail import final_activation
 
 GATES = ("sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid")
-# Of the closed set of `senet.ops.activations`, what stands between a norm and its SE block, and
-# between the block's two layers.
+# Of the closed set of `senet.ops.activations`, what stands between a norm and its SE block or
+# behind an addition, and between the block's two layers.
 BRANCH_ACTIVATIONS = ("linear", "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu")
 HIDDEN_ACTIVATIONS = ("relu", "silu", "hardswish")
 
@@ -124,7 +125,7 @@ def batch_norm(x: Tensor, norm: BatchNorm, own: bool, momentum: float | None) ->
 
 
 def tail(a: TailArguments, momenta: Momenta) -> Tensor:
-    """relu(s ⊙ norm(x) + norm(shortcut)), each part only where given."""
+    """act(s ⊙ norm(x) + norm(shortcut)), each part only where given."""
     v = a.x.to(accumulator(a.x.dtype))
     own = a.normalization == "batch"
     if a.normalization != "none":
@@ -137,7 +138,7 @@ def tail(a: TailArguments, momenta: Momenta) -> Tensor:
             parameters = (a.shortcut_weight, a.shortcut_bias, a.shortcut_mean, a.shortcut_var)
             r = batch_norm(r, BatchNorm(*parameters, eps=a.shortcut_eps), own, momenta[1])
         v = v + r
-    return (F.relu(v) if a.relu else v).to(a.x.dtype)
+    return activate(v, final_activation(a), a.negative_slope).to(a.x.dtype)
 
 
 def join(a: JoinArguments, momenta: Momenta) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operator `senet::tail`: y = relu(s ⊙ norm(x) + norm(shortcut)), s the gate of norm(x).
+"""The operator `senet::tail`: y = act(s ⊙ norm(x) + norm(shortcut)), s the gate of norm(x).
 
 Every part but x is optional: SE alone, BN → ReLU and the whole end of a residual branch are this
 operator. N images, C channels, P pixels, h the gate's hidden width.
@@ -34,6 +34,9 @@ class Arguments(NamedTuple):
         eps, shortcut_eps: added to the variances.
         gate: one of `reference.GATES`.
         relu: whether the ReLU is applied.
+        activation: without `relu` what is applied in its place, one of
+            `reference.BRANCH_ACTIVATIONS`.
+        negative_slope: of "leaky_relu".
     """
 
     x: Tensor
@@ -56,6 +59,8 @@ class Arguments(NamedTuple):
     shortcut_eps: float = 0.0
     gate: str = "sigmoid"
     relu: bool = False
+    activation: str = "linear"
+    negative_slope: float = 0.0
 
 
 class Outputs(NamedTuple):
@@ -83,7 +88,8 @@ class Saved(NamedTuple):
     Attributes:
         y: where the ReLU's mask comes from if there is a plain shortcut; otherwise None: the mask
             is computed again from x (and a normalized shortcut).
-        shortcut: only a normalized one.
+        shortcut: only a normalized one, or where another activation than the ReLU follows, whose
+            derivative is taken at the sum.
     """
 
     x: Tensor
@@ -103,6 +109,8 @@ class Saved(NamedTuple):
     normalize_shortcut: bool
     gate: str
     relu: bool
+    activation: str
+    negative_slope: float
 
 
 class Gradients(NamedTuple, Generic[T]):
@@ -124,12 +132,18 @@ def _plain_shortcut(a: Arguments) -> bool:
     return a.shortcut is not None and not a.normalize_shortcut
 
 
+def final_activation(a: Arguments | Saved) -> str:
+    """What the tail ends with, one of `reference.BRANCH_ACTIVATIONS`."""
+    return "relu" if a.relu else a.activation
+
+
 def _save(a: Arguments, out: Outputs) -> Saved:
-    """x, and y or the shortcut for the ReLU's mask; everything else is of (N,C) size."""
+    """x, and y or the shortcut for the activation; everything else is of (N,C) size."""
+    behind = final_activation(a) not in ("linear", "relu")
     return Saved(
         a.x,
         out.y if a.relu and _plain_shortcut(a) else None,
-        a.shortcut if a.normalize_shortcut else None,
+        a.shortcut if a.normalize_shortcut or behind else None,
         a.weight,
         a.bias,
         a.shortcut_weight,
@@ -141,6 +155,8 @@ def _save(a: Arguments, out: Outputs) -> Saved:
         a.normalize_shortcut,
         a.gate,
         a.relu,
+        a.activation,
+        a.negative_slope,
     )
 
 
@@ -197,7 +213,7 @@ def _again(
     saved: Saved, biases: Sequence[Tensor | None], options: Sequence[Any], gradient: Tensor
 ) -> Again:
     """A plain shortcut is not kept: of relu(v + shortcut) only the mask counts, which y tells."""
-    normalization, normalize_shortcut, eps, shortcut_eps, gate, relu = options
+    normalization, normalize_shortcut, eps, shortcut_eps, gate, relu, activation, slope = options
     known = {}
     if saved.y is not None:
         gradient = torch.where(saved.y <= 0, 0, gradient)
@@ -232,6 +248,8 @@ def _again(
         shortcut_eps=shortcut_eps,
         gate=gate,
         relu=relu,
+        activation=activation,
+        negative_slope=slope,
     )
     return Again(arguments, (None, None), gradient, known)
 
@@ -257,8 +275,12 @@ def _move(a: Arguments, out: Outputs, momenta: Momenta) -> None:
 
 
 def _passes(a: Arguments) -> int | None:
-    """Without a ReLU the gradient of a plain shortcut is that of y itself."""
-    return None if a.relu or not _plain_shortcut(a) else Gradients._fields.index("shortcut")
+    """Without an activation the gradient of a plain shortcut is that of y itself."""
+    return (
+        None
+        if final_activation(a) != "linear" or not _plain_shortcut(a)
+        else Gradients._fields.index("shortcut")
+    )
 
 
 TAIL = Description(
@@ -276,4 +298,5 @@ TAIL = Description(
     backward_flops=_backward_flops,
     move=_move,
     passes=_passes,
+    added=("activation", "negative_slope"),
 )

@@ -73,7 +73,7 @@ class NetworkResult:
     """What the runs of one network gave, a value a seed in the order of the seeds.
 
     Attributes:
-        name: name in the registry.
+        name: what it is called.
         parameters: trainable parameters.
         multiply_adds: of one image.
         top1: top-1 accuracy after the last epoch, %.
@@ -97,7 +97,7 @@ class NetworkResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A plain network and its SE twin, trained with the same recipe, data and seeds.
+    """A network without and with SE, trained with the same recipe, data and seeds.
 
     Attributes:
         plain: the baseline.

@@ -13,7 +13,7 @@ import tomli_w
 
 from senet.data import BadShards, Decoder, absolute_data
 from senet.errors import UserError
-from senet.networks.anywhere import is_foreign
+from senet.networks.anywhere import WITHOUT_SE, check_options, is_foreign
 from senet.support.files import atomic_write
 from senet.support.text import decoded, printable
 from senet.training.recipe import Recipe
@@ -58,7 +58,7 @@ class RunConfig:
         model: name of the network: one of `senet.list_models()`, `timm:NAME`, `torchvision:NAME`
             or `FILE.py:FUNCTION`.
         model_options: options of `senet.create_model` other than num_classes and in_channels,
-            which the data give.
+            which the data give; of other networks `without_se`, see `open_source`.
         data: name of a data set, or a folder of images, see `senet.data.load_data`. A run keeps
             the absolute path, so that it is found from any working directory.
         data_root: folder that holds named data sets.
@@ -160,8 +160,8 @@ class RunConfig:
             raise UserError(f"seed must be below 2**32 (NumPy's limit), got {self.seed}")
         if self.init is not None:
             object.__setattr__(self, "init", str(self.init))
-        if is_foreign(self.model) and self.model_options:
-            raise UserError(f"{self.model} takes no options, got {', '.join(self.model_options)}")
+        if is_foreign(self.model):
+            check_options(self.model, self.model_options)
         if not self.fuse and not is_foreign(self.model):
             raise UserError(
                 f"fuse=False (--no-fuse) is for networks of timm, torchvision or a file: "
@@ -177,6 +177,12 @@ class RunConfig:
             choices = ", ".join(get_args(Device))
             raise UserError(f"device must be one of {choices}, got {self.device!r}")
 
+    @property
+    def label(self) -> str:
+        """What the network is called in tables and figures: a file without its folder."""
+        name = Path(self.model).name if ".py:" in self.model else self.model
+        return f"{name} without SE" if self.model_options.get(WITHOUT_SE) else name
+
     def in_place(self) -> "RunConfig":
         """The same run with absolute paths of what it reads, for any working directory."""
         init = self.init
@@ -184,7 +190,7 @@ class RunConfig:
             init = os.path.abspath(init)  # noqa: PTH100 - links stay links
         return replace(
             self,
-            model=os.path.abspath(self.model) if ".py:" in self.model else self.model,  # noqa: PTH100
+            model=absolute_model(self.model),
             data=absolute_data(self.data),
             data_root=os.path.abspath(self.data_root),  # noqa: PTH100
             init=init,
@@ -258,6 +264,11 @@ class RunConfig:
         if self.fuse:  # likewise
             del options["fuse"]
         return options
+
+
+def absolute_model(name: str) -> str:
+    """The name of a network, from whatever working directory it is asked for."""
+    return os.path.abspath(name) if ".py:" in name else name  # noqa: PTH100 - links stay links
 
 
 def holdable(name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-// The activations of a join and of its gate's hidden layer: value and derivative of a vector.
+// The activations of a tail, a join and a gate's hidden layer: value and derivative of a vector.
 #pragma once
 
 #include <cmath>
@@ -114,6 +114,27 @@ SENET_INLINE void with_activation(int64_t activation, const F& f) {
     case kActLeakyRelu: return f(std::integral_constant<int, kActLeakyRelu>{});
     default: return f(std::integral_constant<int, kActLinear>{});
   }
+}
+
+// The activation of u, where it is known when the kernel runs.
+template <int W, class A>
+SENET_INLINE Vector<A, W> activated(Vector<A, W> u, int64_t activation, A negative_slope) {
+  with_activation(activation, [&](auto kind) {
+    u = activate<decltype(kind)::value, W>(u, negative_slope);
+  });
+  return u;
+}
+
+// The gradient of u from that of its activation, likewise.
+template <int W, class A>
+SENET_INLINE Vector<A, W> gradient_through(Vector<A, W> gradient, Vector<A, W> u, int64_t activation,
+                                           A negative_slope) {
+  with_activation(activation, [&](auto kind) {
+    constexpr int k = decltype(kind)::value;
+    Vector<A, W> value;
+    gradient = through<k>(gradient, derivative<k, W>(u, negative_slope, value));
+  });
+  return gradient;
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ enum Gate { kSigmoid, kTanh, kRelu, kHardSigmoid, kIdentitySigmoid };
 // Given: as an earlier forward pass left them in `statistics` and `gates`; forward only.
 enum Normalization { kNone, kRunningStatistics, kBatchStatistics, kGivenStatistics };
 enum Shortcut { kNoShortcut, kPlainShortcut, kNormalizedShortcut };
-// Of each branch of a join, or of a gate's hidden layer.
+// At the end of a tail, of each branch of a join, or of a gate's hidden layer.
 enum Elementwise {
   kActLinear,
   kActRelu,
@@ -29,7 +29,8 @@ struct NormArguments {
 
 struct TailArguments {
   int64_t N, C, P, H;  // images, channels, pixels, hidden width of the gate (0: no gate)
-  int64_t channels_last, threads, gate, relu, normalization, shortcut_kind;
+  int64_t channels_last, threads, gate, activation, normalization, shortcut_kind;
+  double negative_slope;  // of kActLeakyRelu
   NormArguments norm, shortcut_norm;
   const void *x, *shortcut, *w1, *b1, *w2, *b2;
   void *y, *statistics, *squeezed, *hidden, *gates;
@@ -81,8 +82,8 @@ static_assert(covers(kNormFields, sizeof(NormArguments)));
 #define FIELD(name) SENET_FIELD(TailArguments, name)
 constexpr Field kTailFields[] = {
     FIELD(N), FIELD(C), FIELD(P), FIELD(H),
-    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(relu), FIELD(normalization),
-    FIELD(shortcut_kind), FIELD(norm), FIELD(shortcut_norm),
+    FIELD(channels_last), FIELD(threads), FIELD(gate), FIELD(activation), FIELD(normalization),
+    FIELD(shortcut_kind), FIELD(negative_slope), FIELD(norm), FIELD(shortcut_norm),
     FIELD(x), FIELD(shortcut), FIELD(w1), FIELD(b1), FIELD(w2), FIELD(b2),
     FIELD(y), FIELD(statistics), FIELD(squeezed), FIELD(hidden), FIELD(gates),
     FIELD(gradient), FIELD(dx), FIELD(dshortcut), FIELD(dweight), FIELD(dbias),

@@ -29,7 +29,8 @@ void reduce_pass(const Plan& plan, const TailArguments& a, const BackwardBuffers
     const T *x = at(a.x, n), *shortcut = at(a.shortcut, n);
     using M = Masked<T, kMask>;
     return Reduce<T, kMask, kBoth, kWrite>{
-        M{at(a.gradient, n), at(a.y, n), affine_of<T, M::kShortcut>(plan, a, b.affine, n)},
+        M{at(a.gradient, n), at(a.y, n), affine_of<T, M::kShortcut>(plan, a, b.affine, n),
+          a.activation, A(a.negative_slope)},
         x,
         shortcut,
         a.normalization == kNone ? b.affine.zeros : statistics,
@@ -47,6 +48,11 @@ void reduce_choice(int mask, bool both, bool write, const Rest&... rest) {
   if (mask == kMaskFromY)
     return write ? reduce_pass<T, kMaskFromY, false, true>(rest...)
                  : reduce_pass<T, kMaskFromY, false, false>(rest...);
+  if (mask == kThroughX) return reduce_pass<T, kThroughX, false, false>(rest...);
+  if (mask == kThroughBoth) return reduce_pass<T, kThroughBoth, true, false>(rest...);
+  if (mask == kThroughPlain)
+    return write ? reduce_pass<T, kThroughPlain, false, true>(rest...)
+                 : reduce_pass<T, kThroughPlain, false, false>(rest...);
   return both ? reduce_pass<T, kNoMask, true, false>(rest...)
               : reduce_pass<T, kNoMask, false, false>(rest...);
 }
@@ -68,7 +74,8 @@ void gradient_pass(const Plan& plan, const TailArguments& a,
     T* const dx = a.dx ? static_cast<T*>(a.dx) + n * image : nullptr;
     T* const dshortcut = kShortcutGradient ? static_cast<T*>(a.dshortcut) + n * image : nullptr;
     return Gradient<T, kMask, kBatch, kShortcutGradient>{
-        M{at(gradient, n), at(a.y, n), affine_of<T, M::kShortcut>(plan, a, b.affine, n)},
+        M{at(gradient, n), at(a.y, n), affine_of<T, M::kShortcut>(plan, a, b.affine, n),
+          a.activation, A(a.negative_slope)},
         {x, statistics, b.scale + n * step, b.slope, b.offset + n * step, dx},
         {shortcut, other, b.affine.shortcut_p, b.shortcut_slope, b.shortcut_offset, dshortcut},
         a.dx != nullptr,
@@ -80,12 +87,15 @@ void gradient_pass(const Plan& plan, const TailArguments& a,
 
 template <class T, bool kBatch, class... Rest>
 void gradient_choice(int mask, int shortcut_gradient, const Rest&... rest) {
-  if (shortcut_gradient == kNormalizedShortcut)
-    return mask == kNoMask
-               ? gradient_pass<T, kNoMask, kBatch, kNormalizedShortcut>(rest...)
-               : gradient_pass<T, kMaskFromBoth, kBatch, kNormalizedShortcut>(rest...);
+  if (shortcut_gradient == kNormalizedShortcut) {
+    if (mask == kNoMask) return gradient_pass<T, kNoMask, kBatch, kNormalizedShortcut>(rest...);
+    return mask == kMaskFromBoth
+               ? gradient_pass<T, kMaskFromBoth, kBatch, kNormalizedShortcut>(rest...)
+               : gradient_pass<T, kThroughBoth, kBatch, kNormalizedShortcut>(rest...);
+  }
   if (shortcut_gradient == kPlainShortcut)
-    return gradient_pass<T, kMaskFromY, kBatch, kPlainShortcut>(rest...);
+    return mask == kMaskFromY ? gradient_pass<T, kMaskFromY, kBatch, kPlainShortcut>(rest...)
+                              : gradient_pass<T, kThroughPlain, kBatch, kPlainShortcut>(rest...);
   switch (mask) {
     case kNoMask:
       return gradient_pass<T, kNoMask, kBatch, kNoShortcut>(rest...);
@@ -93,6 +103,12 @@ void gradient_choice(int mask, int shortcut_gradient, const Rest&... rest) {
       return gradient_pass<T, kMaskFromY, kBatch, kNoShortcut>(rest...);
     case kMaskFromX:
       return gradient_pass<T, kMaskFromX, kBatch, kNoShortcut>(rest...);
+    case kThroughX:
+      return gradient_pass<T, kThroughX, kBatch, kNoShortcut>(rest...);
+    case kThroughPlain:
+      return gradient_pass<T, kThroughPlain, kBatch, kNoShortcut>(rest...);
+    case kThroughBoth:
+      return gradient_pass<T, kThroughBoth, kBatch, kNoShortcut>(rest...);
     default:
       return gradient_pass<T, kMaskFromBoth, kBatch, kNoShortcut>(rest...);
   }
@@ -215,7 +231,9 @@ struct TailBackward {
   const bool parameters;  // whether gradients of the norm's or the gate's are wanted
   const bool reduces;     // whether anything needs the sums over the maps
   const int mask;
-  const bool writes;  // whether the reducing pass writes the shortcut's gradient
+  // Whether the reducing pass writes the shortcut's gradient, from which the other pass goes on. Not
+  // if that rounds it; a relu's is as many bits as y's.
+  const bool writes;
   const int threads;
   const Norm<A> norm, other;  // other: the shortcut's
   const Excitation<A> excitation;
@@ -233,11 +251,15 @@ struct TailBackward {
         parameters(a.dweight || a.dbias || a.dw1 || a.db1 || a.dw2 || a.db2),
         reduces(parameters || a.dshortcut_weight || a.dshortcut_bias || (a.dx && (batch || H)) ||
                 (a.dshortcut && norm_shortcut && batch)),
-        mask(!a.relu          ? kNoMask
-             : plain_shortcut ? kMaskFromY
-             : norm_shortcut  ? kMaskFromBoth
-                              : kMaskFromX),
-        writes(reduces && plain_shortcut && a.relu && a.dshortcut),
+        mask(a.activation == kActLinear ? kNoMask
+             : a.activation == kActRelu ? (plain_shortcut  ? kMaskFromY
+                                           : norm_shortcut ? kMaskFromBoth
+                                                           : kMaskFromX)
+             : plain_shortcut           ? kThroughPlain
+             : norm_shortcut            ? kThroughBoth
+                                        : kThroughX),
+        writes(reduces && a.dshortcut &&
+               (mask == kMaskFromY || (mask == kThroughPlain && sizeof(T) == sizeof(A)))),
         threads(thread_count(plan, a.threads)),
         norm(norm_of(a.norm, statistics(), C)),
         other(norm_of(a.shortcut_norm, norm_shortcut ? statistics() + 3 * C : nullptr, C)),
@@ -313,9 +335,8 @@ struct TailBackward {
       for (int64_t c = channels.begin; c < channels.end; ++c)
         b.shortcut_slope[c] = b.shortcut_offset[c] = 0;
     // Only a mask that is recomputed needs them for each image.
-    const bool every_image = mask == kMaskFromX || mask == kMaskFromBoth;
-    fill_affine(norm, other, H ? static_cast<const A*>(a.gates) : nullptr, C, 0, every_image ? N : 1,
-                channels, b.affine);
+    fill_affine(norm, other, H ? static_cast<const A*>(a.gates) : nullptr, C, 0,
+                recomputes(mask) ? N : 1, channels, b.affine);
     if (!batch) std::fill(b.common + channels.begin, b.common + channels.end, 0.0);
     if (!reduces) input_coefficients(plan, a, b, norm, 0, N, channels);
   }

@@ -1,4 +1,4 @@
-// The tail y = relu(gate ⊙ norm(x) + shortcut) forward: which passes run over the maps, and the
+// The tail y = act(gate ⊙ norm(x) + shortcut) forward: which passes run over the maps, and the
 // (N, C) arithmetic between them. Notation and derivation: docs/algebra.md, "Forward".
 #pragma once
 
@@ -8,12 +8,16 @@
 namespace senet {
 namespace {
 
-template <class T, int kShortcut>
+template <class T, int kShortcut, bool kOther>
 void apply_pass(const Plan& plan, const TailArguments& a, const AffineBuffers<Accumulator<T>>& b,
                 int64_t first, const Share& share, bool streams) {
   const auto make = [&](int64_t n) {
-    return Apply<T, kShortcut>{affine_of<T, kShortcut>(plan, a, b, n),
-                               static_cast<T*>(a.y) + n * plan.C * plan.P, a.relu != 0, streams};
+    return Apply<T, kShortcut, kOther>{affine_of<T, kShortcut>(plan, a, b, n),
+                                       static_cast<T*>(a.y) + n * plan.C * plan.P,
+                                       a.activation == kActRelu,
+                                       streams,
+                                       a.activation,
+                                       Accumulator<T>(a.negative_slope)};
   };
   Accumulator<T>* none = nullptr;
   walk(plan, plan.C, first, share, true, none, op_of(make));
@@ -102,12 +106,20 @@ struct TailForward {
   }
 
   void apply(int64_t first, const Share& tasks) const {
-    if (a.shortcut_kind == kNoShortcut)
-      apply_pass<T, kNoShortcut>(plan, a, affine, first, tasks, streams);
-    else if (norm_shortcut)
-      apply_pass<T, kNormalizedShortcut>(plan, a, affine, first, tasks, streams);
+    if (a.activation == kActLinear || a.activation == kActRelu)
+      apply_choice<false>(first, tasks);
     else
-      apply_pass<T, kPlainShortcut>(plan, a, affine, first, tasks, streams);
+      apply_choice<true>(first, tasks);
+  }
+
+  template <bool kOther>
+  void apply_choice(int64_t first, const Share& tasks) const {
+    if (a.shortcut_kind == kNoShortcut)
+      apply_pass<T, kNoShortcut, kOther>(plan, a, affine, first, tasks, streams);
+    else if (norm_shortcut)
+      apply_pass<T, kNormalizedShortcut, kOther>(plan, a, affine, first, tasks, streams);
+    else
+      apply_pass<T, kPlainShortcut, kOther>(plan, a, affine, first, tasks, streams);
   }
 };
 

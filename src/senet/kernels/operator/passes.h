@@ -4,14 +4,27 @@
 // in the maps of C channels, and at j in a map whose rows have `width` channels (join.h).
 #pragma once
 
-#include "../vector.h"
-#include "arguments.h"
+#include "activation.h"
 
 namespace senet {
 namespace {
 
-// Where the backward pass knows from which elements the relu let through.
-enum Mask { kNoMask, kMaskFromY, kMaskFromX, kMaskFromBoth };
+// Where the backward pass knows from which elements the relu let through; kThrough…: any other
+// activation, whose derivative is taken at a value that is computed again.
+enum Mask {
+  kNoMask,
+  kMaskFromY,
+  kMaskFromX,
+  kMaskFromBoth,
+  kThroughX,
+  kThroughPlain,
+  kThroughBoth
+};
+constexpr bool recomputes(int mask) { return mask >= kMaskFromX; }
+constexpr int shortcut_of(int mask) {
+  if (mask == kThroughPlain) return kPlainShortcut;
+  return mask == kMaskFromBoth || mask == kThroughBoth ? kNormalizedShortcut : kNoShortcut;
+}
 
 // How coefficient c of a per-channel array fills a vector.
 struct AlongChannels {
@@ -111,7 +124,7 @@ struct Statistics {
   SENET_INLINE void prefetch(int64_t i, int64_t) const { fetch(x + i); }
 };
 
-// The value before the relu: p * (x - mean) + q, + shortcut or + p' * (shortcut - mean'). Centred, so
+// The value before the activation: p * (x - mean) + q, + shortcut or + p' * (shortcut - mean'). Centred, so
 // that a constant channel comes out as its bias exactly. The backward pass recomputes it with this
 // very expression: its mask is that of the forward pass.
 template <class T, int kShortcut>
@@ -152,8 +165,8 @@ struct Affine {
   }
 };
 
-// y = relu of that
-template <class T, int kShortcut>
+// y = relu of that, or with kOther another activation
+template <class T, int kShortcut, bool kOther>
 struct Apply {
   using A = Accumulator<T>;
   static constexpr int kSums = 0, kRows = 1;
@@ -161,6 +174,8 @@ struct Apply {
   Affine<T, kShortcut> affine;
   T* y;
   bool relus, streams;
+  int64_t activation;
+  A slope;
   template <int W, class L>
   SENET_INLINE auto coefficients(int64_t c) const {
     return affine.template coefficients<W, L>(c);
@@ -168,22 +183,27 @@ struct Apply {
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>*, int64_t i, int64_t) const {
     Vector<A, W> v = affine.template value<W>(k, i);
-    if (relus) v = relu(v);
+    if constexpr (kOther)
+      v = activated<W>(v, activation, slope);
+    else if (relus)
+      v = relu(v);
     store(y + i, v, W == kLanes<A> && streams);
   }
   SENET_INLINE void prefetch(int64_t i, int64_t) const { affine.prefetch(i); }
 };
 
-// g' = gradient * [y > 0], with the mask from where kMask says.
+// g' = gradient * [y > 0], with the mask from where kMask says, or through another activation.
 template <class T, int kMask>
 struct Masked {
   using A = Accumulator<T>;
-  static constexpr int kShortcut = kMask == kMaskFromBoth ? kNormalizedShortcut : kNoShortcut;
+  static constexpr int kShortcut = shortcut_of(kMask);
   const T *gradient, *y;
   Affine<T, kShortcut> affine;
+  int64_t activation;
+  A slope;
   template <int W, class L>
   SENET_INLINE auto coefficients(int64_t c) const {
-    if constexpr (kMask == kMaskFromX || kMask == kMaskFromBoth)
+    if constexpr (recomputes(kMask))
       return affine.template coefficients<W, L>(c);
     else
       return 0;
@@ -191,7 +211,7 @@ struct Masked {
   SENET_INLINE void prefetch(int64_t i) const {
     fetch(gradient + i);
     if constexpr (kMask == kMaskFromY) fetch(y + i);
-    if constexpr (kMask == kMaskFromX || kMask == kMaskFromBoth) affine.prefetch(i);
+    if constexpr (recomputes(kMask)) affine.prefetch(i);
   }
   template <int W, class K>
   SENET_INLINE Vector<A, W> get(const K& k, int64_t i) const {
@@ -199,6 +219,8 @@ struct Masked {
     if constexpr (kMask == kMaskFromY) return relu_gradient<Vector<A, W>>(g, load<W>(y + i));
     if constexpr (kMask == kMaskFromX || kMask == kMaskFromBoth)
       return relu_gradient(g, affine.template value<W>(k, i));
+    if constexpr (kMask >= kThroughX)
+      return gradient_through<W>(g, affine.template value<W>(k, i), activation, slope);
     return g;
   }
 };
@@ -237,8 +259,8 @@ struct Reduce {
   }
   SENET_INLINE void prefetch(int64_t i, int64_t) const {
     masked.prefetch(i);
-    if constexpr (kMask == kNoMask || kMask == kMaskFromY) fetch(x + i);
-    if constexpr (kBoth && kMask != kMaskFromBoth) fetch(shortcut + i);
+    if constexpr (!recomputes(kMask)) fetch(x + i);
+    if constexpr (kBoth && !recomputes(kMask)) fetch(shortcut + i);
   }
   template <int W, class K>
   SENET_INLINE void step(const K& k, Vector<A, W>* sum, int64_t i, int64_t) const {
@@ -311,8 +333,8 @@ struct Gradient {
   }
   SENET_INLINE void prefetch(int64_t i, int64_t) const {
     masked.prefetch(i);
-    if constexpr (kBatch && (kMask == kNoMask || kMask == kMaskFromY)) fetch(input.x + i);
-    if constexpr (kBatch && kShortcutGradient == kNormalizedShortcut && kMask != kMaskFromBoth)
+    if constexpr (kBatch && !recomputes(kMask)) fetch(input.x + i);
+    if constexpr (kBatch && kShortcutGradient == kNormalizedShortcut && !recomputes(kMask))
       fetch(shortcut.x + i);
   }
   template <int W, class K>

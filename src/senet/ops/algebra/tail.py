@@ -8,7 +8,6 @@ torch.compile turns this file into a few kernels.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from senet.ops.algebra.common import (
@@ -19,9 +18,11 @@ from senet.ops.algebra.common import (
     pixel_mean,
     pixel_sum,
     running_statistics,
+    through,
 )
 from senet.ops.maps import accumulator, dense, full_precision, spread
-from senet.ops.tail import Arguments, Gradients, Outputs, Saved, empty_outputs
+from senet.ops.reference import activate
+from senet.ops.tail import Arguments, Gradients, Outputs, Saved, empty_outputs, final_activation
 
 
 def _scale_shift(
@@ -40,7 +41,7 @@ def _preactivation(
     gates: Tensor | None,
     a: Arguments | Saved,
 ) -> Tensor:
-    """s ⊙ norm(x) + norm(shortcut), what the relu sees; x, shortcut in the accumulation type."""
+    """s ⊙ norm(x) + norm(shortcut), what the activation sees; the maps in sums' type."""
     v = x
     if statistics.shape[0] > 0:
         gain, bias = _scale_shift(statistics, a.weight, a.bias)
@@ -90,8 +91,10 @@ def forward(a: Arguments) -> Outputs:
                 z = (squeezed - statistics[0]) * gain + bias
             hidden, gates = excite(z, a.w1, a.b1, a.w2, a.b2, a.gate)
         v = _preactivation(u, r, statistics, gates, a)
-        y = (F.relu(v) if a.relu else v).to(x.dtype)
-        if not (a.relu or statistics.shape[0] or gates is not None or a.shortcut is not None):
+        activation = final_activation(a)
+        y = activate(v, activation, a.negative_slope).to(x.dtype)
+        bare = activation == "linear" and gates is None and a.shortcut is None
+        if bare and not statistics.shape[0]:
             y = y.clone()  # an operator's output must not be its input
     if gates is None or hidden is None:
         absent = u.new_empty((x.shape[0], 0))
@@ -118,11 +121,12 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
         else:
             mean, inv_std = statistics[0], statistics[1]
             a, b = _scale_shift(statistics, saved.weight, saved.bias)
-        if saved.relu:
+        activation = final_activation(saved)
+        if activation != "linear":
             y = saved.y
             if y is None:
                 y = _preactivation(u, r, statistics, gates, saved)
-            g = torch.where(y <= 0, 0, g)
+            g = through(g, y, activation, saved.negative_slope)
         dz = None
         if wanted.x or wanted.weight or wanted.bias or any(wanted[6:]):
             g1 = pixel_sum(g)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from senet.kernels.structs import Normalization, Shortcut
-from senet.ops.cpu.common import ACCUMULATORS, GATE_NUMBERS, TAIL_BLOCK, call, numbers
+from senet.ops.cpu.common import (
+    ACCUMULATORS,
+    ACTIVATION_NUMBERS,
+    GATE_NUMBERS,
+    TAIL_BLOCK,
+    call,
+    numbers,
+)
 from senet.ops.description import Momenta
 from senet.ops.maps import dense
 from senet.ops.tail import (
@@ -16,6 +23,7 @@ from senet.ops.tail import (
     Saved,
     empty_gradients,
     empty_outputs,
+    final_activation,
     statistics_rows,
 )
 
@@ -42,9 +50,9 @@ def _like(t: Tensor | None, x: Tensor, kept: list[Tensor]) -> int:
 
 
 def _sizes(
-    x: Tensor, hidden: int, gate: str, relu: bool, normalization: str, kind: int
-) -> tuple[int, ...]:
-    """The block's first ten entries."""
+    x: Tensor, hidden: int, a: Arguments | Saved, activation: str, kind: int
+) -> tuple[float, ...]:
+    """The block's first eleven entries."""
     N, C = x.shape[0], x.shape[1]
     P = x.numel() // (N * C)
     return (
@@ -54,10 +62,11 @@ def _sizes(
         hidden,
         P == 1 or not x.is_contiguous(),
         torch.get_num_threads(),
-        GATE_NUMBERS[gate],
-        relu,
-        _NORMALIZATIONS[normalization],
+        GATE_NUMBERS[a.gate],
+        ACTIVATION_NUMBERS[activation],
+        _NORMALIZATIONS[a.normalization],
         kind,
+        a.negative_slope,
     )
 
 
@@ -97,7 +106,7 @@ def _run(
     w1 = a.w1
     kind = _NONE if a.shortcut is None else _NORMALIZED if a.normalize_shortcut else _PLAIN
     arguments = TAIL_BLOCK.pack(
-        *_sizes(x, 0 if w1 is None else w1.shape[0], a.gate, a.relu, normalization, kind),
+        *_sizes(x, 0 if w1 is None else w1.shape[0], a, final_activation(a), kind),
         numbers(a.weight, dtype, kept),
         numbers(a.bias, dtype, kept),
         running(a.running_mean, momentum),
@@ -170,7 +179,8 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
     x = _dense(saved.x)
     if x is not saved.x:
         saved = saved._replace(x=x)
-    w1, y, relu, normalize_shortcut = saved.w1, saved.y, saved.relu, saved.normalize_shortcut
+    w1, y, normalize_shortcut = saved.w1, saved.y, saved.normalize_shortcut
+    activation = final_activation(saved)
     statistics, normalization = saved.statistics, saved.normalization
     N, C, dtype = x.shape[0], x.shape[1], ACCUMULATORS[x.dtype]
     width = 0 if w1 is None else w1.shape[0]
@@ -185,16 +195,17 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
         places = tuple(numbers(t, dtype, kept) for t in small)
     found = empty_gradients(saved, wanted)
     addresses = [0 if t is None else t.data_ptr() for t in found]
-    if found.shortcut is not None and not relu and not normalize_shortcut:
+    if found.shortcut is not None and activation == "linear" and not normalize_shortcut:
         found.shortcut.copy_(gradient)
         addresses[Gradients._fields.index("shortcut")] = 0
     shortcut_norm: tuple[float, ...] = _NO_NORM
     if normalize_shortcut:
         weights = (saved.shortcut_weight, saved.shortcut_bias)
         shortcut_norm = (*(numbers(t, dtype, kept) for t in weights), 0, 0, 0.0, 0.0)
-    kind = _NORMALIZED if normalize_shortcut else _PLAIN if relu and y is not None else _NONE
+    plain = y is not None or saved.shortcut is not None
+    kind = _NORMALIZED if normalize_shortcut else _PLAIN if plain else _NONE
     arguments = TAIL_BLOCK.pack(
-        *_sizes(x, width, saved.gate, relu, normalization, kind),
+        *_sizes(x, width, saved, activation, kind),
         numbers(saved.weight, dtype, kept),
         numbers(saved.bias, dtype, kept),
         0,

@@ -198,11 +198,12 @@ def preactivation(x, shortcut, mean, slope, offset, s_mean, s_gain, s_bias, OTHE
 @triton.jit
 def tail_kernel(
     x, shortcut, y, statistics, weight, bias, s_weight, s_bias, gates, C, P, splits, tiles,
-    NORMALIZED: tl.constexpr, OTHER: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    NORMALIZED: tl.constexpr, OTHER: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(s ⊙ norm(x) + norm(shortcut))."""
+    """y = act(s ⊙ norm(x) + norm(shortcut))."""
     n, first_channel, first, _ = locate(
         tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
     )
@@ -223,26 +224,26 @@ def tail_kernel(
         if shortcut is not None:
             r = tl.load(shortcut + start + offsets, inside, other=0).to(ACC)
         v = preactivation(u, r, mean, slope, offset, s_mean, s_gain, s_offset, OTHER)
-        if RELU:
-            v = tl.where(v <= 0, 0, v)  # a NaN passes
+        v = activate(v, ACTIVATION, SLOPE)
         tl.store(y + start + offsets, v.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def masked(
     g, x, y, shortcut, at, inside, mean, slope, offset, s_mean, s_gain, s_bias,
-    MASK: tl.constexpr, OTHER: tl.constexpr, ACC: tl.constexpr,
+    MASK: tl.constexpr, OTHER: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient behind the relu. MASK: "none", from "y", or "again" from x."""
+    """A tile of the gradient behind the activation. MASK: "none", from a relu's "y", or "again"."""
     if MASK == "y":
         return tl.where(tl.load(y + at, inside, other=0).to(ACC) <= 0, 0, g)
     if MASK == "again":
         u = tl.load(x + at, inside, other=0).to(ACC)
         r = None
-        if OTHER:
+        if shortcut is not None:
             r = tl.load(shortcut + at, inside, other=0).to(ACC)
         v = preactivation(u, r, mean, slope, offset, s_mean, s_gain, s_bias, OTHER)
-        return tl.where(v <= 0, 0, g)
+        return through(g, derivative(v, ACTIVATION, SLOPE), ACTIVATION)
     return g
 
 
@@ -251,10 +252,11 @@ def sums_kernel(
     gradient, x, y, shortcut, out, sums, statistics, weight, bias, s_weight, s_bias, gates,
     C, P, rows, splits, tiles,
     NORMALIZED: tl.constexpr, OTHER: tl.constexpr, MASK: tl.constexpr, BRANCH: tl.constexpr,
-    ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """First pass of the gradient: g' behind the relu, and its sums over `tiles` tiles.
+    """First pass of the gradient: g' behind the activation, and its sums over `tiles` tiles.
 
     sums (3,rows,C): Σ g', Σ g' (x - mean) if BRANCH, Σ g' (shortcut - its mean) if OTHER.
     g' itself goes to `out`, the gradient of a plain shortcut.
@@ -281,7 +283,7 @@ def sums_kernel(
         g = tl.load(gradient + at, inside, other=0).to(ACC)
         g = masked(
             g, x, y, shortcut, at, inside, mean, slope, offset, s_mean, s_gain, s_offset,
-            MASK, OTHER, ACC,
+            MASK, OTHER, ACTIVATION, SLOPE, ACC,
         )  # fmt: skip
         if out is not None:
             tl.store(out + at, g.to(out.dtype.element_ty), inside)
@@ -306,7 +308,8 @@ def map_gradients_kernel(
     gradient, x, y, shortcut, dx, dshortcut, statistics, weight, bias, s_weight, s_bias, gates, dz,
     dweight, dbias, s_dweight, s_dbias, C, P, M, splits, tiles,
     NORMALIZED: tl.constexpr, BATCH: tl.constexpr, OTHER: tl.constexpr, MASK: tl.constexpr,
-    ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Second pass of the gradient: dx, and that of a normalized shortcut, each if its pointer is.
@@ -348,7 +351,7 @@ def map_gradients_kernel(
         g = tl.load(gradient + at, inside, other=0).to(ACC)
         g = masked(
             g, x, y, shortcut, at, inside, mean, slope, offset, s_mean, s_gain, s_offset,
-            MASK, OTHER, ACC,
+            MASK, OTHER, ACTIVATION, SLOPE, ACC,
         )  # fmt: skip
         if dx is not None:
             d = tl.fma(g, slope[None, :], constant[None, :])

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from senet.ops.description import Momenta
 from senet.ops.maps import dense
-from senet.ops.tail import Arguments, Gradients, Outputs, Saved, empty_gradients, empty_outputs
+from senet.ops.tail import (
+    Arguments,
+    Gradients,
+    Outputs,
+    Saved,
+    empty_gradients,
+    empty_outputs,
+    final_activation,
+)
 from senet.ops.triton.common import GATE_BLOCKS, Call, like, numbers, on
 
 
@@ -94,7 +102,8 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
             *(gates if call.H else None, call.C, call.P, cut.splits, cut.tiles),
             NORMALIZED=normalized,
             OTHER=other,
-            RELU=a.relu,
+            ACTIVATION=final_activation(a),
+            SLOPE=a.negative_slope,
             ACC=call.acc,
             **cut.constants,
         )
@@ -116,7 +125,9 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
         )
         w1, w2 = numbers(saved.w1, dtype), numbers(saved.w2, dtype)
         flags = {"NORMALIZED": saved.normalization != "none", "ACC": call.acc}
-        mask = "none" if not saved.relu else "y" if kept_y is not None else "again"
+        activation = final_activation(saved)
+        mask = "none" if activation == "linear" else "y" if kept_y is not None else "again"
+        behind = {"ACTIVATION": activation, "SLOPE": saved.negative_slope}
         affine = (statistics, weight, bias, s_weight, s_bias)
         plain = None if other else found.shortcut
         parameters = wanted.weight or wanted.bias or any(wanted[6:])
@@ -136,11 +147,13 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
                 OTHER=other,
                 MASK=mask,
                 BRANCH=branch,
+                **behind,
                 **flags,
                 **cut.constants,
             )
-            if plain is not None:  # it is the gradient behind the relu
-                g, mask = plain, "none"
+            # It is the gradient behind the activation, rounded to what the maps are stored in.
+            if plain is not None and (activation == "relu" or x.dtype == dtype):
+                g, mask, r = plain, "none", None
             sums = parts
             if cut.splits > 1 and (branch or other):
                 sums = call.empty(3, call.N, call.C)
@@ -171,6 +184,7 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
                 BATCH=batch,
                 OTHER=other,
                 MASK=mask,
+                **behind,
                 **flags,
                 **cut.constants,
             )
@@ -204,7 +218,8 @@ def finish(
             *(numbers(gates, call.dtype), call.C, call.P, cut.splits, cut.tiles),
             NORMALIZED=False,
             OTHER=False,
-            RELU=relu,
+            ACTIVATION="relu" if relu else "linear",
+            SLOPE=0.0,
             ACC=call.acc,
             **cut.constants,
         )
