@@ -1,6 +1,8 @@
 """`senet train`: train a network."""
 
-from dataclasses import replace
+import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +27,6 @@ from senet.support.progress import watch
 from senet.support.text import duration
 
 if TYPE_CHECKING:
-    from senet.training.config import RunConfig
     from senet.training.recipe import Recipe
 
 
@@ -51,25 +52,29 @@ def train(
 
     Args:
         model: network; `senet models` lists them. Or timm:NAME, torchvision:NAME, or
-            FILE.py:FUNCTION, a function that returns a module.
+            FILE.py:FUNCTION, a function that returns a module (default: se_resnet20_cifar for
+            images of up to 64 pixels, se_resnet18 for larger ones).
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
-        init: checkpoint to start from, such as one of `senet insert`; its network counts, and its
-            preprocessing (of which --image-size changes the side). With --model a file of weights
-            in any released layout.
+        init: what to start from: a run, a checkpoint, such as one of `senet insert`, or
+            hf_hub:owner/name; its network counts, and its preprocessing (of which --image-size
+            changes the side). With --model a file of weights in any released layout.
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
-        out: run folder; it must not exist.
+        out: run folder; it must not exist (default: runs/ and the name of the data, with a number
+            where there is one already).
         resume: run folder to go on with; its own configuration counts, but for --parallel, and
             --data and --data-root where the data were moved.
             "auto": go on with --out if it exists, else begin it.
     """
     flags.prepare_process()
+    from senet.training.config import RunConfig
     from senet.training.loop import Interrupted
     from senet.training.loop import resume as resume_run
     from senet.training.loop import train as train_run
+    from senet.training.material import named_material
     from senet.training.ranks import leave_processes, rank
 
     if resume == Path("auto"):
@@ -85,23 +90,39 @@ def train(
         model = open_checkpoint(init).model.config["name"]
     run_options = named(model=model, data=flags.data, seed=seed, out=out, init=init, train=trained)
     run_options |= given(flags.data_flags) | flags.machine.run_fields() | given(step)
+    changes = flags.recipe_flags.changes()
     try:
         with watch() as progress:
             if resume is not None:
-                refused = options | given(flags.recipe_flags) | run_options
-                refused |= named(recipe=flags.recipe)
+                refused = options | changes | run_options | named(recipe=flags.recipe)
                 result = resume_run(resume, options=refused, progress=progress)
             else:
-                chosen = _recipe(flags.recipe, given(flags.recipe_flags), flags.config, scale_lr)
-                settings = _settings(run_options, options, chosen)
-                result = train_run(settings, progress=progress)
+                table = None if flags.config is None else read_toml(flags.config).get("recipe")
+                table = table if isinstance(table, dict) else {}
+                usual = "quick" if init is None else "finetune"
+                recipe = _recipe(flags.recipe, changes, table, scale_lr, usual)
+                if flags.recipe is None and not table:
+                    progress.note(
+                        f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)"
+                    )
+                if out is None:
+                    run_options["out"] = _free_folder(flags.data)
+                    progress.note(f"run folder {run_options['out']} (--out takes another)")
+                settings = {"model": "auto", "data": "embedded", **run_options}
+                config = RunConfig(recipe=recipe, model_options=options, **settings)
+                adapt = not {"batch_size", "lr"} & (changes.keys() | table.keys())
+                result = train_run(
+                    config, progress=progress, make=partial(named_material, adapt=adapt)
+                )
     except Interrupted as stopped:
         raise StopSignal(str(stopped), stopped.number) from stopped
     leave_processes()
     if rank() != 0:
         return
     from senet.experiments.runs import draw_run
+    from senet.training.evaluation import Evaluation
 
+    assert isinstance(result.evaluation, Evaluation)
     draw_run(result.run, result.evaluation.confusion.numpy())
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
@@ -119,11 +140,11 @@ def train(
 
 
 def _recipe(
-    name: str | None, changes: dict[str, Any], config: Path | None, scale_lr: bool
+    name: str | None, changes: dict[str, Any], table: dict[str, Any], scale_lr: bool, usual: str
 ) -> "Recipe":
-    """The recipe of that name, else that of the file's table [recipe], else quick; changed."""
+    """The recipe of that name, else that of the file's table [recipe], else the usual; changed."""
     if not scale_lr:
-        return _unscaled(name, changes, config)
+        return _unscaled(name, changes, table, usual)
     from senet.training.recipe import scaled_lr
 
     if "lr" in changes:
@@ -131,33 +152,34 @@ def _recipe(
     if "batch_size" not in changes:
         raise UserError("--scale-lr needs --batch-size, to compare with the recipe's own")
     own = {key: value for key, value in changes.items() if key != "batch_size"}
-    lr = scaled_lr(_unscaled(name, own, config), changes["batch_size"])
-    return _unscaled(name, changes | {"lr": lr}, config)
+    lr = scaled_lr(_unscaled(name, own, table, usual), changes["batch_size"])
+    return _unscaled(name, changes | {"lr": lr}, table, usual)
 
 
-def _unscaled(name: str | None, changes: dict[str, Any], config: Path | None) -> "Recipe":
-    from senet.training.recipe import Recipe, get_recipe
+def _unscaled(
+    name: str | None, changes: dict[str, Any], table: dict[str, Any], usual: str
+) -> "Recipe":
+    from senet.training.recipe import Recipe, changed, get_recipe
 
-    table = None if config is None else read_toml(config).get("recipe")
-    if name is not None or not isinstance(table, dict):
-        return get_recipe(name or "quick", **changes)
+    if name is not None or not table:
+        return get_recipe(name or usual, **changes)
     if not {"epochs", "batch_size", "lr", "schedule"} <= table.keys():
-        return get_recipe(**({"name": "quick"} | table | changes))
-    whole = Recipe.from_dict(table)
-    if "epochs" in changes:  # as in get_recipe: warm-up and steps keep their share
-        share = changes["epochs"] / whole.epochs
-        changes.setdefault("warmup_epochs", whole.warmup_epochs * share)
-        changes.setdefault("step_epochs", tuple(step * share for step in whole.step_epochs))
-    return replace(whole, **changes)
+        return changed(get_recipe(**({"name": usual} | table)), **changes)
+    return changed(Recipe.from_dict(table), **changes)
 
 
-def _settings(
-    run_options: dict[str, Any], model_options: dict[str, Any], recipe: "Recipe"
-) -> "RunConfig":
-    from senet.training.config import RunConfig
+def _free_folder(data: str | None) -> Path:
+    """A run folder that is not there yet, named after the data.
 
-    for flag in ("model", "out"):
-        if flag not in run_options:
-            raise UserError(f"--{flag} is needed (or --resume RUN)")
-    settings = {"data": "embedded", **run_options}
-    return RunConfig(recipe=recipe, model_options=model_options, **settings)
+    Raises:
+        UserError: several processes, which would not agree on one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--out is needed where several processes share a run folder")
+    last = re.split(r"[/\\:]", (data or "embedded").rstrip("/"))[-1]
+    name = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "run"
+    number, folder = 1, Path("runs") / name
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder

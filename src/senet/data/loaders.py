@@ -16,10 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from senet.data.augmentation import Augmentation
 from senet.data.image_data import ImageData, ImageStream
 from senet.data.images import BadImageError, ImageSource, MemoryImages
 from senet.data.samplers import EpochBatchSampler, Key, mix_seed
-from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
+from senet.data.transforms import (
+    PaddedCropFlip,
+    Preprocessing,
+    batch_transform,
+    training_transform,
+)
 from senet.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -61,8 +67,8 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
         self.preprocessing = data.preprocessing
         self.seed = seed
         self.rank = rank
-        self.transform = augmentation.transform(data.preprocessing)
-        self.mix = augmentation.batch_transform(len(data.classes))
+        self.transform = training_transform(augmentation, data.preprocessing)
+        self.mix = batch_transform(augmentation, len(data.classes))
         self.shifts: PaddedCropFlip | None = None
         if augmentation.only_shifts and _fits(self.source, self.preprocessing):
             self.shifts = PaddedCropFlip(augmentation.padding, augmentation.flip)
