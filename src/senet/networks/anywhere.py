@@ -18,6 +18,7 @@ from senet.networks.preparation import imagenet, of_timm, of_torchvision
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 PREFIXES = (TORCHVISION, TIMM)
+PYTHON = "python:"  # of a module that senet.training.fit was given, with its class
 
 
 def is_foreign(name: str) -> bool:
@@ -59,6 +60,11 @@ def open_source(
     Raises:
         UserError: no such network, or the package is not installed.
     """
+    if name.startswith(PYTHON):
+        raise UserError(
+            f"only your code makes {name.removeprefix(PYTHON)}, which senet.training.fit was "
+            "given: make it there, and call senet.training.restore(model, RUN)"
+        )
     if is_foreign(name):
         if options:
             raise UserError(f"{name} takes no options, got {', '.join(options)}")

@@ -195,8 +195,8 @@ def go_through(
                 if not real:
                     continue
                 take(in_float32(outputs), targets)
-                images_seen += len(images)
-                progress.evaluated(len(images))
+                images_seen += len(first_tensor(targets))
+                progress.evaluated(len(first_tensor(targets)))
                 if stop():
                     raise Stopped
     finally:
@@ -226,6 +226,14 @@ def moved(batch: Any, device: torch.device, *, plain: bool = False) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(moved(value, device, plain=plain) for value in batch)
     return batch
+
+
+def first_tensor(batch: Any) -> Tensor:
+    """A tensor of a batch, whose first dimension counts the images."""
+    if isinstance(batch, Tensor):
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    return next(first_tensor(part) for part in parts)
 
 
 def in_float32(outputs: Any) -> Any:

@@ -119,6 +119,7 @@ def resume(
     *,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    make: Callable[[RunConfig, Accelerator], Material] | None = None,
 ) -> RunResult:
     """Go on with a run that was stopped in any way, exactly as if it had not been.
 
@@ -130,7 +131,7 @@ def resume(
         run: the run folder.
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
             `parallel` may be another than the run's own, and `data` where its images lie now.
-        progress: see `train`.
+        progress, make: see `train`.
 
     Raises:
         UserError: it is no run folder, another process works on it, or an option differs from
@@ -148,7 +149,7 @@ def resume(
     _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
-        return _resume(config, progress or Silent(), moved=config.data != before)
+        return _resume(config, progress or Silent(), moved=config.data != before, make=make)
 
 
 def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:

@@ -17,7 +17,7 @@ from senet.errors import SenetError, UserError
 from senet.models.description import describe
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
-from senet.training.evaluation import Judgement, in_float32, moved
+from senet.training.evaluation import Judgement, first_tensor, in_float32, moved
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -29,7 +29,6 @@ from senet.training.fsdp import (
 from senet.training.machine import accelerator_of, environment, random_state, set_random_state
 from senet.training.material import Material, named_material
 from senet.training.optimizer import Average, build_optimizer, build_schedule
-from senet.training.task import first_tensor
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from senet.data import ImageData, ImageStream
 from senet.errors import UserError
 from senet.support.progress import Progress
-from senet.training.evaluation import Evaluation, Judgement, evaluate, go_through
+from senet.training.evaluation import Evaluation, Judgement, evaluate, first_tensor, go_through
 from senet.training.recipe import Recipe
 
 
@@ -187,11 +187,3 @@ class Measuring:
         values = {name: float(metric.compute()) for name, metric in metrics.items()}
         n = int(total.compute())
         return Measured(float(mean.compute()), values, n, n / seconds)
-
-
-def first_tensor(batch: Any) -> Tensor:
-    """A tensor of a batch, whose first dimension counts the images."""
-    if isinstance(batch, Tensor):
-        return batch
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    return next(first_tensor(part) for part in parts)
