@@ -52,3 +52,6 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
 )
 for _order, _command in enumerate(COMMANDS):
     app.command(_command, sort_key=_order)
+app.register_install_completion_command(
+    help="Install the completion of flags by tab in your shell."
+)

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,11 +25,14 @@ from senet.cli.options import (
     read_toml,
 )
 from senet.errors import StopSignal, UserError
-from senet.support.progress import watch
+from senet.support.progress import Progress, Several, watch
 from senet.support.text import duration
 
 if TYPE_CHECKING:
+    from senet.training.config import RunConfig
     from senet.training.recipe import Recipe
+
+Track = Literal["wandb", "mlflow", "trackio"] | None
 
 
 def train(
@@ -43,12 +48,15 @@ def train(
     seed: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
     out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
     resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
+    track: Annotated[
+        Literal["wandb", "mlflow", "trackio"] | None, Parameter(group=RUN_GROUP)
+    ] = None,
 ) -> None:
     """Train a network into a new run folder, or go on with a run that was stopped.
 
-    The folder holds config.toml, metrics.csv (a row an epoch), checkpoints/{last,best}, figures
-    and TensorBoard events. Ctrl-C and SIGTERM stop after writing a checkpoint (exit codes 130 and
-    143). `torchrun --nproc-per-node=N -m senet train …` trains in N processes.
+    The folder holds config.toml, metrics.csv (a row an epoch), checkpoints/{last,best}, figures,
+    report.html and TensorBoard events. Ctrl-C and SIGTERM stop after writing a checkpoint (exit
+    codes 130 and 143). `torchrun --nproc-per-node=N -m senet train …` trains in N processes.
 
     Args:
         model: network; `senet models` lists them. Or timm:NAME, torchvision:NAME, or
@@ -68,9 +76,9 @@ def train(
         resume: run folder to go on with; its own configuration counts, but for --parallel, and
             --data and --data-root where the data were moved.
             "auto": go on with --out if it exists, else begin it.
+        track: show the run in wandb, mlflow or trackio too, which must be installed.
     """
     flags.prepare_process()
-    from senet.training.config import RunConfig
     from senet.training.loop import Interrupted
     from senet.training.loop import resume as resume_run
     from senet.training.loop import train as train_run
@@ -92,38 +100,26 @@ def train(
     run_options |= given(flags.data_flags) | flags.machine.run_fields() | given(step)
     changes = flags.recipe_flags.changes()
     try:
-        with watch() as progress:
+        with watch() as progress, _tracked(progress, track) as heard:
             if resume is not None:
                 refused = options | changes | run_options | named(recipe=flags.recipe)
-                result = resume_run(resume, options=refused, progress=progress)
+                result = resume_run(resume, options=refused, progress=heard(resume))
             else:
-                table = None if flags.config is None else read_toml(flags.config).get("recipe")
-                table = table if isinstance(table, dict) else {}
-                usual = "quick" if init is None else "finetune"
-                recipe = _recipe(flags.recipe, changes, table, scale_lr, usual)
-                if flags.recipe is None and not table:
-                    progress.note(
-                        f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)"
-                    )
-                if out is None:
-                    run_options["out"] = _free_folder(flags.data)
-                    progress.note(f"run folder {run_options['out']} (--out takes another)")
-                settings = {"model": "auto", "data": "embedded", **run_options}
-                config = RunConfig(recipe=recipe, model_options=options, **settings)
-                adapt = not {"batch_size", "lr"} & (changes.keys() | table.keys())
-                result = train_run(
-                    config, progress=progress, make=partial(named_material, adapt=adapt)
-                )
+                config, adapt = _chosen(flags, changes, run_options, options, scale_lr, progress)
+                make = partial(named_material, adapt=adapt)
+                result = train_run(config, progress=heard(config), make=make)
     except Interrupted as stopped:
         raise StopSignal(str(stopped), stopped.number) from stopped
     leave_processes()
     if rank() != 0:
         return
+    from senet.commands.report import report_run
     from senet.experiments.runs import draw_run
     from senet.training.evaluation import Evaluation
 
     assert isinstance(result.evaluation, Evaluation)
     draw_run(result.run, result.evaluation.confusion.numpy())
+    report_run(result)
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
     if trained in ("se", "se+head"):
@@ -137,6 +133,64 @@ def train(
         size = save_adapter(tuned, result.run / "adapter.safetensors", head=trained == "se+head")
         print(f"Adapter for the original network: {size:,} bytes, adapter.safetensors")
     print(f"Run: {result.run}")
+
+
+@contextmanager
+def _tracked(
+    progress: Progress, track: Track
+) -> Iterator["Callable[[RunConfig | Path], Progress]"]:
+    """Gives who hears of a run: the progress, and in the main process the tracker, if any."""
+    from senet.training.config import RUN_CONFIG, RunConfig
+    from senet.training.ranks import rank
+
+    with ExitStack() as held:
+
+        def heard(run: RunConfig | Path) -> Progress:
+            if track is None or rank() != 0:
+                return progress
+            from senet.training.tracking import Tracking
+
+            if isinstance(run, Path):
+                run = RunConfig.from_toml(run / RUN_CONFIG, out=run)
+            return Several([progress, held.enter_context(closing(Tracking(track, run)))])
+
+        yield heard
+
+
+def _chosen(
+    flags: TrainingFlags,
+    changes: dict[str, Any],
+    run_options: dict[str, Any],
+    options: dict[str, Any],
+    scale_lr: bool,
+    progress: Progress,
+) -> "tuple[RunConfig, set[str]]":
+    """The run that the flags ask for, and what of its recipe the data may change.
+
+    What nobody gave is chosen, and told.
+
+    Args:
+        flags: of the command.
+        changes: fields of the recipe that were given.
+        run_options: likewise, of the run.
+        options: likewise, of the network.
+        scale_lr: whether the learning rate follows the size of the batch.
+        progress: hears what is chosen.
+    """
+    from senet.training.config import RunConfig
+
+    table = None if flags.config is None else read_toml(flags.config).get("recipe")
+    table = table if isinstance(table, dict) else {}
+    usual = "finetune" if "init" in run_options else "quick"
+    recipe = _recipe(flags.recipe, changes, table, scale_lr, usual)
+    if flags.recipe is None and not table:
+        progress.note(f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)")
+    settings = {"model": "auto", "data": "embedded", **run_options}
+    if "out" not in settings:
+        settings["out"] = _free_folder(flags.data)
+        progress.note(f"run folder {settings['out']} (--out takes another)")
+    config = RunConfig(recipe=recipe, model_options=options, **settings)
+    return config, {"batch_size", "lr"} - (changes.keys() | table.keys())
 
 
 def _recipe(

@@ -289,7 +289,9 @@ def _sized(loader: Any) -> Any:
 
 
 def _length(data: Any) -> int:
-    return len(data.dataset) if isinstance(data, DataLoader) else len(data)
+    """Images of a data set, or of a loader that tells; else its batches."""
+    items = data.dataset if isinstance(data, DataLoader) else data
+    return len(items) if hasattr(items, "__len__") else len(data)
 
 
 def _differs(recipe: Recipe, name: str) -> bool:

@@ -66,11 +66,12 @@ class ReplayedLoader:
 
     def _batches(self, start: int) -> Iterator[Any]:
         seed = mix_seed(self.seed, self.epoch, -2) % 2**63
-        for part in (self.loader, getattr(self.loader, "sampler", None)):
+        sampler: Any = getattr(self.loader, "sampler", None)
+        for part in (self.loader, sampler):
             if isinstance(generator := getattr(part, "generator", None), torch.Generator):
                 generator.manual_seed(seed)
-            if part is not self.loader and hasattr(part, "set_epoch"):
-                part.set_epoch(self.epoch)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
         stream = _Stream(seed)
         with stream:
             batches = iter(self.loader)

@@ -1,7 +1,7 @@
 """What a run trains, and on what: made of its configuration, or handed over by `fit`."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,7 +91,7 @@ def named_material(
     accelerator: Accelerator,
     *,
     preprocessing: Preprocessing | None = None,
-    adapt: bool = False,
+    adapt: Collection[str] = (),
 ) -> Material:
     """Network and data as a configuration names them; seeds the global random generators.
 
@@ -99,7 +99,7 @@ def named_material(
         config: the run.
         accelerator: its processes share the images.
         preprocessing: how a run that is gone on with prepared its images so far; None at the start.
-        adapt: take smaller batches where the training images make few of the recipe's.
+        adapt: see `completed`.
 
     Raises:
         UserError: unknown network or data, or sizes that do not go together.
@@ -115,7 +115,7 @@ def named_material(
         least, own = outline.min_input_size, channels_of(config.model)
     # Grey images serve a network for colours as they are; of colours something would be lost.
     data = open_run_data(config, channels=3 if own == 3 else None)
-    config, chosen = completed(config, data, accelerator.num_processes, adapt=adapt)
+    config, chosen = completed(config, data, accelerator.num_processes, adapt)
     recipe = config.recipe
     if preprocessing is not None:
         data = dataclasses.replace(data, preprocessing=preprocessing)
@@ -164,7 +164,7 @@ def named_material(
 
 
 def completed(
-    config: RunConfig, data: ImageData, processes: int, *, adapt: bool
+    config: RunConfig, data: ImageData, processes: int, adapt: Collection[str]
 ) -> tuple[RunConfig, list[str]]:
     """A configuration with what was left open chosen by the data, and what was chosen in words.
 
@@ -172,7 +172,8 @@ def completed(
         config: the run; its model may be "auto".
         data: its data.
         processes: how many share a step.
-        adapt: whether the size of the batch, and with it the learning rate, may be another one.
+        adapt: which of "batch_size" and "lr" may be others than the recipe's: where the training
+            images make few batches, smaller ones are taken, and the rate that belongs to them.
     """
     recipe, notes = config.recipe, []
     if config.model == AUTO:
@@ -180,10 +181,10 @@ def completed(
         model = SMALL_IMAGES if size <= SMALL else LARGE_IMAGES
         notes.append(f"network {model}, for images of {size}×{size} pixels (--model takes another)")
         config = dataclasses.replace(config, model=model)
-    if adapt:
+    if "batch_size" in adapt:
         size = fitting_batch(recipe, len(data.train), processes * config.accumulate)
         if size != recipe.batch_size:
-            lr = scaled_lr(recipe, size)
+            lr = scaled_lr(recipe, size) if "lr" in adapt else recipe.lr
             notes.append(
                 f"batches of {size} and learning rate {lr:.3g}, where the recipe {recipe.name} has "
                 f"{recipe.batch_size} and {recipe.lr:g}: there are {len(data.train)} training "

@@ -19,12 +19,20 @@ from senet.training.recipe import Recipe
 class Task(Protocol):
     """A kind of training."""
 
-    judged: str
-    """Column of metrics.csv by which one epoch is better than another."""
-    highest: bool
-    """Whether the highest value of it is the best, or the lowest."""
-    counts_hits: bool
-    """Whether outputs are logits, of which the share of right ones is told while training."""
+    @property
+    def judged(self) -> str:
+        """Column of metrics.csv by which one epoch is better than another."""
+        ...
+
+    @property
+    def highest(self) -> bool:
+        """Whether the highest value of it is the best, or the lowest."""
+        ...
+
+    @property
+    def counts_hits(self) -> bool:
+        """Whether outputs are logits, of which the share of right ones is told while training."""
+        ...
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """(N,), or their mean, of the network's outputs in float32 and a batch's targets."""
