@@ -48,6 +48,7 @@ _HOMES = {
     "save_adapter": "senet.checkpoint.adapter",
     "save_weights": "senet.weights",
     "segmentation": "senet.segmentation",
+    "training": "senet.training",
     "unfuse": "senet.fusion",
 }
 __all__ = [*_HOMES, "__version__"]

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, UnknownOptionError
 
 from senet.cli import COMMANDS, app
+from senet.cli.elsewhere import told_otherwise
 from senet.cli.options import config_place
 from senet.errors import SenetError, StopSignal, UserError
 
@@ -119,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None:
             raise
         text = message(error)
+        if isinstance(error, UnknownOptionError):
+            text = told_otherwise(error, tokens[0]) or text
         print(f"{command}: {config_place(tokens, text)}{text}", file=sys.stderr)
         return code
     return result if isinstance(result, int) else 0

@@ -244,7 +244,103 @@ def test_resume_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     found.refused("train", str(tmp_path), "config.toml")
 
 
-def test_model_and_out_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "train", "--out", tmp_path / "r", "--no-tune-allocator").refused("train", "--model")
-    found = run(capsys, "train", "--model", "resnet8_cifar", "--no-tune-allocator")
-    found.refused("train", "--out")
+def test_what_is_left_open_is_chosen_and_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (data.name, f"{data.name}-2"):
+        found = run(capsys, "train", "--data", data, "--epochs", 1, "--no-tune-allocator")
+        assert found.code == 0, found.err
+        told = (
+            "recipe quick",
+            f"runs/{name} (",
+            "se_resnet20_cifar",
+            "batches of 8",
+            "24 training",
+        )
+        for words in told:
+            assert words in found.err
+        config = tomllib.loads((tmp_path / "runs" / name / "config.toml").read_text())
+        assert (config["model"], config["recipe"]["batch_size"]) == ("se_resnet20_cifar", 8)
+        assert config["recipe"]["lr"] == pytest.approx(0.2 * 8 / 128)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = run(capsys, "train", "--data", data, "--no-tune-allocator")
+    assert found.code == 2
+    assert "--out is needed" in found.err
+
+
+def test_starting_from_a_run_fine_tunes(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tuned"
+    found = run(
+        capsys, "train", "--weights", trained, "--data", data, "--epochs", 1, "--out", out,
+        "--no-tune-allocator",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert "recipe finetune" in found.err
+    recipe = tomllib.loads((out / "config.toml").read_text())["recipe"]
+    assert (recipe["name"], recipe["optimizer"], recipe["batch_size"]) == ("finetune", "adamw", 8)
+    assert recipe["lr"] == pytest.approx(3e-4 * (8 / 64) ** 0.5)
+
+
+def test_each_field_of_a_recipe_is_a_flag(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {
+        "optimizer": "adamw", "schedule": "linear", "warmup-epochs": 0.25, "momentum": 0.8,
+        "beta2": 0.95, "layer-decay": 0.9, "grad-clip": 2, "ema": 0.5, "weight-decay": 0.01,
+        "label-smoothing": 0.1, "class-weights": "balanced", "drop-path": 0.1,
+        "crop": "random_resized", "crop-scale": "0.5,1", "mixup": 0.1, "cutmix": 1,
+        "policy": "trivialaugment", "patience": 3,
+    }  # fmt: skip
+    out = tmp_path / "run"
+    given = [text for name, value in flags.items() for text in (f"--{name}", value)]
+    found = run(capsys, *train_flags(data, out), *given, "--no-flip", "--no-decay-norm-and-bias")
+    assert found.code == 0, found.err
+    recipe = tomllib.loads((out / "config.toml").read_text())["recipe"]
+    images = recipe.pop("augmentation")
+    renamed = {"ema": "ema_decay", "crop_scale": "scale"}
+    for name, value in flags.items():
+        key = name.replace("-", "_")
+        key = renamed.get(key, key)
+        expected = [0.5, 1.0] if name == "crop-scale" else value
+        assert (images if key in images else recipe)[key] == expected, name
+    assert images["flip"] is False
+    assert recipe["decay_norm_and_bias"] is False
+
+
+def test_none_takes_an_optional_field_away(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = changed(train_flags(data, tmp_path / "run"), recipe="imagenet-modern")
+    found = run(capsys, *flags, "--ema-decay", "none", "--randaugment", "none")
+    assert found.code == 0, found.err
+    recipe = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["recipe"]
+    assert "ema_decay" not in recipe
+    assert "randaugment" not in recipe["augmentation"]
+
+
+def test_every_field_has_a_flag_with_its_help() -> None:
+    from dataclasses import fields
+
+    from senet.cli.options import RecipeFlags
+    from senet.cli.recipe_flags import helps_of
+    from senet.data import Augmentation
+    from senet.training.recipe import Recipe
+
+    for owner in (Recipe, Augmentation):
+        for each in fields(owner):
+            assert helps_of(owner)[each.name], each.name
+            if each.name not in ("name", "augmentation"):
+                assert hasattr(RecipeFlags(), each.name)
+
+
+@pytest.mark.parametrize("arguments", [(), ("finetune",), ("cifar", "--json")])
+def test_recipes(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "recipes", *arguments)
+    assert found.code == 0
+    expected = {(): ["imagenet-modern", "adamw"], ("finetune",): ["--new-layer-lr", "10"]}
+    for word in expected.get(arguments, ['"step_gamma": 0.2']):
+        assert word in found.out
+    run(capsys, "recipes", "finetun").refused("recipes", "did you mean 'finetune'")

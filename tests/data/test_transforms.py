@@ -15,7 +15,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from senet.data import Augmentation, Preprocessing
-from senet.data.transforms import PaddedCropFlip, PixelJitter
+from senet.data.transforms import (
+    PaddedCropFlip,
+    PixelJitter,
+    batch_transform,
+    training_transform,
+)
 
 IMAGENET = Preprocessing(
     image_size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
@@ -86,7 +91,7 @@ def test_value_range_is_a_matter_of_units() -> None:
 
 
 def test_training_images_get_the_same_order() -> None:
-    augmented = Augmentation(crop="random_resized", flip=True).transform(CAFFE)
+    augmented = training_transform(Augmentation(crop="random_resized", flip=True), CAFFE)
     out = augmented(Image.new("RGB", (300, 256), (255, 128, 3)))
     assert out[:, 0, 0].tolist() == [3 - 104, 128 - 117, 255 - 128]
 
@@ -114,8 +119,8 @@ def test_interpolation_is_the_one_that_is_named(
     whole = Augmentation(crop="random_resized", scale=(1, 1), ratio=(1, 1))
     for transform in (
         preprocessing.transform(),
-        Augmentation().transform(preprocessing),
-        whole.transform(preprocessing),
+        training_transform(Augmentation(), preprocessing),
+        training_transform(whole, preprocessing),
     ):
         assert np.array_equal(levels(transform(image))[0].numpy(), expected)
     assert np.array_equal(preprocessing.pixels()(image)[0].numpy(), expected)
@@ -126,7 +131,7 @@ def test_randaugment_interpolates_as_the_resize_does() -> None:
     seen = []
     for interpolation in ("bilinear", "bicubic"):
         preprocessing = dataclasses.replace(PLAIN, interpolation=interpolation)
-        transform = Augmentation(randaugment=(1, 20)).transform(preprocessing)
+        transform = training_transform(Augmentation(randaugment=(1, 20)), preprocessing)
         torch.manual_seed(0)
         seen.append([transform(image) for _ in range(12)])
     assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
@@ -214,7 +219,7 @@ def test_lists_from_toml_become_tuples() -> None:
 
 def test_no_augmentation_is_the_evaluation_transform() -> None:
     image = picture(0, (30, 20), "L")
-    out = Augmentation().transform(PLAIN)(image)
+    out = training_transform(Augmentation(), PLAIN)(image)
     assert torch.equal(out, PLAIN.transform()(image))
 
 
@@ -228,7 +233,7 @@ def test_padded_crop_shifts_and_flips_by_all_amounts() -> None:
             window = padded[top : top + 8, left : left + 8]
             windows[window.tobytes()] = (top, left, False)
             windows[window[:, ::-1].tobytes()] = (top, left, True)
-    transform = Augmentation(crop="padded", padding=2, flip=True).transform(PLAIN)
+    transform = training_transform(Augmentation(crop="padded", padding=2, flip=True), PLAIN)
     seen = [windows[levels(transform(image)).numpy().tobytes()] for _ in range(1500)]
     assert len(set(seen)) == len(windows) == 50
     # Uniform: each of 50 outcomes 30 times of 1500 on average, standard deviation 5.4.
@@ -282,7 +287,7 @@ def test_each_augmentation_acts_and_keeps_the_shape(options: dict[str, Any], mod
     preprocessing = Preprocessing(16, 18, (0.5,) * channels, (0.25,) * channels, channels)
     augmentation = Augmentation(**options)
     assert augmentation.only_shifts == (options == {"flip": True})
-    transform = pickle.loads(pickle.dumps(augmentation.transform(preprocessing)))
+    transform = pickle.loads(pickle.dumps(training_transform(augmentation, preprocessing)))
     image = picture(0, (20, 24), mode)
     reference = preprocessing.transform()(image)
     outs = [transform(image) for _ in range(12)]
@@ -295,13 +300,13 @@ def test_random_resized_crop_takes_the_scale() -> None:
     # The whole image at its own aspect ratio is the only crop allowed.
     augmentation = Augmentation(crop="random_resized", scale=(1, 1), ratio=(1, 1))
     image = picture(0, (8, 8), "L")
-    out = augmentation.transform(PLAIN)(image)
+    out = training_transform(augmentation, PLAIN)(image)
     assert torch.equal(out, PLAIN.transform()(image))
 
 
 @pytest.mark.parametrize(("options", "patches"), [({"mixup": 0.2}, False), ({"cutmix": 1.0}, True)])
 def test_mixup_and_cutmix_mix_labels_as_images(options: dict[str, float], patches: bool) -> None:
-    mix = Augmentation(**options).batch_transform(3)
+    mix = batch_transform(Augmentation(**options), 3)
     assert mix is not None
     # Image i is filled with one-hot values of its class, so that its mean tells the mixture.
     labels = torch.tensor([0, 1, 2, 0])
@@ -314,8 +319,8 @@ def test_mixup_and_cutmix_mix_labels_as_images(options: dict[str, float], patche
 
 
 def test_both_mixes_take_turns_and_neither_is_none() -> None:
-    assert Augmentation().batch_transform(3) is None
-    both = Augmentation(mixup=0.2, cutmix=1.0).batch_transform(2)
+    assert batch_transform(Augmentation(), 3) is None
+    both = batch_transform(Augmentation(mixup=0.2, cutmix=1.0), 2)
     assert both is not None
     images = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)])
     whole = {
@@ -341,8 +346,8 @@ def test_a_long_strip_takes_no_memory_and_its_middle_is_the_input(size: tuple[in
         for transform in (
             preprocessing.transform(),
             preprocessing.pixels(),
-            Augmentation(crop="padded", padding=2).transform(preprocessing),
-            Augmentation(crop="random_resized").transform(preprocessing),
+            training_transform(Augmentation(crop="padded", padding=2), preprocessing),
+            training_transform(Augmentation(crop="random_resized"), preprocessing),
         ):
             assert transform(strip).shape == (3, 16, 16)
     assert max(made) <= 20 * 20 * 17

@@ -141,7 +141,10 @@ def test_dict_round_trip(name: str) -> None:
         ({"ema_decay": 1.0}, "ema_decay must be a number above 0 and below 1"),
         ({"grad_clip": 0.0}, "grad_clip must be a number above 0, got 0.0; leave it out"),
         ({"step_gamma": 2}, "step_gamma must be a number above 0 and at most 1, got 2"),
-        ({"schedule": "cosin"}, "schedule must be one of step, cosine, one_cycle, constant"),
+        (
+            {"schedule": "cosin"},
+            "schedule must be one of step, cosine, one_cycle, linear",
+        ),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16, fp16"),
         ({"normalisation": "std"}, "normalisation must be one of mean_std, mean"),
         ({"warmup_epochs": 10}, r"warmup_epochs must be less than epochs \(10\), got 10"),

@@ -21,6 +21,7 @@ from senet.cli.models import models
 from senet.cli.optimize import optimize
 from senet.cli.options import apply_config_file
 from senet.cli.predict import predict
+from senet.cli.recipes import recipes
 from senet.cli.shard import shard
 from senet.cli.summary import summary
 from senet.cli.train import train
@@ -38,6 +39,7 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
     ablate,
     evaluate,
     predict,
+    recipes,
     models,
     summary,
     insert,
@@ -50,3 +52,6 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
 )
 for _order, _command in enumerate(COMMANDS):
     app.command(_command, sort_key=_order)
+app.register_install_completion_command(
+    help="Install the completion of flags by tab in your shell."
+)

@@ -64,7 +64,7 @@ class ComparisonFlags:
             model_options=given(training.network),
             se_options=given(training.se),
             data_options=given(training.data_flags),
-            recipe_options=given(training.recipe_flags),
+            recipe_options=training.recipe_flags.changes(),
             machine=training.machine.run_fields(),
         )
         if self.resume is None:

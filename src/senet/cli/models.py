@@ -1,5 +1,8 @@
 """`senet models`: the networks there are."""
 
+from dataclasses import asdict
+from json import dumps
+
 from rich.table import Table
 
 from senet.cli.options import Switch
@@ -8,20 +11,25 @@ from senet.errors import UserError
 from senet.support.text import count
 
 
-def models(pattern: str = "*", /, *, table: Switch = False) -> None:
+def models(pattern: str = "*", /, *, table: Switch = False, json: Switch = False) -> None:
     """List networks with their parameters and multiply-adds at the default input size.
 
     Args:
         pattern: shell pattern of names, such as 'se_*' or '*_cifar'.
         table: print tables 2 and 3 of the paper instead, with our recomputed columns beside.
+        json: print JSON instead of a table.
     """
     if table:
-        if pattern != "*":
-            raise UserError(f"--table shows the paper's networks: leave out {pattern!r}")
+        if pattern != "*" or json:
+            left = "--json" if json else repr(pattern)
+            raise UserError(f"--table shows the paper's networks: leave out {left}")
         print_table(_paper_table())
         return
     from senet.commands.models import network_sizes
 
+    if json:
+        print(dumps([asdict(network) for network in network_sizes(pattern)], indent=1))
+        return
     found = new_table("model", right=("parameters", "multiply-adds", "input"))
     for network in network_sizes(pattern):
         found.add_row(

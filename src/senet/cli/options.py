@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, Group, Parameter
 from cyclopts.argument import update_argument_collection
 
+from senet.cli.converters import names, whole, whole_numbers
+from senet.cli.recipe_flags import OFF, flags_of_recipe
 from senet.errors import UserError
 from senet.support.text import decoded
 
@@ -17,36 +19,6 @@ MODEL_GROUP = Group("Network", sort_key=1)
 DATA_GROUP = Group("Data", sort_key=2)
 RECIPE_GROUP = Group("Recipe", sort_key=3)
 RUN_GROUP = Group("Run", sort_key=4)
-
-
-def whole(_type: Any, tokens: Sequence[Token]) -> int:
-    """A whole number; unlike cyclopts' own conversion, 1.5 is refused and not rounded."""
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"must be a whole number, got {tokens[0].value!r}") from None
-
-
-def whole_numbers(_type: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
-    """Whole numbers separated by commas (`3,32,32`), or a TOML array of them."""
-    values = [part.strip() for token in tokens for part in token.value.split(",")]
-    try:
-        return tuple(int(value) for value in values)
-    except ValueError:
-        raise ValueError(f"must be whole numbers like 2,3, got {','.join(values)!r}") from None
-
-
-def names(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
-    """Names separated by commas, or a TOML array of them."""
-    return tuple(part.strip() for token in tokens for part in token.value.split(","))
-
-
-def switch(_type: Any, tokens: Sequence[Token]) -> bool:
-    """A flag without a value on the command line, true or false in a file."""
-    value = tokens[0].value or str(tokens[0].implicit_value)
-    if value.lower() not in ("true", "false"):
-        raise ValueError(f"must be true or false, got {value!r}")
-    return value.lower() == "true"
 
 
 Whole = Annotated[int, Parameter(converter=whole)]
@@ -143,19 +115,16 @@ class DataFlags:
     one); Pillow decodes all else (default: pillow)."""
 
 
-@Parameter(name="*", group=RECIPE_GROUP)
-@dataclass(frozen=True, kw_only=True)
-class RecipeFlags:
+_RECIPE_FLAGS: Any = flags_of_recipe(RECIPE_GROUP)
+
+
+@Parameter(name="*")
+class RecipeFlags(_RECIPE_FLAGS):
     """What changes in the recipe; a file given by --config may hold a whole [recipe]."""
 
-    epochs: OptionalWhole = None
-    """Passes over the training images; warm-up and steps keep their share."""
-    batch_size: OptionalWhole = None
-    """Images a step, over all processes together."""
-    lr: float | None = None
-    """Highest learning rate."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Lower precision of the forward pass; fp16 needs a GPU."""
+    def changes(self) -> dict[str, Any]:
+        """The fields of `Recipe` and of its augmentation that were given."""
+        return {name: None if value is OFF else value for name, value in given(self).items()}
 
 
 @Parameter(name="*", group=RUN_GROUP)
@@ -202,6 +171,7 @@ NO_SE = SEFlags()
 NO_NETWORK = NetworkFlags()
 NO_DATA = DataFlags()
 NO_STEP = StepFlags()
+NO_RECIPE = RecipeFlags()
 
 
 @Parameter(name="*")
@@ -230,8 +200,9 @@ class TrainingFlags(ProcessFlags):
     folder) or hf-stream:NAME (the same, streaming) (default: embedded)."""
     data_flags: DataFlags = NO_DATA
     recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None
-    """quick, cifar, imagenet-paper or imagenet-modern (default: quick)."""
-    recipe_flags: RecipeFlags = RecipeFlags()
+    """quick, finetune, cifar, imagenet-paper or imagenet-modern, which `senet recipes` shows
+    (default: quick; of senet train with --init: finetune)."""
+    recipe_flags: RecipeFlags = NO_RECIPE
     machine: MachineFlags = MachineFlags()
 
 

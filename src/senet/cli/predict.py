@@ -1,6 +1,7 @@
 """`senet predict`: the classes of images."""
 
 import sys
+from csv import writer as csv_writer
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from senet.cli.options import Config, Decode, Device, Switch, Whole, prepare_process
 from senet.cli.tables import print_table
+from senet.errors import UserError
 from senet.support.progress import watch
 from senet.support.text import printable
 
@@ -25,6 +27,7 @@ def predict(
     model: str | None = None,
     top: Whole = 5,
     json: Switch = False,
+    csv: Switch = False,
     device: Device = "auto",
     engine: Literal["eager", "optimized", "onnx", "openvino"] | None = None,
     batch_size: Whole = 32,
@@ -47,6 +50,7 @@ def predict(
             classes are numbers then.
         top: how many classes to show for each image, most probable first.
         json: print JSON instead of a table.
+        csv: print CSV instead: image, rank, class, probability.
         device: where the network runs.
         engine: eager (PyTorch, the default), optimized (senet.optimize: faster, a moment to
             prepare), onnx (ONNX Runtime) or openvino.
@@ -55,6 +59,8 @@ def predict(
             decodes all else (default: pillow).
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
+    if json and csv:
+        raise UserError("give --json or --csv, not both")
     prepare_process(tune_allocator=not no_tune_allocator)
     from senet.commands.predict import predict as predict_classes
 
@@ -74,6 +80,13 @@ def predict(
         print(f"senet predict: {error}", file=sys.stderr)
     if json:
         print(dumps([_as_dict(prediction) for prediction in found.predictions], indent=1))
+    elif csv:
+        writer = csv_writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("image", "rank", "class", "probability"))
+        for each in found.predictions:
+            pairs = zip(each.classes, each.probabilities, strict=True)
+            for rank, (name, probability) in enumerate(pairs, start=1):
+                writer.writerow((printable(str(each.image)), rank, printable(name), probability))
     elif found.predictions:
         print_table(_table(found))
     if found.broken:

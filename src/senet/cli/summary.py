@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
+from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -38,6 +40,7 @@ def summary(
     input_shape: Annotated[WholeNumbers, Parameter(name="--input")] = None,
     num_classes: OptionalWhole = None,
     channels: OptionalWhole = None,
+    json: Switch = False,
     se: SEFlags = NO_SE,
     network: NetworkFlags = NO_NETWORK,
 ) -> None:
@@ -54,6 +57,7 @@ def summary(
         input_shape: channels, height and width of the input (default: the network's own).
         num_classes: classes of the network (default: 1000, 10 for CIFAR networks).
         channels: channels of the block; only with 'block'.
+        json: print the figures by stage as JSON instead; for a network alone.
     """
     from senet.commands.summary import (
         summarize_excitations,
@@ -65,6 +69,8 @@ def summary(
         raise UserError("give one network: by its name, or by --model")
     name = str(name or model)
     options = given(se) | given(network)
+    if json and (se_blocks or name == "block"):
+        raise UserError("--json is for the stages of a network: leave it out")
     if se_blocks:
         options |= named(channels=channels)
         blocks = summarize_excitations(name, input_shape, num_classes, options)
@@ -77,6 +83,10 @@ def summary(
     else:
         options |= named(channels=channels)
         found = summarize_network(name, input_shape, num_classes, options)
+        if json:
+            plain = {key: value for key, value in asdict(found).items() if key != "layers"}
+            print(dumps(plain, indent=1))
+            return
         print(fitted(found.layers, table_width()))
         print_table(_stage_table(name, found.stages))
         print(

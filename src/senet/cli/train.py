@@ -1,6 +1,10 @@
 """`senet train`: train a network."""
 
-from dataclasses import replace
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,12 +25,14 @@ from senet.cli.options import (
     read_toml,
 )
 from senet.errors import StopSignal, UserError
-from senet.support.progress import watch
+from senet.support.progress import Progress, Several, watch
 from senet.support.text import duration
 
 if TYPE_CHECKING:
     from senet.training.config import RunConfig
     from senet.training.recipe import Recipe
+
+Track = Literal["wandb", "mlflow", "trackio"] | None
 
 
 def train(
@@ -42,34 +48,41 @@ def train(
     seed: Annotated[OptionalWhole, Parameter(group=RUN_GROUP)] = None,
     out: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
     resume: Annotated[Path | None, Parameter(group=RUN_GROUP)] = None,
+    track: Annotated[
+        Literal["wandb", "mlflow", "trackio"] | None, Parameter(group=RUN_GROUP)
+    ] = None,
 ) -> None:
     """Train a network into a new run folder, or go on with a run that was stopped.
 
-    The folder holds config.toml, metrics.csv (a row an epoch), checkpoints/{last,best}, figures
-    and TensorBoard events. Ctrl-C and SIGTERM stop after writing a checkpoint (exit codes 130 and
-    143). `torchrun --nproc-per-node=N -m senet train …` trains in N processes.
+    The folder holds config.toml, metrics.csv (a row an epoch), checkpoints/{last,best}, figures,
+    report.html and TensorBoard events. Ctrl-C and SIGTERM stop after writing a checkpoint (exit
+    codes 130 and 143). `torchrun --nproc-per-node=N -m senet train …` trains in N processes.
 
     Args:
         model: network; `senet models` lists them. Or timm:NAME, torchvision:NAME, or
-            FILE.py:FUNCTION, a function that returns a module.
+            FILE.py:FUNCTION, a function that returns a module (default: se_resnet20_cifar for
+            images of up to 64 pixels, se_resnet18 for larger ones).
         scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
             recipe's own batch size.
-        init: checkpoint to start from, such as one of `senet insert`; its network counts, and its
-            preprocessing (of which --image-size changes the side). With --model a file of weights
-            in any released layout.
+        init: what to start from: a run, a checkpoint, such as one of `senet insert`, or
+            hf_hub:owner/name; its network counts, and its preprocessing (of which --image-size
+            changes the side). With --model a file of weights in any released layout.
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
             (default: all).
         seed: of the first weights, the order of the images and their augmentation (default: 0).
-        out: run folder; it must not exist.
+        out: run folder; it must not exist (default: runs/ and the name of the data, with a number
+            where there is one already).
         resume: run folder to go on with; its own configuration counts, but for --parallel, and
             --data and --data-root where the data were moved.
             "auto": go on with --out if it exists, else begin it.
+        track: show the run in wandb, mlflow or trackio too, which must be installed.
     """
     flags.prepare_process()
     from senet.training.loop import Interrupted
     from senet.training.loop import resume as resume_run
     from senet.training.loop import train as train_run
+    from senet.training.material import named_material
     from senet.training.ranks import leave_processes, rank
 
     if resume == Path("auto"):
@@ -85,24 +98,28 @@ def train(
         model = open_checkpoint(init).model.config["name"]
     run_options = named(model=model, data=flags.data, seed=seed, out=out, init=init, train=trained)
     run_options |= given(flags.data_flags) | flags.machine.run_fields() | given(step)
+    changes = flags.recipe_flags.changes()
     try:
-        with watch() as progress:
+        with watch() as progress, _tracked(progress, track) as heard:
             if resume is not None:
-                refused = options | given(flags.recipe_flags) | run_options
-                refused |= named(recipe=flags.recipe)
-                result = resume_run(resume, options=refused, progress=progress)
+                refused = options | changes | run_options | named(recipe=flags.recipe)
+                result = resume_run(resume, options=refused, progress=heard(resume))
             else:
-                chosen = _recipe(flags.recipe, given(flags.recipe_flags), flags.config, scale_lr)
-                settings = _settings(run_options, options, chosen)
-                result = train_run(settings, progress=progress)
+                config, adapt = _chosen(flags, changes, run_options, options, scale_lr, progress)
+                make = partial(named_material, adapt=adapt)
+                result = train_run(config, progress=heard(config), make=make)
     except Interrupted as stopped:
         raise StopSignal(str(stopped), stopped.number) from stopped
     leave_processes()
     if rank() != 0:
         return
+    from senet.commands.report import report_run
     from senet.experiments.runs import draw_run
+    from senet.training.evaluation import Evaluation
 
+    assert isinstance(result.evaluation, Evaluation)
     draw_run(result.run, result.evaluation.confusion.numpy())
+    report_run(result)
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
     if trained in ("se", "se+head"):
@@ -118,12 +135,70 @@ def train(
     print(f"Run: {result.run}")
 
 
+@contextmanager
+def _tracked(
+    progress: Progress, track: Track
+) -> Iterator["Callable[[RunConfig | Path], Progress]"]:
+    """Gives who hears of a run: the progress, and in the main process the tracker, if any."""
+    from senet.training.config import RUN_CONFIG, RunConfig
+    from senet.training.ranks import rank
+
+    with ExitStack() as held:
+
+        def heard(run: RunConfig | Path) -> Progress:
+            if track is None or rank() != 0:
+                return progress
+            from senet.training.tracking import Tracking
+
+            if isinstance(run, Path):
+                run = RunConfig.from_toml(run / RUN_CONFIG, out=run)
+            return Several([progress, held.enter_context(closing(Tracking(track, run)))])
+
+        yield heard
+
+
+def _chosen(
+    flags: TrainingFlags,
+    changes: dict[str, Any],
+    run_options: dict[str, Any],
+    options: dict[str, Any],
+    scale_lr: bool,
+    progress: Progress,
+) -> "tuple[RunConfig, set[str]]":
+    """The run that the flags ask for, and what of its recipe the data may change.
+
+    What nobody gave is chosen, and told.
+
+    Args:
+        flags: of the command.
+        changes: fields of the recipe that were given.
+        run_options: likewise, of the run.
+        options: likewise, of the network.
+        scale_lr: whether the learning rate follows the size of the batch.
+        progress: hears what is chosen.
+    """
+    from senet.training.config import RunConfig
+
+    table = None if flags.config is None else read_toml(flags.config).get("recipe")
+    table = table if isinstance(table, dict) else {}
+    usual = "finetune" if "init" in run_options else "quick"
+    recipe = _recipe(flags.recipe, changes, table, scale_lr, usual)
+    if flags.recipe is None and not table:
+        progress.note(f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)")
+    settings = {"model": "auto", "data": "embedded", **run_options}
+    if "out" not in settings:
+        settings["out"] = _free_folder(flags.data)
+        progress.note(f"run folder {settings['out']} (--out takes another)")
+    config = RunConfig(recipe=recipe, model_options=options, **settings)
+    return config, {"batch_size", "lr"} - (changes.keys() | table.keys())
+
+
 def _recipe(
-    name: str | None, changes: dict[str, Any], config: Path | None, scale_lr: bool
+    name: str | None, changes: dict[str, Any], table: dict[str, Any], scale_lr: bool, usual: str
 ) -> "Recipe":
-    """The recipe of that name, else that of the file's table [recipe], else quick; changed."""
+    """The recipe of that name, else that of the file's table [recipe], else the usual; changed."""
     if not scale_lr:
-        return _unscaled(name, changes, config)
+        return _unscaled(name, changes, table, usual)
     from senet.training.recipe import scaled_lr
 
     if "lr" in changes:
@@ -131,33 +206,34 @@ def _recipe(
     if "batch_size" not in changes:
         raise UserError("--scale-lr needs --batch-size, to compare with the recipe's own")
     own = {key: value for key, value in changes.items() if key != "batch_size"}
-    lr = scaled_lr(_unscaled(name, own, config), changes["batch_size"])
-    return _unscaled(name, changes | {"lr": lr}, config)
+    lr = scaled_lr(_unscaled(name, own, table, usual), changes["batch_size"])
+    return _unscaled(name, changes | {"lr": lr}, table, usual)
 
 
-def _unscaled(name: str | None, changes: dict[str, Any], config: Path | None) -> "Recipe":
-    from senet.training.recipe import Recipe, get_recipe
+def _unscaled(
+    name: str | None, changes: dict[str, Any], table: dict[str, Any], usual: str
+) -> "Recipe":
+    from senet.training.recipe import Recipe, changed, get_recipe
 
-    table = None if config is None else read_toml(config).get("recipe")
-    if name is not None or not isinstance(table, dict):
-        return get_recipe(name or "quick", **changes)
+    if name is not None or not table:
+        return get_recipe(name or usual, **changes)
     if not {"epochs", "batch_size", "lr", "schedule"} <= table.keys():
-        return get_recipe(**({"name": "quick"} | table | changes))
-    whole = Recipe.from_dict(table)
-    if "epochs" in changes:  # as in get_recipe: warm-up and steps keep their share
-        share = changes["epochs"] / whole.epochs
-        changes.setdefault("warmup_epochs", whole.warmup_epochs * share)
-        changes.setdefault("step_epochs", tuple(step * share for step in whole.step_epochs))
-    return replace(whole, **changes)
+        return changed(get_recipe(**({"name": usual} | table)), **changes)
+    return changed(Recipe.from_dict(table), **changes)
 
 
-def _settings(
-    run_options: dict[str, Any], model_options: dict[str, Any], recipe: "Recipe"
-) -> "RunConfig":
-    from senet.training.config import RunConfig
+def _free_folder(data: str | None) -> Path:
+    """A run folder that is not there yet, named after the data.
 
-    for flag in ("model", "out"):
-        if flag not in run_options:
-            raise UserError(f"--{flag} is needed (or --resume RUN)")
-    settings = {"data": "embedded", **run_options}
-    return RunConfig(recipe=recipe, model_options=model_options, **settings)
+    Raises:
+        UserError: several processes, which would not agree on one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--out is needed where several processes share a run folder")
+    last = re.split(r"[/\\:]", (data or "embedded").rstrip("/"))[-1]
+    name = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "run"
+    number, folder = 1, Path("runs") / name
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder

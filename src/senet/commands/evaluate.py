@@ -13,6 +13,7 @@ import torch
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
 from senet.data import ImageData, Split, val_loader
 from senet.errors import UserError
+from senet.reports.classes import ClassResult, class_results
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
 from senet.support.progress import Progress
@@ -151,6 +152,10 @@ class CheckpointEvaluation:
     checkpoint: Checkpoint
     data: ImageData
     result: Evaluation
+
+    def classes(self) -> list[ClassResult]:
+        """The figures of each class."""
+        return class_results(self.result.confusion.numpy(), self.data.classes)
 
 
 def evaluate_path(

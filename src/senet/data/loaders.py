@@ -16,10 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from senet.data.augmentation import Augmentation
 from senet.data.image_data import ImageData, ImageStream
 from senet.data.images import BadImageError, ImageSource, MemoryImages
 from senet.data.samplers import EpochBatchSampler, Key, mix_seed
-from senet.data.transforms import Augmentation, PaddedCropFlip, Preprocessing
+from senet.data.transforms import (
+    PaddedCropFlip,
+    Preprocessing,
+    batch_transform,
+    training_transform,
+)
 from senet.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -27,7 +33,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed PyTorch's global CPU generator within the block and restore it afterwards.
 
     Not `torch.manual_seed`, which seeds every device and takes 100 times as long.
@@ -61,8 +67,8 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
         self.preprocessing = data.preprocessing
         self.seed = seed
         self.rank = rank
-        self.transform = augmentation.transform(data.preprocessing)
-        self.mix = augmentation.batch_transform(len(data.classes))
+        self.transform = training_transform(augmentation, data.preprocessing)
+        self.mix = batch_transform(augmentation, len(data.classes))
         self.shifts: PaddedCropFlip | None = None
         if augmentation.only_shifts and _fits(self.source, self.preprocessing):
             self.shifts = PaddedCropFlip(augmentation.padding, augmentation.flip)
@@ -74,7 +80,7 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
             return error
         if self.mix is None:
             return images, labels
-        with _seeded(mix_seed(self.seed, keys[0].epoch, keys[0].step, self.rank, -1)):
+        with seeded(mix_seed(self.seed, keys[0].epoch, keys[0].step, self.rank, -1)):
             images, labels = self.mix(images, labels)
         return images, labels
 
@@ -90,7 +96,7 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
         images, labels = [], []
         for key, seed in zip(keys, seeds, strict=True):
             image, label = _opened(self.source, key, key.image)
-            with _seeded(seed):
+            with seeded(seed):
                 images.append(self.transform(image))
             labels.append(label)
         return torch.stack(images), torch.tensor(labels)
@@ -132,7 +138,7 @@ def _fits(source: ImageSource | ImageStream, preprocessing: Preprocessing) -> bo
     )
 
 
-def _as_is(batch: Batch | BadImageError) -> Batch | BadImageError:
+def as_is(batch: Batch | BadImageError) -> Batch | BadImageError:
     """Collate nothing: the data sets here give whole batches."""
     return batch
 
@@ -221,7 +227,9 @@ class TrainLoader(StatefulDataLoader):
         self.batch_sampler.start = self._done = state_dict["batches_done"]
 
 
-class _ValLoader(DataLoader[Any]):
+class ValLoader(DataLoader[Any]):
+    """Evaluation batches; see `val_loader`."""
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # not DataLoader's own class
         return _without_bad(super().__iter__())
 
@@ -229,10 +237,10 @@ class _ValLoader(DataLoader[Any]):
         """Replaced by the one-line warning of `val_loader`."""
 
 
-def _check(
+def loader_options(
     batch_size: int, num_workers: int, rank: int, world_size: int, pin_memory: bool
 ) -> dict[str, Any]:
-    """Validate what both loaders take; return the options that both give to DataLoader."""
+    """Validate what all loaders take; return the options that they give to DataLoader."""
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     if num_workers < 0:
@@ -251,7 +259,7 @@ def _check(
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        "collate_fn": _as_is,
+        "collate_fn": as_is,
         "pin_memory": pin_memory,
         "generator": torch.Generator(),  # starting an iteration would advance the global one
     }
@@ -294,7 +302,7 @@ def train_loader(
     Raises:
         UserError: a value outside its range, or not one whole batch in the data.
     """
-    options = _check(batch_size, num_workers, rank, world_size, pin_memory)
+    options = loader_options(batch_size, num_workers, rank, world_size, pin_memory)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be between 0 and 2^63 - 1, not {seed}")
     n = len(data.train)
@@ -341,11 +349,11 @@ def val_loader(
     Raises:
         UserError: a value outside its range.
     """
-    options = _check(batch_size, num_workers, rank, world_size, pin_memory)
+    options = loader_options(batch_size, num_workers, rank, world_size, pin_memory)
     if isinstance(data.val, ImageStream):
         batches = data.val.val_batches(batch_size, rank, world_size)
-        return _ValLoader(_ValBatches(data), batch_sampler=batches, **options)
-    return _ValLoader(
+        return ValLoader(_ValBatches(data), batch_sampler=batches, **options)
+    return ValLoader(
         _ValBatches(data),
         batch_size=batch_size,
         sampler=range(rank, len(data.val), world_size),

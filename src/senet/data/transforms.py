@@ -15,16 +15,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from senet.data.augmentation import Augmentation
 from senet.data.images import MODES, to_mode
 
 Pixels = npt.NDArray[np.uint8]
 Transform = Callable[[Image.Image], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
 ChannelOrder = Literal["rgb", "bgr"]
-Crop = Literal["none", "padded", "random_resized"]
-
-_DEFAULT_SCALE = (0.08, 1.0)
-_DEFAULT_RATIO = (3 / 4, 4 / 3)
+RANDAUGMENT = (2, 9)  # operations and magnitude, torchvision's own
 _LONGEST = 16
 
 
@@ -167,144 +165,73 @@ class Preprocessing:
         return cls(**{"resize": None, **values})
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What training changes at random in each image; by default nothing.
+def training_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Transform:
+    """The training transform of one image: PIL image → (C,H,W) float32.
 
-    In this order: crop, horizontal flip, rotation, RandAugment, pixel jitter, (normalization),
-    random erasing; then mixup or cutmix over the batch. All but the padded crop and the pixel
-    jitter are torchvision.transforms.v2's.
-
-    Attributes:
-        crop: "padded" pads by `padding` black pixels and crops back to the input's size (CIFAR);
-            "random_resized" crops a random area and aspect ratio and resizes it (ImageNet);
-            "none" is the evaluation's centre crop.
-        padding: pixels on each side, for "padded".
-        scale: least and greatest area of "random_resized", as a fraction of the image.
-        ratio: least and greatest width/height of "random_resized".
-        flip: mirror horizontally with probability 1/2.
-        rotation: greatest angle in degrees, either way.
-        jitter: greatest shift of each colour channel in levels of 0-255, either way (the released
-            models' "pixel jitter ±20").
-        randaugment: (operations, magnitude 0-30) of RandAugment (arXiv 1909.13719), or None.
-        mixup: alpha of mixup (arXiv 1710.09412); 0 is off.
-        cutmix: alpha of CutMix (arXiv 1905.04899); 0 is off. With mixup too, each batch takes
-            either with probability 1/2.
-        random_erasing: probability of Random Erasing (arXiv 1708.04896).
-
-    Raises:
-        ValueError: a value outside its range, or one that the chosen crop does not use.
+    Draws from PyTorch's global generator of the CPU only. Mixup and cutmix are not in it (see
+    `batch_transform`).
     """
+    size, mode = preprocessing.image_size, preprocessing._mode
+    steps: list[Callable[[Any], Any]]
+    if augmentation.crop == "random_resized":
+        steps = [
+            functools.partial(to_mode, channels=preprocessing.channels),
+            v2.RandomResizedCrop(
+                size, augmentation.scale, augmentation.ratio, mode, antialias=True
+            ),
+        ]
+        if augmentation.flip:
+            steps.append(v2.RandomHorizontalFlip())
+    else:
+        # The padded crop moves within the whole image, so its shorter side fills the input.
+        shorter = preprocessing.resize if augmentation.crop == "none" else size
+        steps = preprocessing._fit(shorter if preprocessing.resize is not None else None)
+        if augmentation.padding or augmentation.flip:
+            steps.append(PaddedCropFlip(augmentation.padding, augmentation.flip))
+    if augmentation.rotation:
+        steps.append(v2.RandomRotation(augmentation.rotation, InterpolationMode.BILINEAR))
+    if (policy := _policy(augmentation, mode)) is not None:
+        steps.append(policy)
+    steps.append(F.pil_to_tensor)
+    if augmentation.jitter:
+        steps.append(PixelJitter(augmentation.jitter))
+    steps.append(preprocessing.finish)
+    if augmentation.random_erasing:
+        steps.append(v2.RandomErasing(augmentation.random_erasing))
+    return v2.Compose(steps)
 
-    crop: Crop = "none"
-    padding: int = 0
-    scale: tuple[float, float] = _DEFAULT_SCALE
-    ratio: tuple[float, float] = _DEFAULT_RATIO
-    flip: bool = False
-    rotation: float = 0.0
-    jitter: float = 0.0
-    randaugment: tuple[int, int] | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    random_erasing: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name in ("scale", "ratio", "randaugment"):  # lists come from TOML and JSON
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
-                if len(value) != 2:
-                    raise ValueError(f"augmentation {name} must be two numbers, not {value!r}")
-        if self.crop not in get_args(Crop):
-            raise ValueError(f"crop must be one of {get_args(Crop)}, not {self.crop!r}")
-        if (self.crop == "padded") != (self.padding > 0) or self.padding < 0:
-            raise ValueError(
-                f"padding must be at least 1 with crop='padded' and 0 otherwise, not "
-                f"{self.padding!r} with crop={self.crop!r}"
-            )
-        if self.crop != "random_resized" and (
-            self.scale != _DEFAULT_SCALE or self.ratio != _DEFAULT_RATIO
-        ):
-            raise ValueError(f"scale and ratio belong to crop='random_resized', not {self.crop!r}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be 0 < least <= greatest <= 1, not {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be 0 < least <= greatest, not {self.ratio}")
-        if self.randaugment is not None and not (
-            self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 30
-        ):
-            raise ValueError(
-                f"randaugment must be (operations >= 1, magnitude 0-30), not {self.randaugment}"
-            )
-        greatest = {
-            "rotation": 180.0,
-            "jitter": 255.0,
-            "mixup": math.inf,
-            "cutmix": math.inf,
-            "random_erasing": 1.0,
-        }
-        for name, limit in greatest.items():
-            value = getattr(self, name)
-            if not 0 <= value <= limit or math.isinf(value):
-                raise ValueError(f"{name} must be between 0 and {limit}, not {value!r}")
+def _policy(augmentation: Augmentation, mode: InterpolationMode) -> Callable[[Any], Any] | None:
+    """RandAugment or another policy of torchvision; None for none."""
+    if augmentation.randaugment is not None or augmentation.policy == "randaugment":
+        operations, magnitude = augmentation.randaugment or RANDAUGMENT
+        return v2.RandAugment(operations, magnitude, interpolation=mode)
+    if augmentation.policy == "none":
+        return None
+    policies: dict[str, Callable[..., Any]] = {
+        "trivialaugment": v2.TrivialAugmentWide,
+        "autoaugment": v2.AutoAugment,
+        "augmix": v2.AugMix,
+    }
+    return policies[augmentation.policy](interpolation=mode)
 
-    @property
-    def only_shifts(self) -> bool:
-        """Whether all it does to an image is `PaddedCropFlip`: then a batch is done as a whole."""
-        return (
-            self.crop != "random_resized"
-            and self.randaugment is None
-            and not (self.rotation or self.jitter or self.random_erasing)
-        )
 
-    def transform(self, preprocessing: Preprocessing) -> Transform:
-        """The training transform of one image: PIL image → (C,H,W) float32.
+def batch_transform(
+    augmentation: Augmentation, num_classes: int
+) -> Callable[[Tensor, Tensor], Any] | None:
+    """Mixup or cutmix of a batch, or None where both are off.
 
-        Draws from PyTorch's global generator of the CPU only. Mixup and cutmix are not in it (see
-        `batch_transform`).
-        """
-        size, mode = preprocessing.image_size, preprocessing._mode
-        steps: list[Callable[[Any], Any]]
-        if self.crop == "random_resized":
-            steps = [
-                functools.partial(to_mode, channels=preprocessing.channels),
-                v2.RandomResizedCrop(size, self.scale, self.ratio, mode, antialias=True),
-            ]
-            if self.flip:
-                steps.append(v2.RandomHorizontalFlip())
-        else:
-            # The padded crop moves within the whole image, so its shorter side fills the input.
-            shorter = preprocessing.resize if self.crop == "none" else size
-            steps = preprocessing._fit(shorter if preprocessing.resize is not None else None)
-            if self.padding or self.flip:
-                steps.append(PaddedCropFlip(self.padding, self.flip))
-        if self.rotation:
-            steps.append(v2.RandomRotation(self.rotation, InterpolationMode.BILINEAR))
-        if self.randaugment is not None:
-            operations, magnitude = self.randaugment
-            steps.append(v2.RandAugment(operations, magnitude, interpolation=mode))
-        steps.append(F.pil_to_tensor)
-        if self.jitter:
-            steps.append(PixelJitter(self.jitter))
-        steps.append(preprocessing.finish)
-        if self.random_erasing:
-            steps.append(v2.RandomErasing(self.random_erasing))
-        return v2.Compose(steps)
-
-    def batch_transform(self, num_classes: int) -> Callable[[Tensor, Tensor], Any] | None:
-        """Mixup or cutmix of a batch, or None where both are off.
-
-        The callable takes images (N,C,H,W) and labels (N,) int64 and returns the images and soft
-        labels (N,num_classes) float32; it draws from PyTorch's global generator of the CPU.
-        """
-        mixes: list[Callable[..., Any]] = []
-        if self.mixup:
-            mixes.append(v2.MixUp(alpha=self.mixup, num_classes=num_classes))
-        if self.cutmix:
-            mixes.append(v2.CutMix(alpha=self.cutmix, num_classes=num_classes))
-        if len(mixes) == 2:
-            return v2.RandomChoice(mixes)
-        return mixes[0] if mixes else None
+    The callable takes images (N,C,H,W) and labels (N,) int64 and returns the images and soft
+    labels (N,num_classes) float32; it draws from PyTorch's global generator of the CPU.
+    """
+    mixes: list[Callable[..., Any]] = []
+    if augmentation.mixup:
+        mixes.append(v2.MixUp(alpha=augmentation.mixup, num_classes=num_classes))
+    if augmentation.cutmix:
+        mixes.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=num_classes))
+    if len(mixes) == 2:
+        return v2.RandomChoice(mixes)
+    return mixes[0] if mixes else None
 
 
 def _cut_to_ratio(image: Image.Image) -> Image.Image:

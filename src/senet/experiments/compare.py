@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.data import ImageData, absolute_data
+from senet.data import Augmentation, ImageData, absolute_data
 from senet.errors import UserError
 from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
@@ -218,7 +218,7 @@ class CompareConfig:
                 f"{path} is not that of senet {cls.COMMAND}; for a run: senet train --resume"
             )
         run_fields = {f.name for f in fields(RunConfig)}
-        recipe_fields = {f.name for f in fields(Recipe)}
+        recipe_fields = {f.name for kind in (Recipe, Augmentation) for f in fields(kind)}
         own: dict[str, Any] = {"out": out}
         for key, value in values.items():
             if key in cls.OWN:

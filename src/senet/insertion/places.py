@@ -180,6 +180,21 @@ def residual_sites(trace: Trace) -> tuple[Sites, int]:
     return Sites(tuple(found), tuple(skipped)), inside
 
 
+def branch_ends(trace: Trace) -> list[Site]:
+    """Ends of residual branches, SE blocks included, that a module returns."""
+    finder = _Finder(trace)
+    chains = []
+    for node in trace.nodes:
+        if (branch := finder.branch(node)) is not None:
+            end = branch[0]
+            base = _back(end)
+            # Not the norm before a functional activation, whose map is another one.
+            chains.append([each for each in _candidates(base, end) if each.index >= base.index])
+    wanted = {node for chain in chains for node in chain}
+    owners = (finder.owner(chain, wanted) for chain in chains)
+    return [Site(*owner, "residual") for owner in owners if not isinstance(owner, str)]
+
+
 def concat_sites(trace: Trace, excluded: int = 0) -> Sites:
     """Outputs of modules that end by joining the channels of convolutions of theirs.
 

@@ -13,6 +13,20 @@ from senet.models.options import SE_OPTIONS, SEOptions
 from senet.models.registry import entry
 from senet.nn.block import no_script
 
+# What timm's models are told, in our words.
+_ELSEWHERE = {
+    "in_chans": "in_channels",
+    "drop_rate": "dropout, which some networks have (senet154, inception_v3, vgg16_bn, …)",
+    "features_only": "senet.features(model), which gives the maps of each stage",
+    "drop_path_rate": "the recipe's drop_path (senet train --drop-path)",
+    "global_pool": "num_classes=0 for pooled features, senet.features(model) for maps",
+    "checkpoint_path": "pretrained=PATH",
+    "pretrained_cfg": "pretrained=PATH, in any released layout",
+    "output_stride": "senet.segmentation, which dilates a network's last stages",
+    "se_ratio": "reduction, the ratio of channels to the hidden width",
+    "rd_ratio": "reduction, the ratio of channels to the hidden width",
+}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -142,6 +156,8 @@ def build_model(
             raise UserError(
                 f"{name} has no SE blocks and so no option {option!r}; use {found.twin}"
             )
+        if option in _ELSEWHERE:
+            raise UserError(f"{name} has no option {option!r}: here that is {_ELSEWHERE[option]}")
         raise UserError(
             f"{name} has no option {option!r}; its options: {', '.join(found.options) or 'none'}"
         )

@@ -19,6 +19,7 @@ from senet.networks.preparation import imagenet, of_timm, of_torchvision
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 PREFIXES = (TORCHVISION, TIMM)
+PYTHON = "python:"  # of a module that senet.training.fit was given, with its class
 WITHOUT_SE = "without_se"
 OPTIONS = (WITHOUT_SE,)  # of foreign networks
 
@@ -64,6 +65,11 @@ def open_source(
         UserError: no such network, the package is not installed, an option that it does not have,
             or `without_se` where no SE block can be taken out.
     """
+    if name.startswith(PYTHON):
+        raise UserError(
+            f"only your code makes {name.removeprefix(PYTHON)}, which senet.training.fit was "
+            "given: make it there, and call senet.training.restore(model, RUN)"
+        )
     if is_foreign(name):
         check_options(name, options)
         if in_channels != (channels_of(name) or in_channels):

@@ -23,6 +23,7 @@ from senet.reports.figures import (
     save_figure,
     themed,
 )
+from senet.reports.page import STYLE
 from senet.support.files import atomic_write
 from senet.support.text import count, duration
 
@@ -327,25 +328,6 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     atomic_write(folder / "report.html", _page(comparison, pictures))
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --ink: #1c1e21; --line: #c9ccd1; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #16181d; --ink: #e6e6e6; --line: #4a4f57; }
-}
-body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; font-size: .875rem; padding-top: .5rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .9rem; text-align: right; }
-th[scope=row], th:first-child { text-align: left; font-weight: 500; }
-.wide { overflow-x: auto; }
-figure { margin: 1rem 0 2rem; }
-figure img { max-width: 100%; height: auto; }
-figcaption { font-size: .875rem; }
-.verdict { border-left: 4px solid var(--line); padding-left: 1rem; }
-"""
-
-
 def _page(comparison: Comparison, pictures: Mapping[str, Mapping[str, bytes]]) -> str:
     """The report as one HTML file without scripts or links; its figures follow the theme."""
     escape = html.escape
@@ -372,7 +354,7 @@ def _page(comparison: Comparison, pictures: Mapping[str, Mapping[str, bytes]]) -
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{plain} and {se} on {escape(comparison.data)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{plain} and {se} on {escape(comparison.data)}</h1>

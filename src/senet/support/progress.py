@@ -5,7 +5,7 @@ A bar on a terminal, a line an epoch elsewhere.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich import progress as bars
@@ -46,6 +46,41 @@ class Silent(Progress):
     """A `Progress` that tells nobody."""
 
 
+class Several(Progress):
+    """Tells each of several what it hears.
+
+    Args:
+        listeners: in the order in which they hear.
+    """
+
+    def __init__(self, listeners: Iterable[Progress]) -> None:
+        self.listeners = tuple(listeners)
+
+    def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        for each in self.listeners:
+            each.begin_epoch(epoch, epochs, steps, done)
+
+    def step(self, images: int, loss: float, lr: float) -> None:
+        for each in self.listeners:
+            each.step(images, loss, lr)
+
+    def begin_evaluation(self, batches: int) -> None:
+        for each in self.listeners:
+            each.begin_evaluation(batches)
+
+    def evaluated(self, images: int) -> None:
+        for each in self.listeners:
+            each.evaluated(images)
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        for each in self.listeners:
+            each.end_epoch(row)
+
+    def note(self, message: str) -> None:
+        for each in self.listeners:
+            each.note(message)
+
+
 class EpochLines(Progress):
     """Prints a line after each epoch, and notes on standard error; what files and pipes get.
 
@@ -73,13 +108,24 @@ class EpochLines(Progress):
         rate = f"{self.images / max(self.stepped - self.began, 1e-9):.0f} images/s  "
         line = (
             f"{self.label}epoch {self.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
-            f"val loss {row['val_loss']:.3f}  top-1 {row['top1']:.2f}%  top-5 {row['top5']:.2f}%  "
+            f"val loss {row['val_loss']:.3f}  {measured(row)}"
             f"{rate if self.images else ''}{duration(time.monotonic() - self.began)}"
         )
         self.console.print(Text(visible(line)), soft_wrap=True)
 
     def note(self, message: str) -> None:
         print(f"senet: {message}", file=sys.stderr)
+
+
+def measured(row: Mapping[str, float]) -> str:
+    """The metrics of a row of metrics.csv, for a line of progress."""
+    plain = ("epoch", "step", "lr", "train_loss", "train_top1", "val_loss")
+    shares = {"top1": "top-1", "top5": "top-5"}  # %
+    return "".join(
+        f"{shares[name]} {value:.2f}%  " if name in shares else f"{name} {value:.4g}  "
+        for name, value in row.items()
+        if name not in plain
+    )
 
 
 class EpochBars(EpochLines):

@@ -22,6 +22,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Trained = Literal["all", "se", "se+head", "head"]
 Parallel = Literal["ddp", "fsdp"]
 RUN_CONFIG = "config.toml"
+AUTO = "auto"
 # How data are read.
 DATA = (
     "data_root",
@@ -56,7 +57,7 @@ class RunConfig:
 
     Attributes:
         model: name of the network: one of `senet.list_models()`, `timm:NAME`, `torchvision:NAME`
-            or `FILE.py:FUNCTION`.
+            or `FILE.py:FUNCTION`. "auto" lets the size of the images choose.
         model_options: options of `senet.create_model` other than num_classes and in_channels,
             which the data give; of other networks `without_se`, see `open_source`.
         data: name of a data set, or a folder of images, see `senet.data.load_data`. A run keeps
@@ -160,6 +161,8 @@ class RunConfig:
             raise UserError(f"seed must be below 2**32 (NumPy's limit), got {self.seed}")
         if self.init is not None:
             object.__setattr__(self, "init", str(self.init))
+        if self.model == AUTO and self.init is not None:
+            raise UserError(f"init {self.init} needs the name of its network: give model")
         if is_foreign(self.model):
             check_options(self.model, self.model_options)
         if not self.fuse and not is_foreign(self.model):

@@ -1,8 +1,9 @@
 """Judging a network on a validation set."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,19 @@ from senet.support.progress import Progress, Silent
 from senet.training.fsdp import is_sharded, release, together
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Judgement(Protocol):
+    """What an evaluation measured."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the images."""
+        ...
+
+    def row(self) -> dict[str, float]:
+        """Its columns in metrics.csv."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,10 @@ class Evaluation:
     classes: int
     n: int
     images_per_second: float
+
+    def row(self) -> dict[str, float]:
+        """Its columns in metrics.csv."""
+        return {"val_loss": self.loss, "top1": self.top1, "top5": self.top5}
 
     @property
     def confusion(self) -> Tensor:
@@ -101,23 +119,9 @@ def evaluate(
         UserError: the network has another number of classes, or there are no images.
         Stopped: `stop` answered True.
     """
-    # What FSDP gathers under inference mode could not be trained with afterwards.
-    without_gradients = torch.no_grad if is_sharded(model) else torch.inference_mode
-    with without_gradients():
-        return _evaluate(model, loader, classes, mixed_precision, progress or Silent(), stop)
-
-
-def _evaluate(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    classes: Sequence[str],
-    mixed_precision: str,
-    progress: Progress,
-    stop: Callable[[], bool],
-) -> Evaluation:
-    parameter = next(model.parameters())
-    device, classes_count = parameter.device, len(classes)
+    classes_count = len(classes)
     k = min(5, classes_count)
+    device = next(model.parameters()).device
     loss_metric = MeanMetric(nan_strategy="disable").to(device)
     judged = _Pairs().to(device)
     judged.update(
@@ -125,42 +129,21 @@ def _evaluate(
     )
     top_k = MulticlassAccuracy(classes_count, top_k=k, average="micro", validate_args=False)
     top_k = top_k.to(device)
-    training = model.training
-    model.eval()
-    progress.begin_evaluation(len(loader) if isinstance(loader, Sized) else 0)
-    began, images_seen = time.perf_counter(), 0
-    try:
-        for images, labels, real in together(loader, model):
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            dtype = AUTOCAST.get(mixed_precision)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                logits = model(images)
-            if logits.shape[1] != classes_count:
-                raise UserError(
-                    f"the network has {logits.shape[1]} classes, the data {classes_count}; "
-                    "evaluate it on the data it was trained on"
-                )
-            if not real:
-                continue
-            logits = logits.float()
-            loss_metric.update(F.cross_entropy(logits, labels, reduction="none"))
-            judged.update(labels, logits)
-            top_k.update(logits, labels)
-            images_seen += len(images)
-            progress.evaluated(len(images))
-            if stop():
-                raise Stopped
-    finally:
-        model.train(training)
-        release(model)
-    if not images_seen:
-        raise UserError("no validation images: give data with at least one, or fewer processes")
+
+    def take(logits: Tensor, labels: Tensor) -> None:
+        if logits.shape[1] != classes_count:
+            raise UserError(
+                f"the network has {logits.shape[1]} classes, the data {classes_count}; "
+                "evaluate it on the data it was trained on"
+            )
+        loss_metric.update(F.cross_entropy(logits, labels, reduction="none"))
+        judged.update(labels, logits)
+        top_k.update(logits, labels)
+
+    seconds = go_through(model, loader, take, mixed_precision, progress, stop)
     outcomes = judged.compute().cpu()
     n = len(outcomes)
     pairs, counts = outcomes.unique(dim=0, return_counts=True)
-    slowest = MaxMetric().to(device)
-    slowest.update(time.perf_counter() - began)
     return Evaluation(
         top1=100 * int((outcomes[:, 0] == outcomes[:, 1]).sum()) / n,
         top5=100 * round(float(top_k.compute()) * n) / n,  # the quotient of two counts, exactly
@@ -170,5 +153,95 @@ def _evaluate(
         counts=counts,
         classes=classes_count,
         n=n,
-        images_per_second=n / float(slowest.compute()),
+        images_per_second=n / seconds,
     )
+
+
+def go_through(
+    model: nn.Module,
+    loader: Iterable[tuple[Any, Any]],
+    take: Callable[[Any, Any], None],
+    mixed_precision: str = "no",
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Give a network's outputs (floating tensors in float32) for each batch, with its targets.
+
+    Args:
+        model, loader, mixed_precision, progress, stop: as for `evaluate`.
+        take: called with outputs and targets, without gradients.
+
+    Returns:
+        Seconds, of the process that took longest.
+
+    Raises:
+        UserError: there are no images.
+        Stopped: `stop` answered True.
+    """
+    device, dtype = next(model.parameters()).device, AUTOCAST.get(mixed_precision)
+    progress, training = progress or Silent(), model.training
+    # What FSDP gathers under inference mode could not be trained with afterwards.
+    without_gradients = torch.no_grad if is_sharded(model) else torch.inference_mode
+    model.eval()
+    progress.begin_evaluation(len(loader) if isinstance(loader, Sized) else 0)
+    began, images_seen = time.perf_counter(), 0
+    try:
+        with without_gradients():
+            for images, targets, real in together(loader, model):
+                images = moved(images, device)
+                targets = moved(targets, device, plain=True)
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    outputs = model(images)
+                if not real:
+                    continue
+                take(in_float32(outputs), targets)
+                images_seen += len(first_tensor(targets))
+                progress.evaluated(len(first_tensor(targets)))
+                if stop():
+                    raise Stopped
+    finally:
+        model.train(training)
+        release(model)
+    if not images_seen:
+        raise UserError("no validation images: give data with at least one, or fewer processes")
+    slowest = MaxMetric().to(device)
+    slowest.update(time.perf_counter() - began)
+    return float(slowest.compute())
+
+
+def moved(batch: Any, device: torch.device, *, plain: bool = False) -> Any:
+    """A batch on a device: tensors, and those in lists, tuples and mappings.
+
+    Args:
+        batch: what the loader gave.
+        device: where the network is.
+        plain: keep the strides of images as they are.
+    """
+    if isinstance(batch, Tensor):
+        if batch.ndim == 4 and not plain:
+            return batch.to(device, memory_format=torch.channels_last, non_blocking=True)
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device, plain=plain) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(moved(value, device, plain=plain) for value in batch)
+    return batch
+
+
+def first_tensor(batch: Any) -> Tensor:
+    """A tensor of a batch, whose first dimension counts the images."""
+    if isinstance(batch, Tensor):
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    return next(first_tensor(part) for part in parts)
+
+
+def in_float32(outputs: Any) -> Any:
+    """Outputs with their floating tensors in float32."""
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.is_floating_point() else outputs
+    if isinstance(outputs, dict):
+        return {key: in_float32(value) for key, value in outputs.items()}
+    if isinstance(outputs, list | tuple):
+        return [in_float32(value) for value in outputs]
+    return outputs

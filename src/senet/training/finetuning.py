@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +13,7 @@ from senet.data import ImageData, Preprocessing
 from senet.errors import UserError
 from senet.models import Network
 from senet.networks.anywhere import head_of, new_head
+from senet.nn.block import SqueezeExcitation
 from senet.training.config import RunConfig, Trained
 
 
@@ -22,10 +24,12 @@ class Start:
     Attributes:
         model: the network with its weights.
         preprocessing: how an image becomes its input; None where the weights do not tell.
+        classes: how many it knows.
     """
 
     model: Network
     preprocessing: Preprocessing | None
+    classes: int
 
 
 def starting_checkpoint(config: RunConfig) -> Start:
@@ -37,7 +41,8 @@ def starting_checkpoint(config: RunConfig) -> Start:
     assert config.init is not None
     if is_described(config.init):
         opened = open_checkpoint(config.init)
-        start = Start(opened.model, opened.preprocessing)
+        classes = opened.model.config["num_classes"]
+        start = Start(opened.model, opened.preprocessing, classes)
         name = start.model.config["name"]
         if name != config.model or config.model_options:
             raise UserError(
@@ -49,7 +54,8 @@ def starting_checkpoint(config: RunConfig) -> Start:
             config.model, config.init, fresh_head=True, **config.model_options
         )
         told = model.preprocessing
-        start = Start(model, None if told is None else Preprocessing.from_dict(told))
+        images = None if told is None else Preprocessing.from_dict(told)
+        start = Start(model, images, model.config["num_classes"])
     if config.train in ("se", "se+head") and not excitations(start.model):
         raise UserError(
             f"init {config.init} has no SE blocks to train: put some in with senet insert"
@@ -94,6 +100,28 @@ def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
             )
         new_head(model, classes)
     return model.train()
+
+
+def new_parameters(start: Start, model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that the weights to start from did not have.
+
+    Those of a classifier for other classes, and of SE blocks as `senet.insert` puts them in: their
+    last layer is zero, which no training leaves it.
+
+    Args:
+        start: what the network was made of.
+        model: what `prepare_start` gave.
+    """
+    new = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, SqueezeExcitation) and not module.fc2.weight.any()
+    ]
+    config: Any = model.config
+    if config["num_classes"] != start.classes:
+        new.append(head_of(model)[0])
+    prefixes = tuple(f"{name}." for name in new)
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(prefixes))
 
 
 def freeze(model: nn.Module, train: Trained) -> list[nn.Module]:

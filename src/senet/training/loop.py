@@ -7,14 +7,16 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from senet.data import DATA_SETS, ImageStream, absolute_data
@@ -22,8 +24,9 @@ from senet.errors import SenetError, UserError
 from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
 from senet.training.config import RUN_CONFIG, RunConfig, flatten
-from senet.training.evaluation import Evaluation, Stopped
+from senet.training.evaluation import Judgement, Stopped
 from senet.training.machine import environment
+from senet.training.material import Material, named_material
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
 from senet.training.session import Position, Session
 from senet.training.state import load_training_state, recorded_preprocessing, save_training_state
@@ -52,27 +55,47 @@ class RunResult:
     Attributes:
         run: its folder.
         history: rows of metrics.csv; `lr` is the learning rate that the epoch ended with.
-        best_top1: highest top-1 of its epochs, %.
-        best_epoch: the first epoch that reached it.
-        evaluation: of the last epoch.
+        best: row of metrics.csv of the best epoch, the first of equal ones.
+        judged: column that tells which is best: "top1" (%) for classes.
+        evaluation: of the last epoch; an `Evaluation` for classes.
         images_per_second: training speed, median over the epochs.
         seconds: training and evaluation, over all parts of a run that was resumed.
     """
 
     run: Path
     history: tuple[dict[str, float], ...]
-    best_top1: float
-    best_epoch: int
-    evaluation: Evaluation
+    best: Mapping[str, float]
+    judged: str
+    evaluation: Judgement
     images_per_second: float
     seconds: float
 
+    @property
+    def best_epoch(self) -> int:
+        """Number of the best epoch, from 1."""
+        return int(self.best["epoch"])
 
-def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
+    @property
+    def best_top1(self) -> float:
+        """Highest top-1 of its epochs, %; of classes only."""
+        return self.best["top1"]
+
+
+def train(
+    config: RunConfig,
+    *,
+    progress: Progress | None = None,
+    make: Callable[[RunConfig, Accelerator], Material] = named_material,
+) -> RunResult:
     """Train a network; `config.out` becomes the run folder.
 
     Seeds and uses the global random generators of Python, NumPy and PyTorch. SIGINT and SIGTERM
     stop it after the step at hand, with a checkpoint; a second one stops at once.
+
+    Args:
+        config: the run.
+        progress: hears of each step and epoch.
+        make: gives network and data, by default those that the configuration names.
 
     Raises:
         UserError: a bad option, data that do not fit, or a run folder that exists or cannot be
@@ -82,10 +105,10 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> RunResult:
     """
     _check_new_folder(config.out)
     config = config.in_place()
-    session = Session(config)
+    session = Session(config, make)
     with ExitStack() as held:
         if session.accelerator.is_main_process:
-            _make_folder(config)
+            _make_folder(session.config)
             held.enter_context(locked(config.out))
         session.accelerator.wait_for_everyone()
         return _fit(session, None, progress or Silent())
@@ -96,6 +119,7 @@ def resume(
     *,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    make: Callable[[RunConfig, Accelerator], Material] | None = None,
 ) -> RunResult:
     """Go on with a run that was stopped in any way, exactly as if it had not been.
 
@@ -107,7 +131,7 @@ def resume(
         run: the run folder.
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
             `parallel` may be another than the run's own, and `data` where its images lie now.
-        progress: see `train`.
+        progress, make: see `train`.
 
     Raises:
         UserError: it is no run folder, another process works on it, or an option differs from
@@ -125,7 +149,7 @@ def resume(
     _refuse_changes(config, given)
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
-        return _resume(config, progress or Silent(), moved=config.data != before)
+        return _resume(config, progress or Silent(), moved=config.data != before, make=make)
 
 
 def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
@@ -137,15 +161,22 @@ def _moved(config: RunConfig, given: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _resume(config: RunConfig, progress: Progress, *, moved: bool) -> RunResult:
+def _resume(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    moved: bool,
+    make: Callable[[RunConfig, Accelerator], Material] | None = None,
+) -> RunResult:
     """Go on; `moved`: config.toml names the place where the data were before."""
     run = config.out
-    session = Session(config, recorded_preprocessing(run))
+    before = recorded_preprocessing(run)
+    session = Session(config, make or partial(named_material, preprocessing=before))
     with session.accelerator.main_process_first():  # it moves a corrupt checkpoint away
         state = load_training_state(run)
     if state is not None:
-        # Runs from before these options had their defaults.
-        was = flatten({"accumulate": 1, "sync_bn": False, **state["options"]})
+        # Read as a configuration: runs from before an option had its default.
+        was = flatten(RunConfig.from_dict(state["options"], out=run).result_options())
         now = flatten(config.result_options())
         if not {was["data"], now["data"]} & set(DATA_SETS):  # a place; what is there is compared
             was["data"] = now["data"]
@@ -203,7 +234,7 @@ def _epochs(
     main, steps = session.accelerator.is_main_process, session.steps_per_epoch
     at = session.restore(state) if state else Position()
     _tell(session, state, progress)
-    evaluation: Evaluation | None = None
+    evaluation: Judgement | None = None
 
     def save(*slots: str) -> None:
         content = session.state(at)
@@ -217,7 +248,7 @@ def _epochs(
 
     if state and main:
         _write_tables(run, at)  # a kill may have come between the checkpoint and these
-    while at.epoch < recipe.epochs:
+    while at.epoch < recipe.epochs and not session.exhausted(at.history):
         progress.begin_epoch(at.epoch + 1, recipe.epochs, steps, at.done)
         batches = session.batches(at.epoch) if at.done < steps else iter(())
         if state:
@@ -246,17 +277,16 @@ def _epochs(
             raise stop_here() from None
         if not math.isfinite(evaluation.loss):
             raise session.diverged(f"validation loss is {evaluation.loss}", at.step)
-        best = max((row["top1"] for row in at.history), default=-1.0)
         row = {
             "epoch": at.epoch + 1,
             "step": at.step,
             "lr": session.lr,
             **{name: float(meter.compute()) for name, meter in session.meters.items()},
-            "val_loss": evaluation.loss,
-            "top1": evaluation.top1,
-            "top5": evaluation.top5,
+            **evaluation.row(),
         }
-        row["train_top1"] *= 100
+        if "train_top1" in row:
+            row["train_top1"] *= 100
+        better = session.better(row, at.history)
         at.history.append(row)
         at.timings.append(
             {
@@ -269,23 +299,28 @@ def _epochs(
         at.epoch, at.done, at.seconds = at.epoch + 1, 0, 0.0
         session.new_epoch()
         if board:
-            for name in ("train_loss", "train_top1", "val_loss", "top1", "top5"):
+            for name in row.keys() - {"epoch", "step", "lr"}:
                 board.add_scalar(f"epoch/{name}", row[name], at.step)
             board.flush()
         # "best" first: a kill in between repeats the epoch, and with it this.
-        save(*(("best", "last") if evaluation.top1 > best else ("last",)))
+        save(*(("best", "last") if better else ("last",)))
         if main:
             _write_tables(run, at)
         progress.end_epoch(row)
         if at.epoch < recipe.epochs and session.anywhere(stopped.requested):
             raise Interrupted(run, stopped.number)
 
-    top = max(at.history, key=lambda row: row["top1"])
+    best = at.history[session.best(at.history)]
+    if at.epoch < recipe.epochs:
+        progress.note(
+            f"ended after epoch {at.epoch} of {recipe.epochs}: {recipe.patience} epochs in a row "
+            f"were no better than epoch {best['epoch']:.0f} (patience)"
+        )
     return RunResult(
         run=run,
         history=tuple(at.history),
-        best_top1=top["top1"],
-        best_epoch=int(top["epoch"]),
+        best=best,
+        judged=session.task.judged,
         evaluation=evaluation or session.evaluate(progress, lambda: False),
         images_per_second=statistics.median(row["images_per_second"] for row in at.timings),
         seconds=sum(row["train_seconds"] + row["evaluation_seconds"] for row in at.timings),
@@ -293,19 +328,11 @@ def _epochs(
 
 
 def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) -> None:
-    skipped, classes = len(session.data.skipped), len(session.data.classes)
-    if skipped:
-        progress.note(f"images that cannot be read and are left out: {skipped}")
-    if classes < 5:
-        progress.note(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
-    if session.config.init is not None:
-        images = session.data.preprocessing
-        progress.note(
-            f"images are prepared as init says: {images.image_size}×{images.image_size} pixels, "
-            f"mean {_numbers(images.mean)}, std {_numbers(images.std)}"
-        )
+    for note in session.material.notes:
+        progress.note(note)
     if (before := session.processes_before) is not None:
-        streamed = isinstance(session.data.train, ImageStream)  # may share out its files anew
+        # A stream may share out its files anew.
+        streamed = session.data is not None and isinstance(session.data.train, ImageStream)
         progress.note(
             f"the run was made by {before} processes, now {session.accelerator.num_processes}: "
             f"{'' if streamed else 'each step takes the same images, but '}batch statistics, "
@@ -319,10 +346,6 @@ def _tell(session: Session, state: dict[str, Any] | None, progress: Progress) ->
             f"the run began with {'; '.join(changed)}: its results may differ from those of an "
             "uninterrupted run in the last digits"
         )
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _write_tables(run: Path, at: Position) -> None:

@@ -1,14 +1,16 @@
 """Optimizer, learning-rate schedule and moving average of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
+    ExponentialLR,
     LinearLR,
     LRScheduler,
     MultiStepLR,
@@ -18,27 +20,51 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from senet.training.fsdp import local
+from senet.training.layers import layer_rates
+from senet.training.optimizer_names import arguments_of, optimizer_class
 from senet.training.recipe import Recipe
 
 WARMUP_START = 0.01  # of the learning rate that the warm-up ends with
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
-    """SGD over the trainable parameters, those without weight decay in a group of their own."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if recipe.decay_norm_and_bias:
-        groups: list[dict[str, Any]] = [{"params": parameters}]
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, new: Collection[str] = frozenset()
+) -> Optimizer:
+    """The recipe's optimizer over the trainable parameters.
+
+    Parameters of one learning rate and one weight decay are a group; with one rate and no
+    exemption from the decay there is a single one.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        recipe: gives optimizer, learning rates and weight decay.
+        new: names of the parameters that get `recipe.new_layer_lr` times the rate.
+    """
+    factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    if recipe.layer_decay is not None:
+        factors = layer_rates(model, recipe.layer_decay)
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = factors[name] * (recipe.new_layer_lr if name in new else 1.0)
+        decayed = recipe.decay_norm_and_bias or parameter.ndim > 1
+        group = groups.setdefault((not decayed, factor), {"params": [], "lr": recipe.lr * factor})
+        group["params"].append(parameter)
+        if not decayed:
+            group["weight_decay"] = 0.0
+    takes = arguments_of(recipe.optimizer)
+    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    if "betas" in takes:
+        make = optimizer_class(recipe.optimizer)
+        beta2 = recipe.beta2 or signature(make).parameters["betas"].default[1]
+        options["betas"] = (recipe.momentum, beta2)
     else:
-        decayed = [p for p in parameters if p.ndim > 1]
-        kept = [p for p in parameters if p.ndim <= 1]
-        groups = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
-    return SGD(
-        groups,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+        options["momentum"] = recipe.momentum
+    if recipe.nesterov:
+        options["nesterov"] = True
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1]))]
+    return optimizer_class(recipe.optimizer)(ordered, **options)
 
 
 def build_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
@@ -54,12 +80,17 @@ def build_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) -
     if recipe.schedule == "one_cycle":
         total = max(total, 3)  # a step each to rise and to fall
         rise = min(max(warmup, 2), total - 1)
+        highest = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(
-            optimizer, recipe.lr, total_steps=total, pct_start=rise / total, cycle_momentum=False
+            optimizer, highest, total_steps=total, pct_start=rise / total, cycle_momentum=False
         )
     main: LRScheduler
     if recipe.schedule == "cosine":
         main = CosineAnnealingLR(optimizer, max(total - warmup, 1))
+    elif recipe.schedule == "linear":
+        main = LinearLR(optimizer, 1.0, 0.0, total_iters=max(total - warmup, 1))
+    elif recipe.schedule == "exponential":
+        main = ExponentialLR(optimizer, recipe.step_gamma ** (1 / steps_per_epoch))
     elif recipe.schedule == "step":
         milestones = [round(epoch * steps_per_epoch) - warmup for epoch in recipe.step_epochs]
         main = MultiStepLR(optimizer, milestones, recipe.step_gamma)

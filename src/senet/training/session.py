@@ -2,36 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from senet.anatomy.example import attempt
-from senet.anatomy.recording import run
-from senet.data import Preprocessing, train_loader, val_loader
 from senet.errors import SenetError, UserError
-from senet.fusion import fuse
 from senet.models.description import describe
-from senet.networks.anywhere import channels_of, is_foreign, open_source
-from senet.nn.sync_bn import convert
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
-from senet.training.data import open_run_data, without_deviation
-from senet.training.evaluation import Evaluation, evaluate
-from senet.training.finetuning import (
-    as_the_checkpoint_says,
-    freeze,
-    prepare_start,
-    starting_checkpoint,
-)
+from senet.training.evaluation import Judgement, first_tensor, in_float32, moved
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -41,8 +27,8 @@ from senet.training.fsdp import (
     shard,
 )
 from senet.training.machine import accelerator_of, environment, random_state, set_random_state
+from senet.training.material import Material, named_material
 from senet.training.optimizer import Average, build_optimizer, build_schedule
-from senet.training.recipe import RECIPES, Recipe
 
 
 @dataclass
@@ -71,58 +57,28 @@ class Session:
 
     Args:
         config: the run.
-        preprocessing: how a run that is gone on with prepared its images so far; None at the start.
+        make: gives what is trained and on what, once the processes know each other.
 
     Raises:
         UserError: unknown network, data or device, or sizes that do not go together.
     """
 
-    def __init__(self, config: RunConfig, preprocessing: Preprocessing | None = None) -> None:
-        recipe = self.recipe = config.recipe
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        make: Callable[[RunConfig, Accelerator], Material] = named_material,
+    ) -> None:
         self.processes_before: int | None = None
         self.accelerator = accelerator_of(config)
-        start = None if config.init is None else starting_checkpoint(config)
-        if start is None:
-            # A wrong name or option is told before data are fetched.
-            with nullcontext() if is_foreign(config.model) else torch.device("meta"):
-                outline: Any = open_source(config.model, **config.model_options)
-            least, own = outline.min_input_size, channels_of(config.model)
-        else:
-            least, own = start.model.min_input_size, start.model.config["in_channels"]
-        # Grey images serve a network for colours as they are; of colours something would be lost.
-        self.data = open_run_data(config, channels=3 if own == 3 else None)
-        if preprocessing is not None:
-            self.data = dataclasses.replace(self.data, preprocessing=preprocessing)
-        elif start is not None:
-            self.data = as_the_checkpoint_says(start, self.data, config)
-            if recipe.normalisation == "mean" and _asked_for(recipe):
-                self.data = without_deviation(self.data)
-        size = self.data.preprocessing.image_size
-        if size < least:
-            raise UserError(
-                f"{config.model} takes images of at least {least}×{least} pixels, {config.data} "
-                f"gives {size}×{size}: give image_size={least} or more, or a *_cifar network"
-            )
-        self.train_loader, self.val_loader = self._loaders()
-        self.steps_per_epoch = len(self.train_loader)
+        self.material = material = make(config, self.accelerator)
+        config = self.config = material.run
+        recipe = self.recipe = config.recipe
+        self.data, self.task = material.data, material.task
+        self.train_loader, self.val_loader = material.train, material.val
+        self.steps_per_epoch = len(material.train)
         self.total_steps = recipe.epochs * self.steps_per_epoch
-
-        set_seed(config.seed)
-        if start is None:
-            model: Any = open_source(
-                config.model,
-                num_classes=len(self.data.classes),
-                in_channels=self.data.preprocessing.channels,
-                **config.model_options,
-            )
-        else:
-            model = prepare_start(start, self.data, config.train)
-        if config.sync_bn:
-            convert(model)
-        self.frozen_norms = freeze(model, config.train)
-        if is_foreign(config.model):
-            self._check_foreign(model)
+        model: Any = material.model
+        self.frozen_norms = material.frozen_norms
         device, processes = self.accelerator.device, self.accelerator.num_processes
         self.sharded = config.parallel == "fsdp"
         if not self.sharded:  # which takes plain strides, and goes to the device block by block
@@ -133,7 +89,7 @@ class Session:
         if self.sharded:
             for each in (model, self.ema.module) if self.ema else (model,):
                 shard(each, device, processes)
-        optimizer = build_optimizer(model, recipe)
+        optimizer = build_optimizer(model, recipe, material.new)
         self.schedule = build_schedule(optimizer, recipe, self.steps_per_epoch)
         # With `evaluation_mode` accelerate adds autocast, and no DDP.
         self.wrapped = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
@@ -142,62 +98,16 @@ class Session:
             self.wrapped = torch.compile(self.wrapped, dynamic=False)
         self.meters = self._new_meters()
 
-    def _check_foreign(self, model: nn.Module) -> None:
-        """Fuse a network that is not of this package, where it gives what a training needs.
-
-        Raises:
-            UserError: it does not take the images, or gives something else than logits.
-        """
-        size, classes = self.data.preprocessing, len(self.data.classes)
-        example = (torch.zeros(1, size.channels, size.image_size, size.image_size),)
-        logits = attempt(partial(run, model, example), example)
-        if not isinstance(logits, Tensor) or logits.shape != (1, classes):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(
-                f"{self.config.model} gives {found} for an image where (1, {classes}) is needed, "
-                f"a number for each of the {classes} classes"
-            )
-        if self.config.fuse:
-            fuse(model, example)
-
-    def _loaders(self) -> tuple[Any, Any]:
-        recipe, processes = self.recipe, self.accelerator.num_processes
-        if recipe.batch_size % processes:
-            raise UserError(
-                f"batch_size {recipe.batch_size} must be a multiple of the {processes} processes"
-            )
-        each = recipe.batch_size // processes
-        if each % self.config.accumulate:
-            raise UserError(
-                f"accumulate {self.config.accumulate} must divide the {each} images a step of each "
-                "process"
-            )
-        if self.config.parallel == "fsdp" and len(self.data.val) < processes:
-            raise UserError(  # its forward pass needs every process
-                f"parallel 'fsdp' needs an evaluation image for each of the {processes} processes, "
-                f"{self.config.data} has {len(self.data.val)}: give --parallel ddp"
-            )
-        shard = {
-            "num_workers": self.config.num_workers,
-            "rank": self.accelerator.process_index,
-            "world_size": processes,
-            "batch_size": recipe.batch_size // processes,
-            "pin_memory": self.accelerator.device.type == "cuda",
-        }
-        seed = self.config.seed
-        training = train_loader(self.data, recipe.augmentation, seed=seed, **shard)
-        return training, val_loader(self.data, **shard)
-
     def _new_meters(self) -> dict[str, MeanMetric]:
         # Values come one an image, so that their plain mean is that over images.
-        names = ("train_loss", "train_top1")
+        names = ("train_loss", "train_top1") if self.task.counts_hits else ("train_loss",)
         device = self.accelerator.device
         return {name: MeanMetric(nan_strategy="disable").to(device) for name in names}
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return float(self.schedule.get_last_lr()[0])
+        return float(max(self.schedule.get_last_lr()))
 
     @property
     def judged(self) -> nn.Module:
@@ -206,27 +116,32 @@ class Session:
 
     def description(self, position: Position) -> dict[str, Any]:
         """What the metadata of model.safetensors say."""
+        images = self.material.preprocessing
         return describe(
-            self.model.config,
-            self.data.preprocessing.to_dict(),
-            self.data.classes,
+            self.material.config,
+            None if images is None else images.to_dict(),
+            self.material.classes,
             metrics=position.history[-1] if position.history and not position.done else None,
             run={**self.config.result_options(), "data_root": self.config.data_root},
             step=position.step,
         )
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
         """The batches of an epoch, or those that are left after `restore`."""
         self.train_loader.set_epoch(epoch)
         return iter(self.train_loader)
 
-    def train_step(self, images: Tensor, targets: Tensor, step: int) -> float:
-        """One step of SGD, over `config.accumulate` parts one after the other; returns the loss.
+    def train_step(self, images: Any, targets: Any, step: int) -> float:
+        """One step of the optimizer, over `config.accumulate` parts one after the other.
 
         Args:
-            images: (N,C,H,W), this process's part of the batch.
-            targets: class numbers (N,), or shares of the classes (N,K) where images are mixed.
+            images: (N,C,H,W), this process's part of the batch, or what else the network takes.
+            targets: class numbers (N,), shares of the classes (N,K) where images are mixed, or
+                what else the task takes.
             step: number of the step, from 1.
+
+        Returns:
+            The loss.
 
         Raises:
             SenetError: the loss is not finite, or a block that FSDP gathers changes its input; no
@@ -235,22 +150,23 @@ class Session:
         recipe, device = self.recipe, self.accelerator.device
         for norm in self.frozen_norms:  # `evaluate` puts the whole network back into training mode
             norm.training = False
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
+        images, targets = moved(images, device), moved(targets, device, plain=True)
         parts = self.config.accumulate
         losses, hits = [], []
         for number, (x, y) in enumerate(
-            zip(images.chunk(parts), targets.chunk(parts), strict=True), start=1
+            zip(split(images, parts), split(targets, parts), strict=True), start=1
         ):
             with self._gradients_stay() if number < parts else nullcontext():
                 with forward_of(self.model):
-                    logits = self._logits(x)
-                each = F.cross_entropy(
-                    logits, y, label_smoothing=recipe.label_smoothing, reduction="none"
-                )
+                    outputs = self._outputs(x)
+                each = self.task.loss(outputs, y)
+                if each.ndim == 0:  # a mean
+                    each = each.expand(len(first_tensor(y)))
                 self.accelerator.backward(each.mean() if parts == 1 else each.mean() / parts)
             losses.append(each.detach())
-            hits.append((logits.argmax(dim=1) == (y if y.ndim == 1 else y.argmax(dim=1))).float())
+            if self.task.counts_hits:
+                right = outputs.argmax(dim=1) == (y if y.ndim == 1 else y.argmax(dim=1))
+                hits.append(right.float())
         value = torch.cat(losses).mean().item()
         if self.anywhere(not math.isfinite(value)):
             raise self.diverged(f"loss is {value}", step)
@@ -263,17 +179,18 @@ class Session:
         if self.ema:
             self.ema.update_parameters(self.model)
         self.meters["train_loss"].update(torch.cat(losses))
-        self.meters["train_top1"].update(torch.cat(hits))
+        if hits:
+            self.meters["train_top1"].update(torch.cat(hits))
         return value
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _outputs(self, x: Any) -> Any:
         found = self.wrapped(x)
-        if not isinstance(found, Tensor):
+        if self.task.counts_hits and not isinstance(found, Tensor):
             raise UserError(
                 f"{self.config.model} gives {type(found).__name__} in training, not logits alone: "
                 "write a FILE.py:FUNCTION that builds it without auxiliary outputs"
             )
-        return found.float()
+        return in_float32(found)
 
     @contextmanager
     def _gradients_stay(self) -> Iterator[None]:
@@ -286,20 +203,35 @@ class Session:
         yield
         self.wrapped.set_requires_gradient_sync(True)
 
-    def evaluate(self, progress: Progress, stop: Any) -> Evaluation:
+    def evaluate(self, progress: Progress, stop: Callable[[], bool]) -> Judgement:
         """Judge the network of now on the validation set."""
         if self.accelerator.num_processes > 1:
             for buffer in self.judged.buffers():  # BN statistics differ; the saved ones count
                 torch.distributed.broadcast(buffer, 0)
-        alone = {"stop": stop} if self.accelerator.num_processes == 1 else {}
-        return evaluate(
+        alone = self.accelerator.num_processes == 1  # the others would wait for this one
+        return self.task.evaluate(
             self.judged,
             self.val_loader,
-            self.data.classes,
             mixed_precision=self.recipe.mixed_precision,
             progress=progress,
-            **alone,
+            stop=stop if alone else lambda: False,
         )
+
+    def better(self, row: Mapping[str, float], than: Sequence[Mapping[str, float]]) -> bool:
+        """Whether an epoch is better than all of others, by its row of metrics.csv."""
+        return self.best([*than, row]) == len(than)
+
+    def best(self, history: Sequence[Mapping[str, float]]) -> int:
+        """Index of the best of some epochs, the first of equal ones."""
+        values = [row[self.task.judged] for row in history]
+        return values.index(max(values) if self.task.highest else min(values))
+
+    def exhausted(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether the recipe's patience is at its end."""
+        patience = self.recipe.patience
+        if patience is None or not history:
+            return False
+        return len(history) > patience + self.best(history)
 
     def anywhere(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -340,7 +272,7 @@ class Session:
         return {
             "position": dataclasses.asdict(position),
             "options": self.config.result_options(),
-            "data": self._data_facts(),
+            "data": dict(self.material.facts),
             "environment": environment(self.config),
             "processes": gather_object([mine]),
             "model": gathered(self.model.state_dict(), main=main),
@@ -357,20 +289,16 @@ class Session:
         inner = "module."
         return {k.removeprefix(inner): v for k, v in state["ema"].items() if k.startswith(inner)}
 
-    def _data_facts(self) -> dict[str, Any]:
-        data = self.data
-        return {"train": len(data.train), "val": len(data.val), "classes": list(data.classes)}
-
     def check_data(self, state: dict[str, Any]) -> None:
         """Refuse a state that was taken with other data.
 
         Raises:
             UserError: other classes, or other numbers of images.
         """
-        if state["data"] != self._data_facts():
+        if state["data"] != dict(self.material.facts):
             raise UserError(
                 f"{self.config.data} is not what it was when the run began: it had "
-                f"{state['data']}, now {self._data_facts()}; restore it, or start a new run"
+                f"{state['data']}, now {dict(self.material.facts)}; restore it, or start a new run"
             )
 
     def restore(self, state: dict[str, Any]) -> Position:
@@ -413,7 +341,13 @@ class Session:
             meter.reset()
 
 
-def _asked_for(recipe: Recipe) -> bool:
-    """Whether its normalisation was given beside the recipe's name."""
-    named = RECIPES.get(recipe.name)
-    return named is None or recipe.normalisation != named.normalisation
+def split(batch: Any, parts: int) -> list[Any]:
+    """A batch in parts: tensors along their first dimension, and those in containers."""
+    if parts == 1:
+        return [batch]
+    if isinstance(batch, Tensor):
+        return list(batch.chunk(parts))
+    if isinstance(batch, Mapping):
+        pieces = {key: split(value, parts) for key, value in batch.items()}
+        return [{key: pieces[key][part] for key in pieces} for part in range(parts)]
+    return [list(part) for part in zip(*(split(each, parts) for each in batch), strict=True)]

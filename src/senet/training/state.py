@@ -61,11 +61,12 @@ def save_training_state(
 
 
 def recorded_preprocessing(run: Path) -> Preprocessing | None:
-    """How the run prepared its images so far, or None where it has no readable checkpoint yet."""
+    """How the run prepared its images so far; None without a readable checkpoint, or unknown."""
     for slot in ("last", "previous"):
         path = run / "checkpoints" / slot
         if path.exists() and defect(path) is None:
-            return Preprocessing.from_dict(read_described(path / WEIGHTS)[0]["preprocessing"])
+            found = read_described(path / WEIGHTS)[0]["preprocessing"]
+            return None if found is None else Preprocessing.from_dict(found)
     return None
 
 
