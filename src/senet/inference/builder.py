@@ -20,6 +20,7 @@ from senet.inference.schedule import (
     convolution_tasks,
     depthwise_tasks,
     narrow_groups,
+    pairs_groups,
     row_stride,
     slides,
     sliding_floats,
@@ -246,6 +247,8 @@ class Builder:
             )
         if tile:
             return self._winograd(name, module, geometry, maps, ending, tile, sums)
+        if gates is None and shortcut is None and pairs_groups(geometry, C, y.shape[3]):
+            return self._paired(name, module, geometry, maps, ending, sums)
         merge = packing.merged_groups(geometry.groups, y.shape[3] // geometry.groups)
         groups = geometry.groups // merge
         weights = self.constant(
@@ -321,17 +324,11 @@ class Builder:
         assert isinstance(x, Map)
         assert isinstance(y, Map)
         depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
-        N, OH, OW, OC = y.shape
+        _, OH, _, OC = y.shape
         panels = groups * math.ceil(OC / groups / kernels.PANEL)
         packed = replace(geometry, groups=groups)
         if slides(packed, x.shape[3], OC):
-            inputs = x.shape[3] // groups
-            if self._lines:
-                floats = sliding_floats(geometry, OW, inputs, self._lines)
-                tasks = Tasks(self._lines, panels, floats)
-            else:
-                tasks = sliding_tasks(geometry, N, OH, OW, inputs, panels, self.threads)
-            self.scratch = max(self.scratch, tasks.scratch)
+            tasks = self._sliding_tasks(geometry, y, x.shape[3] // groups, panels)
             summed = self._summed(y, math.ceil(OH / tasks.rows)) if sums else None
             self.emit(
                 Kind.SLIDING,
@@ -360,6 +357,50 @@ class Builder:
             {"weights": weights, "bias": bias, **ending.constants},
         )
         return summed
+
+    def _paired(
+        self,
+        name: str,
+        module: FusedConv,
+        geometry: Geometry,
+        maps: Maps,
+        ending: Ending,
+        sums: bool,
+    ) -> Sums | None:
+        """A grouped convolution, two groups at a time; without gates and shortcut."""
+        x, y = maps["x"], maps["y"]
+        assert isinstance(x, Map)
+        assert isinstance(y, Map)
+        groups = geometry.groups
+        constants = ending.constants | {
+            "weights": self.constant(
+                (name, "pairs"), lambda: packing.pairs(module.weight, groups)
+            ),
+            "bias": self.constant(
+                (name, "pair bias"), lambda: packing.pair_bias(module.bias, groups)
+            ),
+        }
+        pairs, inputs = math.ceil(groups / 2), 2 * x.shape[3] // groups
+        tasks = self._sliding_tasks(geometry, y, inputs, pairs)
+        summed = self._summed(y, math.ceil(y.shape[1] / tasks.rows)) if sums else None
+        self.emit(
+            Kind.PAIRED,
+            {"x": x, "y": y, "sums": None if summed is None else summed.parts},
+            {**geometry.fields(), **ending.fields, "rows": tasks.rows, "panels": tasks.panels},
+            constants,
+        )
+        return summed
+
+    def _sliding_tasks(self, geometry: Geometry, y: Map, inputs: int, panels: int) -> Tasks:
+        """The tasks of a convolution that slides over rows of so many inputs; of a chain's, one."""
+        N, OH, OW, _ = y.shape
+        if self._lines:
+            floats = sliding_floats(geometry, OW, inputs, self._lines)
+            tasks = Tasks(self._lines, panels, floats)
+        else:
+            tasks = sliding_tasks(geometry, N, OH, OW, inputs, panels, self.threads)
+        self.scratch = max(self.scratch, tasks.scratch)
+        return tasks
 
     def _winograd(
         self,
@@ -545,7 +586,8 @@ class Builder:
         `branches` are the parts of a concatenated x, summed or not.
         """
         weights = module.weight1.numel() + module.weight2.numel()
-        if x.shape[0] >= 2 * self.threads and weights <= _CACHED_WEIGHTS:
+        alone = x.shape[0] == 1 or x.shape[0] >= 2 * self.threads
+        if alone and weights <= _CACHED_WEIGHTS:
             with self._image_by_image(x, y):
                 self._gates(name, module, x, y, branches, images=1)
         else:

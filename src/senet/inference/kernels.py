@@ -14,6 +14,8 @@ from senet.kernels.structs import Step
 # Output channels of a panel of packed weights, and rows of a register tile.
 PANEL = 0 if LIBRARY is None else int(LIBRARY.senet_panel())
 TILE_ROWS = 0 if LIBRARY is None else int(LIBRARY.senet_tile_rows())
+# Scratch floats that each step needs of a thread's.
+STEP_FLOATS = 0 if LIBRARY is None else int(LIBRARY.senet_step_floats())
 STRIDES = frozenset(name for name, *_ in Step._fields_ if name.endswith("_ld"))
 # A vector may be read behind the last channel of the last pixel.
 SLACK = 64

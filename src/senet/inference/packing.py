@@ -59,6 +59,28 @@ def convolution(weight: Tensor, groups: int, merge: int) -> Tensor:
     return panels(dense.reshape(groups // merge, merge * outputs, depth))
 
 
+def pairs(weight: Tensor, groups: int) -> Tensor:
+    """Weight (C, C_in/groups, kh, kw) → panels of two groups' outputs in turns.
+
+    Those of a last group without another come behind them.
+    """
+    matrices = weight.permute(0, 2, 3, 1).reshape(groups, weight.shape[0] // groups, -1)
+    return torch.cat([part.flatten() for part in _paired(matrices)])
+
+
+def pair_bias(bias: Tensor, groups: int) -> Tensor:
+    """Biases (C,) as the outputs of `pairs`."""
+    return torch.cat([part.flatten() for part in _paired(bias.view(groups, -1, 1))])
+
+
+def _paired(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (G, outputs, depth) → panels of pairs, and of what is left of an odd number."""
+    groups, outputs, depth = matrices.shape
+    even = groups // 2 * 2
+    both = matrices[:even].view(-1, 2, outputs, depth).transpose(1, 2)
+    return panels(both.reshape(-1, 2 * outputs, depth)), panels(matrices[even:])
+
+
 def winograd_matrix(tile: int) -> Tensor:
     """G (tile + 2, 3) of F(tile × tile, 3×3) for the points of winograd.h, in float64."""
     if tile == 2:

@@ -88,7 +88,8 @@ class Program:
         builder = lowering.builder
         self.arena = place(list(builder.buffers.values())) + kernels.SLACK
         self.arena += -self.arena % _LINE
-        self.scratch = threads * (builder.scratch + kernels.SLACK)
+        share = builder.scratch + kernels.SLACK + kernels.STEP_FLOATS * (len(builder.steps) + _LINE)
+        self.scratch = threads * (share + -share % _LINE)
         self.size = self.arena + self.scratch
         self.kept: list[Tensor] = []
         self.parts: list[Stretch | TorchStep] = []

@@ -23,8 +23,11 @@ _COPIED_BYTES = 24 << 10
 _PATCH_BYTES = 384 << 10
 # Up to this many bytes all inputs stay in a core's cache and threads share the panels instead.
 _SHARED_BYTES = 1 << 20
-# Tasks for each thread, so that one that is held up leaves its rest to the other ones.
-_TASKS = 4
+# Tasks for each thread, so that one that is held up leaves its rest to the other ones; and fewer
+# where there is little to do.
+_TASKS, _FEW_TASKS = 4, 2
+# Products of a step that is not worth waiting for a second thread.
+_SMALL = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,17 @@ def convolution_tasks(
         threads: threads.
     """
     inputs, weights = 4 * depth * rows, 4 * depth * panels * kernels.PANEL
-    if images == 1 and inputs <= _SHARED_BYTES and weights > inputs // 4:
+    few = images == 1 and inputs <= _SHARED_BYTES and weights > inputs // 4
+    if few and rows * depth * panels * kernels.PANEL <= _SMALL:
+        task_rows, task_panels = rows, panels
+    elif few and (threads == 1 or rows < 3 * kernels.TILE_ROWS * threads):
+        # each thread reads its own weights only
         share = math.ceil(panels / (threads * _TASKS if in_place else threads))
         task_rows, task_panels = rows, share
+        if in_place and rows > 2 * kernels.TILE_ROWS and panels % threads and panels < 4 * threads:
+            task_rows = math.ceil(rows / 2)  # else one thread had a panel more
+    elif few:  # its own rows, which it has in its cache from the step before
+        task_rows, task_panels = math.ceil(rows / (threads * _FEW_TASKS)), panels
     else:
         fitting = whole_tiles(_BLOCK_BYTES / (4 * depth))
         balanced = whole_tiles(math.ceil(images * rows / (threads * _TASKS)))
@@ -137,6 +148,10 @@ def depthwise_tasks(geometry: Geometry, N: int, OH: int, OW: int, C: int, thread
     """
     panels, wanted = math.ceil(C / kernels.PANEL), threads * _TASKS
     row_bytes = 4 * OW * C * geometry.stride[0] * geometry.stride[1]
+    if OW * C * geometry.kernel[0] * geometry.kernel[1] * OH * N <= _SMALL:
+        return Tasks(OH, panels, 0)
+    if N == 1 and OH * OW >= 3 * kernels.TILE_ROWS * threads:  # as a product of so few rows
+        return Tasks(math.ceil(OH / (threads * _FEW_TASKS)), panels, 0)
     rows = min(OH, max(geometry.kernel[0], _BLOCK_BYTES // row_bytes))
     parts = min(panels, math.ceil(wanted / (N * math.ceil(OH / rows))))
     if N * math.ceil(OH / rows) * parts < wanted:
@@ -150,6 +165,13 @@ def slides(geometry: Geometry, C: int, OC: int) -> bool:
         return False
     narrow = OC // geometry.groups <= _FEW_OUTPUTS
     return narrow and (geometry.groups > 1 or C <= 4)
+
+
+def pairs_groups(geometry: Geometry, C: int, OC: int) -> bool:
+    """Whether groups of a convolution that `slides` fill vectors better two by two."""
+    lanes, inputs, outputs = kernels.PANEL // 2, C // geometry.groups, OC // geometry.groups
+    suits = outputs == lanes or (outputs > lanes and outputs % lanes == lanes // 2)
+    return geometry.groups > 1 and suits and max(inputs, outputs) <= 40 and slides(geometry, C, OC)
 
 
 def sliding_tasks(

@@ -65,7 +65,7 @@ def load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         getattr(library, f"senet_{name}").argtypes = (ctypes.c_char_p,)
     for name in ("forward", "input_gradient", "weights_gradient"):
         getattr(library, f"senet_convolution_{name}").argtypes = (ctypes.c_char_p,)
-    for name in ("panel", "tile_rows"):
+    for name in ("panel", "tile_rows", "step_floats"):
         getattr(library, f"senet_{name}").restype = ctypes.c_int64
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.senet_run.argtypes = (pointer, number, number, pointer, number)

@@ -92,10 +92,12 @@ SENET_EXPORT const Constant* senet_constant(int64_t index) {
   return entry(tables, index);
 }
 
-// The instruction set in use, the output channels of a weight panel, the rows of a register tile.
+// The instruction set in use, the output channels of a weight panel, the rows of a register tile, the
+// floats of scratch memory that each step needs of a thread's.
 SENET_EXPORT const char* senet_isa() { return kernels().isa; }
 SENET_EXPORT int64_t senet_panel() { return kernels().inference_kernels.panel; }
 SENET_EXPORT int64_t senet_tile_rows() { return kernels().inference_kernels.tile_rows; }
+SENET_EXPORT int64_t senet_step_floats() { return kernels().inference_kernels.step_floats; }
 
 // All return 0, or 1 when memory ran out; `type` as above.
 SENET_EXPORT int senet_tail_forward(int type, const TailArguments* a) {
@@ -127,7 +129,8 @@ SENET_CONVOLUTION(forward)
 SENET_CONVOLUTION(input_gradient)
 SENET_CONVOLUTION(weights_gradient)
 
-// Runs `count` steps with `threads` threads; each has `scratch_size` floats of scratch.
+// Runs `count` steps with `threads` threads; each has `scratch_size` floats of scratch, whole lines
+// of the cache.
 SENET_EXPORT void senet_run(Step* steps, int64_t count, int64_t threads, float* scratch,
                             int64_t scratch_size) {
   kernels().inference_kernels.run(steps, count, threads, scratch, scratch_size);

@@ -65,6 +65,12 @@ SENET_INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// The same into the first-level cache.
+template <class T>
+SENET_INLINE void fetch_near(const T* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
 // A non-temporal store does not read the line it overwrites; `to` must be aligned to the vector.
 template <class V>
 SENET_INLINE void stream(void* to, const V& v) {
@@ -115,6 +121,21 @@ SENET_INLINE V smaller(V bound, V v) {
   return bound < v ? bound : v;
 }
 
+// 1 / v to a unit in the last place for positive v; that of infinity is 0. With 512 bits a division
+// takes as long as an exponential: there it is an estimate of 14 bits and a step of Newton's.
+template <class V>
+SENET_INLINE V reciprocal(V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) {
+    const __m512 one = _mm512_set1_ps(1.0f), estimate = _mm512_maskz_rcp14_ps(0xffff, __m512(v));
+    const __m512 error = _mm512_fnmadd_ps(__m512(v), estimate, one);
+    const __mmask16 finite = _mm512_cmp_ps_mask(__m512(v), one * __builtin_inff(), _CMP_NGE_UQ);
+    return V(_mm512_maskz_fmadd_ps(finite, estimate, error, estimate));
+  }
+#endif
+  return 1.0f / v;
+}
+
 // Stores the first `count` lanes of v, fewer than it has.
 template <class V>
 SENET_INLINE void store_lanes(float* to, const V& v, int64_t count) {
@@ -155,13 +176,18 @@ SENET_INLINE void wait_a_little(int64_t turns) {
 #endif
 }
 
-// Counters that threads share: take a number, note that something is done and has been written, see
-// that so much is done and read what was written.
+// Counters that threads share: take a number, look which is next, say that something is done and has
+// been written, see that it is and read what was written.
 SENET_INLINE int64_t take_number(int64_t& counter) {
   return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
 }
-SENET_INLINE void note_done(int64_t& counter) { __atomic_fetch_add(&counter, 1, __ATOMIC_RELEASE); }
-SENET_INLINE int64_t count_done(const int64_t& counter) {
+SENET_INLINE int64_t peek(const int64_t& counter) {
+  return __atomic_load_n(&counter, __ATOMIC_RELAXED);
+}
+SENET_INLINE void publish(int64_t& counter, int64_t value) {
+  __atomic_store_n(&counter, value, __ATOMIC_RELEASE);
+}
+SENET_INLINE int64_t see(const int64_t& counter) {
   return __atomic_load_n(&counter, __ATOMIC_ACQUIRE);
 }
 

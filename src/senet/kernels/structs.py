@@ -71,6 +71,7 @@ class Kind(IntEnum):
     GROUPED = 13
     CHAIN = 14
     SLIDING = 15
+    PAIRED = 16
 
 
 class Activation(IntEnum):
@@ -164,7 +165,7 @@ class Step(ctypes.Structure):
     """One step of a program, `inference/step.h`."""
 
     _fields_ = (
-        *_fields(ctypes.c_int64, "kind next done"),
+        *_fields(ctypes.c_int64, "kind"),
         *_fields(
             ctypes.c_void_p, "x weights bias gates shortcut slopes input_gates y patches sums"
         ),

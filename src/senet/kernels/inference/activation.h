@@ -84,7 +84,7 @@ SENET_INLINE V hyperbolic_tangent(V x) {
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
-  const V large = 1.0f - 2.0f / exponential_of(a + a).plus_one();
+  const V large = 1.0f - 2.0f * reciprocal(exponential_of(a + a).plus_one());
   return a < 0.625f ? x + x * (z * p) : with_sign_of(large, x);
 }
 
@@ -94,7 +94,7 @@ SENET_INLINE V hyperbolic_tangent(V x) {
 SENET_INLINE V gelu(V x) {
   const V a = at_most(magnitude(x), 14.5f);
   const V upper = reinterpret_cast<V>(bits_of(a) & int32_t(0xfffff000));
-  const V u = 1.0f / (1.0f + 0.26f * a);
+  const V u = reciprocal(1.0f + 0.26f * a);
   V p = u * 0.03023058186f - 0.1514957182f;
   p = p * u + 0.2487356784f;
   p = p * u - 0.1477919733f;
@@ -120,22 +120,22 @@ SENET_INLINE V activated(V x, float parameter, const float* slopes) {
     const Exponential e = exponential_of(x);
     return x > 0 ? x : parameter * (e.power * e.fraction + (e.power - 1.0f));
   }
-  if constexpr (kActivation == A::kSilu) return x / exponential_of(-x).plus_one();
+  if constexpr (kActivation == A::kSilu) return x * reciprocal(exponential_of(-x).plus_one());
   if constexpr (kActivation == A::kHardswish)
     return x * (at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6));
   if constexpr (kActivation == A::kMish) {  // tanh(ln(1 + w)) is (w² + 2w) / (w² + 2w + 2)
     const V w = exponential_of(at_most(x, 20.0f)).value();
     const V q = w * w + 2.0f * w;
-    return x * (q / (q + 2.0f));
+    return x * (q * reciprocal(q + 2.0f));
   }
   if constexpr (kActivation == A::kGelu) return gelu(x);
   if constexpr (kActivation == A::kGeluTanh)  // tanh(v) is 2 sigmoid(2v) - 1
-    return x / exponential_of(x * (x * x * -0.0713548162726f - 1.59576912160573f)).plus_one();
-  if constexpr (kActivation == A::kSigmoid) return 1.0f / exponential_of(-x).plus_one();
+    return x * reciprocal(exponential_of(x * (x * x * -0.0713548162726f - 1.59576912160573f)).plus_one());
+  if constexpr (kActivation == A::kSigmoid) return reciprocal(exponential_of(-x).plus_one());
   if constexpr (kActivation == A::kHardsigmoid)
     return at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6);
   if constexpr (kActivation == A::kTanh) return hyperbolic_tangent(x);
-  if constexpr (kActivation == A::kIdentitySigmoid) return 2.0f / exponential_of(-x).plus_one();
+  if constexpr (kActivation == A::kIdentitySigmoid) return 2.0f * reciprocal(exponential_of(-x).plus_one());
   return x;
 }
 

@@ -88,8 +88,8 @@ int64_t convolution_tasks(const Step& s) {
 void convolution(const Step& s, int64_t task, float* scratch) {
   const int64_t panel_blocks = ceil_div(s.groups * group_panels(s), s.panels);
   const int64_t row_blocks = ceil_div(image_rows(s), s.rows);
-  const int64_t panel_block = task % panel_blocks, row_block = task / panel_blocks % row_blocks;
-  const int64_t image = task / panel_blocks / row_blocks;
+  const int64_t row_block = task % row_blocks, panel_block = task / row_blocks % panel_blocks;
+  const int64_t image = task / row_blocks / panel_blocks;
   const int64_t begin = image * image_rows(s) + image_rows(s) * row_block / row_blocks;
   const int64_t rows = image * image_rows(s) + image_rows(s) * (row_block + 1) / row_blocks - begin;
 

@@ -7,6 +7,6 @@
 namespace senet::SENET_ISA {
 
 extern const InferenceKernels inference_kernels;
-const InferenceKernels inference_kernels = {kPanel, kTileRows, run};
+const InferenceKernels inference_kernels = {kPanel, kTileRows, kCounterFloats, run};
 
 }  // namespace senet::SENET_ISA

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "geometry.h"
 #include "product.h"
@@ -11,13 +12,38 @@
 namespace senet {
 namespace {
 
+// Vector `v` of three channels side by side: lane i has pixel (v * kWidth + i) / 3 of channel
+// (v * kWidth + i) % 3.
+template <int v, int... I>
+SENET_INLINE V interleaved(V red, V green, V blue, std::integer_sequence<int, I...>) {
+  const V two = shuffle<((v * kWidth + I) / 3 + (v * kWidth + I) % 3 % 2 * kWidth)...>(red, green);
+  return shuffle<((v * kWidth + I) % 3 == 2 ? (v * kWidth + I) / 3 + kWidth : I)...>(two, blue);
+}
+
+// Whole vectors of a row of pixels of three channels, each a row of numbers; how many pixels.
+SENET_INLINE int64_t interleave(const float* from, int64_t channel, int64_t pixels, float* to) {
+  constexpr auto kAll = std::make_integer_sequence<int, kWidth>{};
+  int64_t w = 0;
+  for (; w + kWidth <= pixels; w += kWidth, from += kWidth, to += 3 * kWidth) {
+    const V red = load<kWidth>(from), green = load<kWidth>(from + channel);
+    const V blue = load<kWidth>(from + 2 * channel);
+    store(to, interleaved<0>(red, green, blue, kAll));
+    store(to + kWidth, interleaved<1>(red, green, blue, kAll));
+    store(to + 2 * kWidth, interleaved<2>(red, green, blue, kAll));
+  }
+  return w;
+}
+
 // The network's input with any strides to channels_last; a task is one row of the image.
 void read_input(const Step& s, int64_t task) {
   const int64_t n = task / s.H, h = task % s.H;
   const float* from = s.x + n * s.strides[0] + h * s.strides[2];
   float* to = s.y + task * s.W * s.y_ld;
+  if (s.strides[1] == 1 && s.strides[3] == s.C && s.y_ld == s.C) return copy(to, from, s.W * s.C);
+  int64_t done = 0;
+  if (s.C == 3 && s.y_ld == 3 && s.strides[3] == 1) done = interleave(from, s.strides[1], s.W, to);
   for (int64_t c = 0; c < s.C; ++c)
-    for (int64_t w = 0; w < s.W; ++w)
+    for (int64_t w = done; w < s.W; ++w)
       to[w * s.y_ld + c] = from[c * s.strides[1] + w * s.strides[3]];
 }
 

@@ -1,4 +1,4 @@
-// Runs the steps of a program one after the other, the tasks of a step on whichever thread is free.
+// Runs the steps of a program one after the other, the tasks of a step on all threads.
 // Which thread takes a task changes nothing in the result.
 #pragma once
 
@@ -8,7 +8,9 @@
 #include "depthwise.h"
 #include "excitation.h"
 #include "grouped.h"
+#include "paired.h"
 #include "passes.h"
+#include "shares.h"
 #include "sliding.h"
 #include "winograd.h"
 
@@ -41,6 +43,8 @@ int64_t task_count(const Step& s) {
       return chain_tasks(s);
     case kSliding:
       return sliding_tasks(s);
+    case kPaired:
+      return paired_tasks(s);
     default:  // grouped convolution, pooling
       return s.N * s.OH;
   }
@@ -82,6 +86,8 @@ void run_task(const Step& s, int64_t task, float* scratch) {
       return chain(s, task, scratch);
     case kSliding:
       return sliding(s, task, scratch);
+    case kPaired:
+      return paired(s, task, scratch);
     case kGrouped:
       return grouped(s, task);
     case kDepthwise:
@@ -93,27 +99,28 @@ void run_task(const Step& s, int64_t task, float* scratch) {
   }
 }
 
-// A thread that finds no task left waits for the tasks that others still work on, not for the others
-// themselves: one that the operating system has put aside between two tasks holds up nobody.
-SENET_INLINE void wait_until_done(const Step& s, int64_t tasks) {
-  for (int64_t turns = 0; count_done(s.done) < tasks; ++turns) wait_a_little(turns);
+bool is_group(const Step& s) { return s.kind == kImages || s.kind == kChain; }
+
+// How many steps from `first` on have a single task each: whoever takes the first one's runs them all.
+int64_t single_tasks(const Step* steps, int64_t first, int64_t count) {
+  int64_t i = first;
+  while (i < count && !is_group(steps[i]) && task_count(steps[i]) == 1) ++i;
+  return i - first;
 }
 
 void run(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t scratch_size) {
-  for (int64_t i = 0; i < count; ++i) steps[i].next = steps[i].done = 0;
+  const Shares shares(threads, scratch, scratch_size);
+  for (int64_t i = 0; i < count; ++i) shares.begin(i, task_count(steps[i]));
   parallel(threads, [=](const Member& member) {
-    float* mine = scratch + member.id * scratch_size;
-    for (int64_t i = 0; i < count; ++i) {
-      Step& s = steps[i];
-      const int64_t tasks = task_count(s);
-      for (;;) {
-        const int64_t task = take_number(s.next);
-        if (task >= tasks) break;
-        run_task(s, task, mine);
-        note_done(s.done);
-      }
-      wait_until_done(s, tasks);
-      if (s.kind == kImages || s.kind == kChain) i += s.steps;
+    float* mine = scratch + member.id * scratch_size + Shares::floats(count);
+    for (int64_t i = 0; i < count;) {
+      const int64_t tasks = task_count(steps[i]), in_a_row = single_tasks(steps, i, count);
+      shares.work(i, tasks, member.id, [=](int64_t task) {
+        run_task(steps[i], task, mine);
+        for (int64_t j = 1; j < in_a_row; ++j) run_task(steps[i + j], 0, mine);
+      });
+      shares.wait(i, tasks);
+      i += is_group(steps[i]) ? 1 + steps[i].steps : in_a_row > 0 ? in_a_row : 1;
     }
   });
 }

@@ -22,6 +22,7 @@ enum Kind {
   kGrouped,
   kChain,
   kSliding,
+  kPaired,
 };
 
 // As senet.ops.activations names them; a PReLU has its slopes beside it, and the identity sigmoid, a
@@ -47,7 +48,7 @@ enum class Activation : int64_t {
 // One step of a program. Maps are channels_last: element (n, h, w, c) of x lies at
 // ((n * H + h) * W + w) * x_ld + c, where x_ld >= C. A null pointer means "none".
 struct Step {
-  int64_t kind, next, done;  // next: the first task that no thread has taken; done: tasks finished
+  int64_t kind;
   const float *x, *weights, *bias, *gates, *shortcut, *slopes;
   const float* input_gates;  // of a 1×1 convolution: factors of its input, [N][input_gates_ld]
   float *y, *patches;  // patches: of a Winograd convolution that transforms all inputs first
@@ -76,8 +77,7 @@ constexpr int64_t kMaxChannels = 8192;
 
 #define FIELD(name) SENET_FIELD(Step, name)
 constexpr Field kStepFields[] = {
-    FIELD(kind), FIELD(next), FIELD(done),
-    FIELD(x), FIELD(weights), FIELD(bias), FIELD(gates), FIELD(shortcut), FIELD(slopes), FIELD(input_gates),
+    FIELD(kind), FIELD(x), FIELD(weights), FIELD(bias), FIELD(gates), FIELD(shortcut), FIELD(slopes), FIELD(input_gates),
     FIELD(y), FIELD(patches), FIELD(sums),
     FIELD(x_ld), FIELD(weights_ld), FIELD(y_ld), FIELD(gates_ld), FIELD(shortcut_ld), FIELD(sums_ld),
     FIELD(input_gates_ld),
@@ -107,6 +107,7 @@ constexpr Constant kInferenceConstants[] = {
     {"Kind", "GROUPED", kGrouped},
     {"Kind", "CHAIN", kChain},
     {"Kind", "SLIDING", kSliding},
+    {"Kind", "PAIRED", kPaired},
     {"Activation", "LINEAR", int64_t(Activation::kLinear)},
     {"Activation", "RELU", int64_t(Activation::kRelu)},
     {"Activation", "RELU6", int64_t(Activation::kRelu6)},
@@ -129,7 +130,9 @@ constexpr Constant kInferenceConstants[] = {
 
 // The kernels of one instruction set; `run` is senet_run of dispatch.cpp.
 struct InferenceKernels {
-  int64_t panel, tile_rows;  // output channels of a weight panel, rows of a register tile
+  // Output channels of a weight panel, rows of a register tile, floats of scratch memory that a thread
+  // has more for each step.
+  int64_t panel, tile_rows, step_floats;
   void (*run)(Step* steps, int64_t count, int64_t threads, float* scratch, int64_t scratch_size);
 };
 
