@@ -65,9 +65,9 @@ def examined(name: str) -> dict[str, Any]:
     """Both counts of a network, and where they differ."""
     library, _, short = name.partition(":")
 
-    def build() -> nn.Module:
+    def build(**options: Any) -> nn.Module:
         if library == "timm":
-            return timm.create_model(short)
+            return timm.create_model(short, **options)
         extra = {"weights_backbone": None} if "backbone" in _arguments(short) else {}
         return torchvision.models.get_model(short, weights=None, **extra)
 
@@ -97,9 +97,16 @@ def examined(name: str) -> dict[str, Any]:
         "forms": dict(Counter(_form(e) for e in seen.excitations.values())),
         "others": dict(Counter(seen.others.values())),
         "unread": seen.unread,
-        "gate_error": gate_error(build().eval(), short, both) if both else None,
+        "gate_error": gate_error(build(**_small(model)).eval(), short, both) if both else None,
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def _small(model: nn.Module) -> dict[str, int]:
+    """Options for a smaller input where that is a part of the network."""
+    config = getattr(model, "pretrained_cfg", {})
+    large = config.get("fixed_input_size") and config["input_size"][-1] > 256
+    return {"img_size": 224} if large else {}
 
 
 @torch.no_grad()
@@ -136,7 +143,8 @@ def gate_error(model: nn.Module, name: str, blocks: list[str]) -> float:
         listen(key, model.get_submodule(key))
     example = _example(model, name, "cpu")
     images = torch.stack(example[0]) if isinstance(example, tuple) else example
-    images = torch.randn(images.shape, dtype=torch.float64)
+    places = getattr(model, "img_size", images.shape[2:])  # what `_small` has asked for
+    images = torch.randn(*images.shape[:2], *places, dtype=torch.float64)
     gates = record_gates(model, [images], top=1).blocks
     differences = [
         (gates[key].mean - quotients[key].mean(0)).abs() for key in blocks if key in quotients

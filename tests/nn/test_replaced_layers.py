@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import SEModule
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from senet import SqueezeExcitation, create_model, optimize
+from senet import SqueezeExcitation, create_model, fuse, optimize
 from senet.anatomy import excitations
 from senet.commands.summary import summarize_block
 from senet.errors import UserError
@@ -25,6 +26,24 @@ NORMS_INSIDE = ["se_resnet8_cifar", "se_bn_inception", "vgg16_bn", "senet154", "
 
 def network(name: str = "se_resnet8_cifar", **options: Any) -> nn.Module:
     return create_model(name, num_classes=4, **options).eval()
+
+
+def fused() -> nn.Module:
+    layers = (nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), SEModule(8, rd_channels=4))
+    model = Foreign(layers)
+    assert fuse(model, torch.randn(2, 3, 8, 8)).fused
+    return model
+
+
+class Foreign(nn.Module):
+    """A network whose class is not ours."""
+
+    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act, self.se = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.act(self.bn(self.conv(x))))
 
 
 def blocks(model: nn.Module) -> list[SqueezeExcitation]:
@@ -187,8 +206,10 @@ def test_feature_extractor() -> None:
         lambda: network("resnet8_cifar"),
         lambda: SqueezeExcitation(8, 4),
         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), SqueezeExcitation(8, 4)),
+        lambda: optimize(network(), torch.randn(1, 3, 32, 32), measure=False),
+        fused,
     ],
-    ids=["SE network", "plain network", "block", "block in another's network"],
+    ids=["SE network", "plain", "block", "block in another's network", "optimized", "fused"],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 def test_script_names_the_way_out(make: Any) -> None:

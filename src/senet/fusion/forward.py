@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from senet.errors import UserError
 from senet.fusion.modules import is_norm
 from senet.fusion.rewriting import Plan, Rewritten, Unreadable, plain_numbers, rewrite
 from senet.nn.block import hooked, leaves_process
@@ -68,6 +69,18 @@ class FusedForward:
             elif rewritten is not None and choice.is_fast(args[0]):
                 return rewritten.function(owner, args[0])
         return type(owner).forward(owner, *args, **kwargs)
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What torch.jit.script asks a forward for first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"torch.jit.script cannot compile a fused {type(self.owner).__name__}: undo it with "
+            "senet.unfuse(model), or use torch.jit.trace(model.eval(), example_input)"
+        )
 
     def obstacle(self) -> str | None:
         """Why it would step aside now."""
