@@ -259,6 +259,8 @@ class Lowering:
         if node.op == "call_method":
             if node.target in ("mul", "mul_", "multiply") and len(node.args) == 2:
                 return not node.kwargs and self._multiply(node)
+            if node.target == "amax":
+                return self._largest(node)
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
 
@@ -370,6 +372,10 @@ class Lowering:
                 self.builder.means(x, Geometry(), self._new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
                 self._alias(node, node.args[0])
+            case nn.AdaptiveAvgPool2d():
+                return self._adaptive_pool(node, module.output_size)
+            case nn.AdaptiveMaxPool2d() if not module.return_indices:
+                return self._adaptive_pool(node, module.output_size, largest=True)
             case nn.MaxPool1d() if module.dilation in (1, (1,)) and not module.return_indices:
                 self._pool_rows(node, x, module, largest=True)
             case nn.AvgPool1d():
@@ -415,6 +421,13 @@ class Lowering:
             if self._shape(source)[1:3] == (1, 1):
                 self._alias(node, source)
                 return True
+        if target is torch.amax:
+            return self._largest(node)
+        if target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+            size = (*args[1:], kwargs.get("output_size"))[0]
+            others = len(args) > 2 or kwargs.get("return_indices", False)
+            largest = target is F.adaptive_max_pool2d
+            return not others and self._adaptive_pool(node, size, largest=largest)
         return target in (F.max_pool2d, F.avg_pool2d) and self._functional_pool(node)
 
     def _functional_pool(self, node: fx.Node) -> bool:
@@ -446,6 +459,36 @@ class Lowering:
             largest=largest,
             counts=bool(given.get("count_include_pad", True)),
         )
+        return True
+
+    def _adaptive_pool(self, node: fx.Node, size: Any, *, largest: bool = False) -> bool:
+        """Windows of one size: False where they are not."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        given = size if isinstance(size, list | tuple) else (size, size)
+        whole = self._shape(source)[1:3]
+        outputs = [old if new is None else new for old, new in zip(whole, given, strict=True)]
+        if not all(isinstance(new, int) and new > 0 for new in outputs):
+            return False
+        if any(old % new for old, new in zip(whole, outputs, strict=True)):
+            return False
+        window = (whole[0] // outputs[0], whole[1] // outputs[1])
+        self._pool(node, self._read(source), window, window, 0, largest=largest)
+        return True
+
+    def _largest(self, node: fx.Node) -> bool:
+        """The maxima over all positions."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        dims = (*node.args[1:], node.kwargs.get("dim"))[0]
+        rank = self.traced[source].ndim
+        axes = dims if isinstance(dims, list | tuple) else (dims,)
+        if not all(isinstance(axis, int) for axis in axes):
+            return False
+        if sorted(axis % rank for axis in axes) != list(range(2, rank)) or rank < 3:
+            return False
+        window = self._shape(source)[1:3]
+        self._pool(node, self._read(source), window, window, 0, largest=True)
         return True
 
     def _pool(
