@@ -949,3 +949,37 @@ def test_a_u_net() -> None:
         named = ("interpolate", "ConvTranspose2d", "pad", "adaptive_avg_pool2d")
         assert set(fast.report.operations) == set(named)
         assert "interpolate (2)" in str(fast.report)
+
+
+def _derived(kind: type[nn.Module], *args: object) -> nn.Module:
+    """A layer of a class of its own that gives something else, which torch.fx cannot follow."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * kind.forward(self, x) if x.sum().isfinite() else x
+
+    return type(f"Other{kind.__name__}", (kind,), {"forward": forward})(*args)
+
+
+DERIVED: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: _derived(nn.Conv2d, 8, 8, 1),
+    "norm": lambda: _derived(nn.BatchNorm2d, 8),
+    "activation": lambda: _derived(nn.ReLU),
+    "average": lambda: _derived(nn.AvgPool2d, 3, 2),
+    "largest": lambda: _derived(nn.MaxPool2d, 2),
+    "pool": lambda: _derived(nn.AdaptiveAvgPool2d, 1),
+    "nothing": lambda: _derived(nn.Identity),
+    "dropout": lambda: _derived(nn.Dropout),
+    "SE": lambda: _derived(SqueezeExcitation, 8),
+    "flatten and layer": lambda: nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        _derived(nn.Flatten),
+        _derived(nn.Linear, 8, 8),
+        _derived(nn.Unflatten, 1, (8, 1, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_layers_of_derived_classes_are_called_as_they_are(name: str) -> None:
+    rewritten(nn.Sequential(nn.Conv2d(8, 8, 3), DERIVED[name](), nn.Conv2d(8, 4, 1), nn.ReLU()))
+    rewritten(Net(lambda m, x: x * m.other(x).amax((2, 3), keepdim=True), other=DERIVED[name]()))

@@ -36,6 +36,11 @@ from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
 from senet.ops.activations import RELU
 
+# Layers of PyTorch's own that the kernels know.
+_LAYERS = (
+    *(nn.ReLU, nn.Flatten, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
+)
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
 
 
@@ -63,7 +68,7 @@ def _in_float32(module: nn.Module) -> bool:
 
 def _is_mean(module: nn.Module) -> bool:
     """Whether a layer gives the mean over all positions of a map."""
-    return isinstance(module, POOLS) and module.output_size in (1, (1,), (1, 1))
+    return type(module) in POOLS and module.output_size in (1, (1,), (1, 1))
 
 
 def concatenated(cat: fx.Node) -> list[fx.Node]:
@@ -323,6 +328,8 @@ class Lowering:
         maps = [self._read(a) if isinstance(a, fx.Node) else None for a in node.args]
         x = maps[0]
         assert x is not None
+        if isinstance(module, _LAYERS) and type(module) not in _LAYERS:
+            return False  # it may compute something else
         name = str(node.target)
         match module:
             case Pointwise() if self._scales_an_input(node):
