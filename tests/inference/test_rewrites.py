@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from senet import kernels
+from senet.inference import optimize
 from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
+from senet.inference.rounding import difference
 from senet.nn.block import SqueezeExcitation
 from senet.ops.activations import Activation
 
@@ -110,6 +113,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "without scale": lambda: nn.BatchNorm2d(6, affine=False),
     "frozen": lambda: Frozen(6),
     "with activation": lambda: NormAct(6),
+    "torchvision's frozen": lambda: FrozenBatchNorm2d(6),
 }
 BEFORE: dict[str, Callable[[], nn.Module]] = {
     "3x3": lambda: nn.Conv2d(8, 6, 3),
@@ -873,3 +877,109 @@ def test_a_network_that_takes_one_size_is_called_where_it_branches() -> None:
 
     model = nn.Sequential(Net(asserted, first=nn.Conv2d(8, 6, 1)), nn.ReLU())
     rewritten(model, [(2, 8, 12, 12), (3, 8, 12, 12)])
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "half": nn.AdaptiveAvgPool2d(6),
+    "a third of the rows": nn.AdaptiveMaxPool2d((4, None)),
+    "function": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+    "function, largest": lambda x: F.adaptive_max_pool2d(x, output_size=1),
+    "largest": lambda x: x.amax((2, 3), keepdim=True),
+    "largest, as a vector": lambda x: torch.amax(x, dim=(-1, -2))[:, :, None, None],
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_adaptive_pools(name: str) -> None:
+    """In kernels where all windows have one size."""
+    model = Net(lambda m, x: m.b(POOLS[name](m.a(x))), a=nn.Conv2d(8, 6, 1), b=nn.Conv2d(6, 4, 1))
+    graph = rewritten(model, [(2, 8, 12, 12), (1, 8, 13, 11), (3, 8, 24, 18)])
+    program = Program(graph, torch.randn(2, 8, 12, 12), 1, {}) if not kernels.MISSING else None
+    left = (
+        [part.node.name for part in program.parts if isinstance(part, TorchStep)] if program else []
+    )
+    assert left == (["getitem"] if "vector" in name else [])
+
+
+class Up(nn.Module):
+    """A step up of a U-Net, which makes its maps as large as the others."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.bn = (
+            nn.Conv2d(3 * channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+        )
+        self.se = gate(_mean4, torch.mul, *_convolutions()) if channels == 6 else nn.Identity()
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
+        return self.se(F.silu(self.bn(self.conv(torch.cat([skip, x], dim=1)))))
+
+
+class UNet(nn.Module):
+    """Down and up, with SE, scaled, padded and transposed maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o in ((3, 6), (6, 12))
+        )
+        self.up, self.larger = Up(6), nn.ConvTranspose2d(6, 6, 2, 2)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = self.first(x)
+        y = self.larger(self.up(self.second(a), a))
+        rows, columns = x.size(2) - y.size(2), x.size(3) - y.size(3)
+        y = F.pad(y, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        y = F.interpolate(y, scale_factor=2.0, mode="nearest")
+        return {"out": F.avg_pool2d(self.last(y), 2), "pooled": F.adaptive_avg_pool2d(y, (3, 5))}
+
+
+@torch.no_grad()
+def test_a_u_net() -> None:
+    model, x = randomised(UNet()), torch.randn(2, 3, 32, 32)
+    fast = optimize(model, x, measure=False)
+    assert list(fast.report.blocks.values()) == ["fused"]
+    for images in (x, torch.randn(1, 3, 37, 43)):
+        assert difference(fast(images), model(images)) <= 1e-5
+    if not kernels.MISSING:
+        named = ("interpolate", "ConvTranspose2d", "pad", "adaptive_avg_pool2d")
+        assert set(fast.report.operations) == set(named)
+        assert "interpolate (2)" in str(fast.report)
+
+
+def _derived(kind: type[nn.Module], *args: object) -> nn.Module:
+    """A layer of a class of its own that gives something else, which torch.fx cannot follow."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * kind.forward(self, x) if x.sum().isfinite() else x
+
+    return type(f"Other{kind.__name__}", (kind,), {"forward": forward})(*args)
+
+
+DERIVED: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: _derived(nn.Conv2d, 8, 8, 1),
+    "norm": lambda: _derived(nn.BatchNorm2d, 8),
+    "activation": lambda: _derived(nn.ReLU),
+    "average": lambda: _derived(nn.AvgPool2d, 3, 2),
+    "largest": lambda: _derived(nn.MaxPool2d, 2),
+    "pool": lambda: _derived(nn.AdaptiveAvgPool2d, 1),
+    "nothing": lambda: _derived(nn.Identity),
+    "dropout": lambda: _derived(nn.Dropout),
+    "SE": lambda: _derived(SqueezeExcitation, 8),
+    "flatten and layer": lambda: nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        _derived(nn.Flatten),
+        _derived(nn.Linear, 8, 8),
+        _derived(nn.Unflatten, 1, (8, 1, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_layers_of_derived_classes_are_called_as_they_are(name: str) -> None:
+    rewritten(nn.Sequential(nn.Conv2d(8, 8, 3), DERIVED[name](), nn.Conv2d(8, 4, 1), nn.ReLU()))
+    rewritten(Net(lambda m, x: x * m.other(x).amax((2, 3), keepdim=True), other=DERIVED[name]()))

@@ -11,7 +11,7 @@ from senet.errors import SenetError, UserError
 from senet.networks.create import create_model
 from senet.runtimes import export as export_module
 from senet.runtimes.export import TOLERANCE, export
-from senet.runtimes.forms import in_form
+from senet.runtimes.forms import Form, in_form
 from senet.runtimes.sessions import open_exported
 
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -144,6 +144,47 @@ def test_free_size(model: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 40, 72)
     with torch.no_grad():
         assert difference(open_exported(path).run(x), model(x)) <= TOLERANCE
+
+
+class SameConv(nn.Conv2d):
+    """As timm's Conv2dSame."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        x = nn.functional.pad(x, pads)
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+
+@pytest.mark.parametrize("form", ["plain", "squeeze_first"])
+def test_networks_that_pad_to_the_same_size_at_any_size(form: Form, tmp_path: Path) -> None:
+    """ONNX's convolution pads by itself: arithmetic on sizes takes minutes to export."""
+    import onnx
+
+    x = torch.randn(2, 3, 32, 32)
+    layers = [
+        SameConv(3, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        SameConv(8, 8, 4, (3, 1), groups=8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    model = nn.Sequential(*layers).eval()
+    path = tmp_path / "network.onnx"
+    export(model, path, example_input=x, any_size=True, form=form)
+    graph = onnx.load(path).graph
+    assert [n.op_type for n in graph.node].count("Conv") == 2
+    assert not {"Pad", "Shape"} & {node.op_type for node in graph.node}
+    exported = open_exported(path)
+    for size in ((33, 40), (16, 17), (50, 31)):
+        images = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            assert difference(exported.run(images), model(images)) <= TOLERANCE
 
 
 def test_int8_keeps_the_gates_in_float(model: nn.Module, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ from senet.kernels.structs import Kind
 from senet.models.residual import PaddedShortcut
 from senet.ops.activations import RELU
 
+# Layers of PyTorch's own that the kernels know.
+_LAYERS = (
+    *(nn.ReLU, nn.Flatten, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
+)
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
 
 
@@ -63,7 +68,7 @@ def _in_float32(module: nn.Module) -> bool:
 
 def _is_mean(module: nn.Module) -> bool:
     """Whether a layer gives the mean over all positions of a map."""
-    return isinstance(module, POOLS) and module.output_size in (1, (1,), (1, 1))
+    return type(module) in POOLS and module.output_size in (1, (1,), (1, 1))
 
 
 def concatenated(cat: fx.Node) -> list[fx.Node]:
@@ -259,6 +264,8 @@ class Lowering:
         if node.op == "call_method":
             if node.target in ("mul", "mul_", "multiply") and len(node.args) == 2:
                 return not node.kwargs and self._multiply(node)
+            if node.target == "amax":
+                return self._largest(node)
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
 
@@ -321,6 +328,8 @@ class Lowering:
         maps = [self._read(a) if isinstance(a, fx.Node) else None for a in node.args]
         x = maps[0]
         assert x is not None
+        if isinstance(module, _LAYERS) and type(module) not in _LAYERS:
+            return False  # it may compute something else
         name = str(node.target)
         match module:
             case Pointwise() if self._scales_an_input(node):
@@ -370,6 +379,10 @@ class Lowering:
                 self.builder.means(x, Geometry(), self._new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
                 self._alias(node, node.args[0])
+            case nn.AdaptiveAvgPool2d():
+                return self._adaptive_pool(node, module.output_size)
+            case nn.AdaptiveMaxPool2d() if not module.return_indices:
+                return self._adaptive_pool(node, module.output_size, largest=True)
             case nn.MaxPool1d() if module.dilation in (1, (1,)) and not module.return_indices:
                 self._pool_rows(node, x, module, largest=True)
             case nn.AvgPool1d():
@@ -415,6 +428,13 @@ class Lowering:
             if self._shape(source)[1:3] == (1, 1):
                 self._alias(node, source)
                 return True
+        if target is torch.amax:
+            return self._largest(node)
+        if target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+            size = (*args[1:], kwargs.get("output_size"))[0]
+            others = len(args) > 2 or kwargs.get("return_indices", False)
+            largest = target is F.adaptive_max_pool2d
+            return not others and self._adaptive_pool(node, size, largest=largest)
         return target in (F.max_pool2d, F.avg_pool2d) and self._functional_pool(node)
 
     def _functional_pool(self, node: fx.Node) -> bool:
@@ -446,6 +466,36 @@ class Lowering:
             largest=largest,
             counts=bool(given.get("count_include_pad", True)),
         )
+        return True
+
+    def _adaptive_pool(self, node: fx.Node, size: Any, *, largest: bool = False) -> bool:
+        """Windows of one size: False where they are not."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        given = size if isinstance(size, list | tuple) else (size, size)
+        whole = self._shape(source)[1:3]
+        outputs = [old if new is None else new for old, new in zip(whole, given, strict=True)]
+        if not all(isinstance(new, int) and new > 0 for new in outputs):
+            return False
+        if any(old % new for old, new in zip(whole, outputs, strict=True)):
+            return False
+        window = (whole[0] // outputs[0], whole[1] // outputs[1])
+        self._pool(node, self._read(source), window, window, 0, largest=largest)
+        return True
+
+    def _largest(self, node: fx.Node) -> bool:
+        """The maxima over all positions."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        dims = (*node.args[1:], node.kwargs.get("dim"))[0]
+        rank = self.traced[source].ndim
+        axes = dims if isinstance(dims, list | tuple) else (dims,)
+        if not all(isinstance(axis, int) for axis in axes):
+            return False
+        if sorted(axis % rank for axis in axes) != list(range(2, rank)) or rank < 3:
+            return False
+        window = self._shape(source)[1:3]
+        self._pool(node, self._read(source), window, window, 0, largest=True)
         return True
 
     def _pool(

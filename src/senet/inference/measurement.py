@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv, Pointwise
 from senet.inference.part import OptimizedPart
 
@@ -51,6 +54,51 @@ def called(network: nn.Module, *inputs: Tensor) -> Callable[[], object]:
     return once
 
 
+def left_to_pytorch(network: nn.Module, x: Tensor) -> dict[str, int]:
+    """By operation, how many nodes of the optimized parts of a network run outside of the kernels.
+
+    Args:
+        network: an optimized network, or one with optimized parts.
+        x: images.
+
+    Returns:
+        The most frequent ones first.
+    """
+    found: Counter[str] = Counter()
+
+    def note(part: OptimizedPart, args: tuple[Any, ...]) -> None:
+        plans = part.plans(*args)
+        if plans is None:
+            found[_IN_PYTORCH] += 1
+        else:
+            steps = [s for s in plans.program(args[0]).parts if isinstance(s, TorchStep)]
+            found.update(_name(part.graph_module, step.node) for step in steps)
+
+    with torch.no_grad(), _before_each(_outermost(network), note):
+        network(x)
+    return dict(found.most_common())
+
+
+def _outermost(network: nn.Module) -> list[OptimizedPart]:
+    """The optimized parts of a network that are in no other one."""
+    parts = [part for part in network.modules() if isinstance(part, OptimizedPart)]
+    inner = {m for part in parts for m in part.graph_module.modules()}
+    return [part for part in parts if part not in inner]
+
+
+@contextmanager
+def _before_each(
+    parts: list[OptimizedPart], called: Callable[[OptimizedPart, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Have something called with each part and its inputs before it runs."""
+    handles = [part.register_forward_pre_hook(called) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def outside(network: nn.Module, x: Tensor) -> dict[str, float]:
     """By operation, the share of a network's time that runs outside of the kernels.
 
@@ -62,10 +110,7 @@ def outside(network: nn.Module, x: Tensor) -> dict[str, float]:
         Shares from 0 to 1, largest first.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
-    parts = [part for part in network.modules() if isinstance(part, OptimizedPart)]
-    inner = {m for part in parts for m in part.graph_module.modules()}
-    outermost = [part for part in parts if part not in inner]
-    within = 0.0
+    outermost, within = _outermost(network), 0.0
 
     def timed(part: OptimizedPart, args: tuple[Tensor, ...]) -> None:
         nonlocal within
@@ -79,13 +124,8 @@ def outside(network: nn.Module, x: Tensor) -> dict[str, float]:
                 seconds[_name(part.graph_module, node)] += value
         within = sum(seconds.values())
 
-    handles = [part.register_forward_pre_hook(timed) for part in outermost]
-    try:
-        with torch.no_grad():
-            network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), _before_each(outermost, timed):
+        network(x)
     if outermost != [network]:
         with torch.no_grad():
             began = clock()

@@ -138,6 +138,8 @@ class FusedConv(nn.Module):
             )
             return self.forward(x.unsqueeze(2), gates, shortcut).squeeze(2)
         padding = self.padding
+        if self.same and _sizes_are_free(x):
+            return finish(self._padded_by_onnx(x), gates, shortcut, self.activation, self.slopes)
         if self.same or self.padding != self.behind:
             (top, left), (bottom, right) = self.zeros(x.shape[2], x.shape[3])
             x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
@@ -147,6 +149,23 @@ class FusedConv(nn.Module):
             return _finish_on_gpu(self, y, self.bias, gates, shortcut)
         y = F.conv2d(x, self.weight, self.bias, *options)
         return finish(y, gates, shortcut, self.activation, self.slopes)
+
+    def _padded_by_onnx(self, x: Tensor) -> Tensor:
+        """The convolution as ONNX's operator, which pads by itself: no arithmetic on sizes."""
+        sizes = [-(-size // step) for size, step in zip(x.shape[2:], self.stride, strict=True)]
+        return torch.onnx.ops.symbolic(
+            "Conv",
+            (x, self.weight, self.bias),
+            {
+                "auto_pad": "SAME_UPPER",
+                "dilations": list(self.dilation),
+                "group": self.groups,
+                "kernel_shape": list(self.weight.shape[2:]),
+                "strides": list(self.stride),
+            },
+            dtype=x.dtype,
+            shape=(x.shape[0], len(self.weight), *sizes),
+        )
 
     def multiply(self, factor: float) -> None:
         """Multiply the convolution's output, before gates and shortcut, by a number."""
@@ -164,6 +183,11 @@ class FusedConv(nn.Module):
         """Shape, stride and what follows, as `print(model)` shows them."""
         shape = "×".join(map(str, self.weight.shape))
         return f"{shape}, stride={self.stride}, groups={self.groups}, {self.activation.name}"
+
+
+def _sizes_are_free(x: Tensor) -> bool:
+    """Whether an ONNX file is being written that takes images of any size."""
+    return torch.onnx.is_in_onnx_export() and not all(isinstance(n, int) for n in x.shape[2:])
 
 
 def ends_plainly(module: FusedConv | Pointwise) -> bool:

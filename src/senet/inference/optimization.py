@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from senet import kernels
 from senet.errors import SenetError, UserError
 from senet.inference.blocks import outcomes
-from senet.inference.measurement import called, medians, outside
+from senet.inference.measurement import called, left_to_pytorch, medians, outside
 from senet.inference.part import OptimizedPart, refuse_layer
 from senet.inference.report import CHANNELS_LAST, OPTIMIZED, ORIGINAL, OptimizationReport
 from senet.inference.rewrite import Rewriter
@@ -313,6 +313,7 @@ def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -
         left=tuple(optimizer.left),
         difference=found,
         kernels=isa or f"none ({kernels.MISSING})",
+        operations=left_to_pytorch(network, example_input),
         blocks=outcomes(original, example_input, optimizer.gated, optimizer.left),
     )
     if measure:

@@ -20,6 +20,8 @@ class OptimizationReport:
             relative to the largest output.
         kernels: instruction set of the C++ kernels, or the reason why there are none.
         blocks: each SE block that `senet.anatomy` finds, and "fused" or why it is not.
+        operations: by operation, how many of the optimized network run in PyTorch, between the
+            kernels, for the example.
         milliseconds: median time of the example in the original as it is, in the original with
             channels last, and in the optimized network; empty where nothing was measured.
         kept: which of them the network is now: the fastest.
@@ -34,6 +36,7 @@ class OptimizationReport:
     difference: float
     kernels: str
     blocks: Mapping[str, str] = field(default_factory=dict)
+    operations: Mapping[str, int] = field(default_factory=dict)
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     kept: str = OPTIMIZED
     slower: tuple[tuple[str, float, float], ...] = ()
@@ -58,11 +61,13 @@ class OptimizationReport:
                     lines.append(f"SE block {name}: not fused ({what})")
         lines.append(f"largest relative difference from the original: {self.difference:.1e}")
         lines.append(f"C++ kernels: {self.kernels}")
+        counts = [f"{name} ({count})" for name, count in self.operations.items()]
+        lines.append(f"outside of the kernels: {', '.join(counts) or 'nothing'}")
         if self.milliseconds:
             times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in self.milliseconds.items())
             lines.append(f"time of the example: {times}; kept: {self.kept}")
             shares = [f"{name} {share:.1%}" for name, share in self.outside.items()]
-            total = f"{sum(self.outside.values()):.1%}"
-            what = f" ({', '.join(shares)})" if shares else ""
-            lines.append(f"time outside of the kernels: {total}{what}")
+            if shares:
+                total = f"{sum(self.outside.values()):.1%}"
+                lines.append(f"time outside of the kernels: {total} ({', '.join(shares)})")
         return lines

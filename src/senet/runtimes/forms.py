@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate, finish
 from senet.inference.optimization import OptimizedModel, optimize
 from senet.inference.part import OptimizedPart
+from senet.inference.rewrites.convolutions import padding_to_same_size
 from senet.ops.activations import LINEAR
 
 Form = Literal["plain", "squeeze_first", "expanded"]
@@ -112,10 +113,23 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
     return True
 
 
+def _with_known_padding(model: nn.Module) -> nn.Module:
+    """The model with `FusedConv` for classes that pad to the same size by arithmetic on sizes.
+
+    With free sizes that arithmetic takes minutes to export, and a runtime's time.
+    """
+    for name, module in list(model.named_modules()):
+        if name and isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
+            known = padding_to_same_size(module) if module.padding_mode == "zeros" else None
+            if known is not None:
+                model.set_submodule(name, known)
+    return model
+
+
 def in_form(model: nn.Module, example: Tensor, form: Form) -> nn.Module | None:
     """A copy of the model in a form, in evaluation mode; None where it has no such form."""
     if form == "plain":
-        return copy.deepcopy(model).eval()
+        return _with_known_padding(copy.deepcopy(model).eval())
     own = isinstance(model, OptimizedModel)
     optimized = copy.deepcopy(model) if own else optimize(model, example, measure=False)
     parts = [part for part in optimized.modules() if isinstance(part, OptimizedPart)]

@@ -51,7 +51,7 @@ def remove_dead(edit: Editor) -> None:
 
 
 def _drop(edit: Editor, node: fx.Node) -> None:
-    nothing = isinstance(edit.called(node), _NOTHING)
+    nothing = type(edit.called(node)) in _NOTHING
     name = edit.operation(node)
     if node.op == "call_function" and name in _DROPS:
         nothing = edit.argument(node, 2, "training", True) is False

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from senet.inference.modules import FusedConv
 from senet.inference.rewrites.editor import Editor, plain
+from senet.inference.rewrites.tracing import FAILURES
 
 Pair = tuple[int, int]
 
@@ -42,7 +43,7 @@ def _of_module(edit: Editor, node: fx.Node) -> FusedConv | None:
     if not isinstance(module, nn.Conv2d):
         return None
     name = str(node.target)
-    fused = _padding_to_same_size(module) if name in edit.closed else None
+    fused = padding_to_same_size(module) if name in edit.closed else None
     if fused is not None:
         del edit.closed[name]
     return fused
@@ -65,14 +66,17 @@ class _Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _padding_to_same_size(conv: nn.Conv2d) -> FusedConv | None:
+def padding_to_same_size(conv: nn.Conv2d) -> FusedConv | None:
     """A convolution that pads as TensorFlow's "same" does; None if it computes anything else.
 
     It is tried on images of several sizes; its weights may be computed of its parameters.
     """
     tried, watch = copy.deepcopy(conv).cpu().double(), _Watch()
-    with watch:
-        tried(torch.zeros(1, conv.in_channels, *conv.kernel_size, dtype=torch.float64))
+    try:
+        with watch:
+            tried(torch.zeros(1, conv.in_channels, *conv.kernel_size, dtype=torch.float64))
+    except FAILURES:  # it takes other images than a convolution of its kind
+        return None
     if len(watch.seen) != 1:
         return None
     weight, bias = watch.seen[0]

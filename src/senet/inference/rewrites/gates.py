@@ -166,7 +166,7 @@ class Vectors:
 
     def _is_vector(self, node: fx.Node) -> bool:
         module = self.edit.called(node)
-        if isinstance(module, _pools(self.edit)):
+        if type(module) in _pools(self.edit):
             return module.output_size in (1, (1,), (1, 1))
         if self.edit.operation(node) in _MAXIMA:
             shape, before = self.edit.shape(node), self.edit.shape(node.args[0])
@@ -234,7 +234,7 @@ class Vectors:
         if shape is None or channels is None:
             return None
         module = edit.called(node)
-        if isinstance(module, _pools(edit)):
+        if type(module) in _pools(edit):
             return node
         if _only_shapes(edit, node):
             source = node.args[0]
@@ -298,7 +298,7 @@ def _is_across(module: nn.Module | None, shape: tuple[int, ...]) -> bool:
 
 def _only_shapes(edit: Editor, node: fx.Node) -> bool:
     """Whether a node of vectors may change their dimensions, and not the order of their numbers."""
-    if isinstance(edit.called(node), nn.Flatten | nn.Unflatten):
+    if type(edit.called(node)) in (nn.Flatten, nn.Unflatten):
         return True
     if edit.operation(node) == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -373,7 +373,7 @@ def own_blocks(edit: Editor) -> None:
     """Take this package's SE blocks apart, which torch.fx does not look into."""
     for node in list(edit.graph.nodes):
         se = edit.called(node)
-        if not isinstance(se, SqueezeExcitation) or len(node.args) != 1 or node.kwargs:
+        if type(se) is not SqueezeExcitation or len(node.args) != 1 or node.kwargs:
             continue
         name, source = str(node.target), node.args[0]
         why_not = obstacle(se, edit.dims)

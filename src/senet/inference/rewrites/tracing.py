@@ -145,7 +145,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph calls m and does not look into it."""
-        own = isinstance(m, SqueezeExcitation | PaddedShortcut)
+        own = type(m) in (SqueezeExcitation, PaddedShortcut)
         return own or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
