@@ -33,8 +33,6 @@ SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64
   const float* base[(kRows + 2) / 3];
   for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] = a + 3 * i * lda;
   const int64_t lda2 = 2 * lda;
-  // The weights of a small map come from the third-level cache; the next panel lies behind this one.
-  constexpr int64_t kAhead = kPanel * (kRows == 1 ? 96 : 24);
   int64_t k = 0;
 #define SENET_STEP(u)                                                              \
   {                                                                                \
@@ -48,15 +46,12 @@ SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64
     }                                                                              \
   }
   for (; k + 4 <= depth; k += 4) {
-    SENET_UNROLL(8)
-    for (int line = 0; line < 4 * kPanel; line += 16)
-      if (kVectors == 2 || line % kPanel < kWidth) fetch_near(b + kAhead + line);
     SENET_STEP(0)
     SENET_STEP(1)
     SENET_STEP(2)
     SENET_STEP(3)
     b += 4 * kPanel;
-    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] += 4;
+    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] = held(base[i] + 4);
   }
   for (; k < depth; ++k) {
     SENET_STEP(0)
