@@ -73,6 +73,17 @@ SENET_INLINE T* held(T* p) {
   return p;
 }
 
+// sum += x * w in the register of the sum: GCC takes that of x for it, and where sums need nearly all
+// registers they wander through memory.
+template <class V>
+SENET_INLINE void add_to(V& sum, V x, V w) {
+#ifdef __FMA__
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#else
+  sum += x * w;
+#endif
+}
+
 // A non-temporal store does not read the line it overwrites; `to` must be aligned to the vector.
 template <class V>
 SENET_INLINE void stream(void* to, const V& v) {
