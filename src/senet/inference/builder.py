@@ -371,9 +371,7 @@ class Builder:
         assert isinstance(y, Map)
         groups = geometry.groups
         constants = ending.constants | {
-            "weights": self.constant(
-                (name, "pairs"), lambda: packing.pairs(module.weight, groups)
-            ),
+            "weights": self.constant((name, "pairs"), lambda: packing.pairs(module.weight, groups)),
             "bias": self.constant(
                 (name, "pair bias"), lambda: packing.pair_bias(module.bias, groups)
             ),

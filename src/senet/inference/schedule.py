@@ -150,7 +150,7 @@ def depthwise_tasks(geometry: Geometry, N: int, OH: int, OW: int, C: int, thread
     row_bytes = 4 * OW * C * geometry.stride[0] * geometry.stride[1]
     if OW * C * geometry.kernel[0] * geometry.kernel[1] * OH * N <= _SMALL:
         return Tasks(OH, panels, 0)
-    if N == 1 and OH * OW >= 3 * kernels.TILE_ROWS * threads:  # as a product of so few rows
+    if N == 1 and 3 * kernels.TILE_ROWS * threads <= OH * OW:  # as a product of so few rows
         return Tasks(math.ceil(OH / (threads * _FEW_TASKS)), panels, 0)
     rows = min(OH, max(geometry.kernel[0], _BLOCK_BYTES // row_bytes))
     parts = min(panels, math.ceil(wanted / (N * math.ceil(OH / rows))))
