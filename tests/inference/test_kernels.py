@@ -167,6 +167,30 @@ def test_winograd_rounds_little() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name.startswith("pairs")])
+def test_pairs_of_groups_and_their_sums(name: str, threads: int) -> None:
+    conv, x = convolution(name)
+    model = nn.Sequential(conv, nn.Hardswish(), nn.AdaptiveAvgPool2d(1)).eval()
+    program = Program(Rewriter(model).run(), x, threads, {})
+    steps = program.parts[0].steps
+    isa, fills_half = kernels.instruction_set(), "avx2" if name.endswith("by 12") else "avx512"
+    if isa != "baseline":
+        assert any(step.kind == Kind.PAIRED for step in steps) == (isa == fills_half)
+    assert summing_convolutions(steps) == 1
+    assert error(program.run(x), model, x) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [5, 16, 37])
+def test_input_of_three_channels_in_any_layout(width: int) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1)).eval(), torch.randn(2, 3, 6, 2 * width)
+    inputs = [x, x.contiguous(memory_format=torch.channels_last), x[..., ::2], x.mT]
+    for each in inputs:
+        assert error(native(model.float(), each), model, each) < TOLERANCE
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", ["F(4,3)", "F(4,3), few tiles", "grouped", "1x1"])
 def test_threads_change_no_bit(name: str, threads: int) -> None:
@@ -354,6 +378,7 @@ def test_other_instruction_sets(isa: str) -> None:
         pytest.skip("this processor has no AVX2")
     selected = (
         "all and not other or few_tiles or pooling or se_alone or test_chains or test_depthwise"
+        " or pairs or three_channels or one_image"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", selected, "-p", "no:cacheprovider"],
@@ -450,6 +475,21 @@ class Bottleneck(nn.Module):
             y = torch.nn.functional.hardsigmoid(gates) * y
         y = self.project(y)
         return x + y if self.shortcut else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [2, 7, 14])
+def test_small_maps_of_one_image(size: int, threads: int) -> None:
+    """Rows or panels are shared out; steps of a single task run behind each other in one thread."""
+    wide = [nn.Conv2d(16, 480, 1), nn.ReLU(), nn.Conv2d(480, 160, 1)]
+    model = nn.Sequential(Bottleneck(5, 1, True, True), *wide).eval()
+    x = torch.randn(1, 16, size, size)
+    program = Program(Rewriter(model, x).run(), x, threads, {})
+    assert len(program.parts) == 1
+    first = program.run(x)
+    assert all(torch.equal(program.run(x), first) for _ in range(20))
+    assert error(first, model, x) < TOLERANCE
 
 
 @torch.no_grad()

@@ -65,10 +65,23 @@ SENET_INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// The same into the first-level cache.
+// The same pointer, in a register of its own: where several advance together GCC makes a vector of
+// them, which it then takes apart through memory.
 template <class T>
-SENET_INLINE void fetch_near(const T* p) {
-  __builtin_prefetch(p, 0, 3);
+SENET_INLINE T* held(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// sum += x * w in the register of the sum: GCC takes that of x for it, and where sums need nearly all
+// registers they wander through memory.
+template <class V>
+SENET_INLINE void add_to(V& sum, V x, V w) {
+#ifdef __FMA__
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#else
+  sum += x * w;
+#endif
 }
 
 // A non-temporal store does not read the line it overwrites; `to` must be aligned to the vector.

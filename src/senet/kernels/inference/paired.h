@@ -56,6 +56,7 @@ void pair_tile(const Pair& t) {
   const float* w = t.weights;
   for (int64_t i = 0; i < t.depth.slices; ++i) {
     const float* base[(kRows + 2) / 3];
+    SENET_UNROLL(6)
     for (int r = 0; r < (kRows + 2) / 3; ++r) base[r] = t.a + i * t.depth.step + 3 * r * t.lda;
     const int64_t lda2 = 2 * t.lda;
     for (int64_t k = 0; k < t.depth.depth; ++k, w += kPanel) {
@@ -66,7 +67,7 @@ void pair_tile(const Pair& t) {
       for (int r = 0; r < kRows; ++r) {
         const V x = alternating(base[r / 3] + (r % 3 == 0 ? 0 : r % 3 == 1 ? t.lda : lda2) + 2 * k);
         SENET_UNROLL(2)
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += x * taps[v];
+        for (int v = 0; v < kVectors; ++v) add_to(sum[r][v], x, taps[v]);
       }
     }
   }

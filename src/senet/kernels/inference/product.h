@@ -31,10 +31,9 @@ SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64
                               V (&sum)[kRows][kVectors]) {
   // Five pointers and two strides address all rows without spilling.
   const float* base[(kRows + 2) / 3];
+  SENET_UNROLL(6)
   for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] = a + 3 * i * lda;
   const int64_t lda2 = 2 * lda;
-  // The weights of a small map come from the third-level cache; the next panel lies behind this one.
-  constexpr int64_t kAhead = kPanel * (kRows == 1 ? 96 : 24);
   int64_t k = 0;
 #define SENET_STEP(u)                                                              \
   {                                                                                \
@@ -44,24 +43,23 @@ SENET_INLINE void add_product(const float* a, int64_t lda, const float* b, int64
     SENET_UNROLL(16) for (int r = 0; r < kRows; ++r) {                     \
       const float* p = base[r / 3] + (r % 3 == 0 ? 0 : r % 3 == 1 ? lda : lda2);   \
       const V x = p[u] - V{}; /* folds to a broadcast, unlike a sum with zero */   \
-      SENET_UNROLL(2) for (int v = 0; v < kVectors; ++v) sum[r][v] += x * w[v]; \
+      SENET_UNROLL(2) for (int v = 0; v < kVectors; ++v) add_to(sum[r][v], x, w[v]); \
     }                                                                              \
   }
   for (; k + 4 <= depth; k += 4) {
-    SENET_UNROLL(8)
-    for (int line = 0; line < 4 * kPanel; line += 16)
-      if (kVectors == 2 || line % kPanel < kWidth) fetch_near(b + kAhead + line);
     SENET_STEP(0)
     SENET_STEP(1)
     SENET_STEP(2)
     SENET_STEP(3)
     b += 4 * kPanel;
-    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] += 4;
+    SENET_UNROLL(6)
+    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] = held(base[i] + 4);
   }
   for (; k < depth; ++k) {
     SENET_STEP(0)
     b += kPanel;
-    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] += 1;
+    SENET_UNROLL(6)
+    for (int i = 0; i < (kRows + 2) / 3; ++i) base[i] = held(base[i] + 1);
   }
 #undef SENET_STEP
 }
