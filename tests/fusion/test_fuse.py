@@ -238,7 +238,7 @@ def test_report() -> None:
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
 def test_what_a_convolution_reads_is_computed_once_more(act: type[nn.Module]) -> None:
-    """BN → ReLU → SE → conv: the map between is not kept; behind a SiLU it is, whose input is not."""
+    """BN → ReLU → SE → conv: the map between is not kept. Behind a SiLU it is."""
     torch.manual_seed(0)
     first = Conv2dNormActivation(3, 16, 3, activation_layer=act)
     model = nn.Sequential(first, SqueezeExcitation(16, 4), nn.Conv2d(16, 4, 1))
