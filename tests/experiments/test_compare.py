@@ -318,11 +318,14 @@ def test_a_foreign_run_without_se_is_trained_again_from_its_config(
     assert (first / "metrics.csv").read_bytes() == (again / "metrics.csv").read_bytes()
 
 
-def test_both_start_from_the_same_weights(net: Path) -> None:
+@pytest.mark.parametrize("name", ["FILE:small", "timm:test_efficientnet"])
+def test_both_start_from_the_same_weights(name: str, net: Path) -> None:
     weights = []
+    channels = 1 if name.startswith("timm") else 3
     for options in ({}, {"without_se": True}):
         torch.manual_seed(0)
-        weights.append(open_source(f"{net}:small", **options).state_dict())
+        model = open_source(name.replace("FILE", str(net)), in_channels=channels, **options)
+        weights.append(model.state_dict())
     assert weights[1].keys() < weights[0].keys()
     assert all(torch.equal(value, weights[0][name]) for name, value in weights[1].items())
 

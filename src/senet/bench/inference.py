@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from senet.anatomy import excitations
 from senet.bench.networks import Entrant, entrants
 from senet.bench.setting import Device, Setting, called
 from senet.bench.timing import Case, Contestant, Measurement
@@ -24,6 +25,7 @@ from senet.errors import UserError
 from senet.inference import optimize
 from senet.inference.report import OPTIMIZED
 from senet.models import entry, list_models
+from senet.networks.anywhere import WITHOUT_SE, is_foreign, open_source
 from senet.networks.create import create_model
 from senet.runtimes.export import export
 from senet.runtimes.onnx import write_onnx
@@ -101,6 +103,10 @@ def _without_se(name: str, model: nn.Module) -> _Subject | None:
     if name in list_models():
         twin = entry(name).twin
         return _Subject(twin, create_model(twin))
+    if is_foreign(name):
+        if not excitations(model):
+            return None
+        return _Subject(f"{name} without SE", open_source(name, **{WITHOUT_SE: True}))
     config = getattr(model, "config", {})
     known = config.get("name", "")
     if known not in list_models() or not entry(known).se or "inserted" in config:
@@ -118,7 +124,10 @@ def contestants(
     plain_peers: bool = True,
     open_model: Callable[[str], nn.Module] = create_model,
 ) -> list[Contestant]:
-    """Ours and the peers' for a network and its plain one; ours first."""
+    """Ours and the peers' for a network and its plain one; ours first.
+
+    Of networks of others the one without SE, which only `senet.anatomy` makes, runs in ours alone.
+    """
     torch.manual_seed(0)
     model = open_model(name).cpu().float().eval()
     plain = _without_se(name, model)
@@ -132,7 +141,7 @@ def contestants(
         run = open_exported(exported).run
         found.append(Contestant(f"senet.export {name} ({report.form})", lambda: run(x)))
     peers = [_as_timm(subject) for subject in subjects]
-    for subject in peers if plain_peers else peers[:1]:
+    for subject in peers if plain_peers and not is_foreign(name) else peers[:1]:
         found += _engines(subject, x, folder, engines)
     return found
 
@@ -167,7 +176,7 @@ def cases(
         models: names of our networks with SE, or anything else that `open_model` takes.
         batch_sizes: images of a batch.
         engines: some of `ENGINES`, beside `senet.optimize`.
-        plain_peers: whether the peers run the plain network too; ours does in any case.
+        plain_peers: whether the peers run the plain network too, of ours; ours does in any case.
         open_model: gives the network of a name, once for each batch.
 
     Raises:

@@ -27,6 +27,7 @@ from senet.nn.block import SqueezeExcitation
 
 # Passes over a map, forward and backward, of the modules one by one: docs/fusion.md.
 _PASSES = {"norm": 8, "act": 5, "se": 12, "add": 3}
+_BY_RESULT = ("relu", "relu6", "leaky_relu")  # whose gradients need no input
 _CLOSE = 1e-3
 _OURS = "it is ours and runs in the operator"
 
@@ -285,12 +286,18 @@ def _chain(step: Step, gates: dict[str, Gate]) -> list[Call]:
 
 
 def _readers(root: nn.Module, tails: Sequence[Tail]) -> dict[str, str]:
-    """By fused tail whose result can be computed once more the convolution that alone reads it."""
+    """By fused tail whose result is computed once more the convolution that alone reads it.
+
+    Only behind activations of which the modules keep the result alone: any other tail saves the
+    activation's input by being fused, and a third exponential of each element costs time.
+    """
     found: dict[str, str] = {}
     parts = {name: part for _, name, part in _parts(root)}
     for tail in tails:
         part = parts.get(tail.name)
-        if part is None or "add" in part.form or part.form.count("→") + 1 < len(tail.parts):
+        if part is None or part.form.count("→") + 1 < len(tail.parts):
+            continue
+        if "add" in part.form or part.form.split(" → ")[1] not in _BY_RESULT:
             continue
         innermost = [next(reversed(node.calls)) for node in tail.readers if node.calls]
         if len(tail.readers) == 1 and innermost and type(innermost[0].module) is nn.Conv2d:
@@ -423,11 +430,11 @@ def _saved(form: str, *, again: bool) -> tuple[int, int]:
     together = 5 if steps == ["se"] else 8
     if "add" in steps:
         together = 9 if steps[-1] == "add" else 11
-    by_output = ("relu", "relu6", "leaky_relu", "add", "se")  # their gradients need no input
+    by_result = (*_BY_RESULT, "add", "se")
     kept = (
         again
-        + ("add" in steps and steps[-1] not in by_output)
+        + ("add" in steps and steps[-1] not in by_result)
         + ("se" in steps and "norm" in steps)
-        + (len(steps) > 1 and steps[1] not in by_output)
+        + (len(steps) > 1 and steps[1] not in by_result)
     )
     return max(apart - together - 2 * again, 0), kept

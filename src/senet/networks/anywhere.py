@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from senet.data import Preprocessing
@@ -75,9 +76,10 @@ def open_source(
         if in_channels != (channels_of(name) or in_channels):
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
         model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
-        if options.get(WITHOUT_SE):
-            take_out(model)
         size = preparation.image_size
+        if options.get(WITHOUT_SE):  # of a file nobody knows the size
+            known = name.startswith(PREFIXES)
+            take_out(model, torch.zeros(1, in_channels, size, size) if known else None)
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels}
         about = {
             "config": {**config, "options": options},

@@ -32,6 +32,7 @@ Gates = Mapping[str, NDArray[np.float64]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
+LONG_NAME = 20  # two of them do not stand side by side in a legend
 MAX_GATE_CLASSES = 4  # as in fig. 6 of the paper: more lines can no longer be told apart
 MAX_NUMBERED_CLASSES = 12
 MAX_LABELLED_CLASSES = 40
@@ -128,8 +129,9 @@ def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
             )
     accuracy.set(title="Accuracy on the validation set", xlabel="epoch", ylabel="top-1 (%)")
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats, log scale)")
+    columns = 1 if max(map(len, histories)) > LONG_NAME else 2
     for axes in (accuracy, loss):  # beneath: inside it would lie on a curve sooner or later
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=9.5)
         axes.set_xlim(epochs[0] - 0.3, epochs[-1] + 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     # Before BN's running statistics have settled, a validation loss can be tens of times the rest.
