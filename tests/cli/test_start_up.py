@@ -12,7 +12,7 @@ HEAVY = {
     "torch", "torchvision", "numpy", "scipy", "matplotlib", "plotly", "accelerate", "torchmetrics",
     "torchdata", "tensorboard", "timm", "datasets", "onnx", "PIL", "safetensors", "huggingface_hub",
 }  # fmt: skip
-# Of cyclopts, rich and this package; measured 325 and 432 (Python 3.11), with room for their next releases.
+# Measured: 325 and 432 (Python 3.11), most of cyclopts and rich, with room for their next releases.
 MOST = 600
 SCRIPT = """
 import contextlib, io, json, sys

@@ -269,6 +269,10 @@ def test_what_is_left_open_is_chosen_and_told(
     assert "--out is needed" in found.err
 
 
+def test_nothing_at_all_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "train", "--no-tune-allocator").refused("train", "--data is needed")
+
+
 def test_starting_from_a_run_fine_tunes(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from senet.fusion import fuse
 from senet.networks.anywhere import channels_of, is_foreign, open_source
 from senet.nn.sync_bn import convert
 from senet.training.config import AUTO, RunConfig
-from senet.training.data import open_run_data, without_deviation
+from senet.training.data import normalised, open_run_data
 from senet.training.drop_path import drop_branches
 from senet.training.finetuning import (
     as_the_checkpoint_says,
@@ -121,8 +121,8 @@ def named_material(
         data = dataclasses.replace(data, preprocessing=preprocessing)
     elif start is not None:
         data = as_the_checkpoint_says(start, data, config)
-        if recipe.normalisation == "mean" and _asked_for(recipe):
-            data = without_deviation(data)
+        if recipe.normalisation != "mean_std" and _asked_for(recipe):
+            data = normalised(data, recipe.normalisation)
     size = data.preprocessing.image_size
     if size < least:
         raise UserError(

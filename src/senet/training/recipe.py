@@ -13,7 +13,7 @@ from senet.errors import UserError
 from senet.training.optimizer_names import arguments_of
 
 Schedule = Literal["step", "cosine", "one_cycle", "linear", "exponential", "constant"]
-Normalisation = Literal["mean_std", "mean"]
+Normalisation = Literal["mean_std", "mean", "measured"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 ClassWeights = Literal["none", "balanced"]
 # Where a field stands in `senet train --help` and `senet recipes`.
@@ -65,9 +65,10 @@ class Recipe:
             its class), so that rare classes count as much as frequent ones; "none".
         drop_path: probability that the last residual branch is left out for an image (stochastic
             depth, arXiv 1603.09382), less in proportion for those before.
-        normalisation: "mean_std" as the data set gives it; "mean" subtracts the channel means
-            only. A first convolution without bias that is followed by BN gives the same network
-            function for either up to eps, where the channels share one std.
+        normalisation: "mean_std" as the data set gives it; "measured" on its training images (see
+            `senet stats`); "mean" subtracts the channel means only. A first convolution without
+            bias that is followed by BN gives the same network function with the mean alone up to
+            eps, where the channels share one std.
         augmentation: what is done to training images, see `senet.data.Augmentation`.
 
     Raises:
