@@ -82,13 +82,15 @@ def test_a_file_of_flags_and_part_of_a_recipe(
     path = tmp_path / "defaults.toml"
     path.write_text(
         f'model = "resnet8_cifar"\ndata = "{data}"\nbatch-size = 8\nepochs = 1\nworkers = 0\n'
-        "[recipe]\nmomentum = 0.5\n"
+        'crop = "random_resized"\nscale = [0.5, 1.0]\ncutmix = 0.5\n[recipe]\nmomentum = 0.5\n'
     )
     out = tmp_path / "run"
     found = run(capsys, "train", "--config", path, "--out", out, "--no-tune-allocator")
     assert found.code == 0, found.err
     recipe = tomllib.loads((out / "config.toml").read_text())["recipe"]
     assert (recipe["name"], recipe["momentum"], recipe["batch_size"]) == ("quick", 0.5, 8)
+    assert recipe["augmentation"]["scale"] == [0.5, 1.0]
+    assert recipe["augmentation"]["cutmix"] == 0.5
 
 
 def test_resume_of_a_finished_run_changes_nothing(
@@ -267,6 +269,10 @@ def test_what_is_left_open_is_chosen_and_told(
     found = run(capsys, "train", "--data", data, "--no-tune-allocator")
     assert found.code == 2
     assert "--out is needed" in found.err
+
+
+def test_nothing_at_all_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "train", "--no-tune-allocator").refused("train", "--data is needed")
 
 
 def test_starting_from_a_run_fine_tunes(

@@ -146,6 +146,7 @@ def test_new_layers_learn_faster(tiny_config: Make, tmp_path: Path) -> None:
     lrs = {group["lr"] for group in session.optimizer.param_groups}
     assert len(lrs) == 2
     assert max(lrs) == pytest.approx(10 * min(lrs))
+    assert session.lr == min(lrs)  # what is told is the recipe's own
 
 
 def test_a_run_has_trained_its_blocks(tiny_config: Make, tmp_path: Path) -> None:

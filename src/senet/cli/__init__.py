@@ -23,6 +23,7 @@ from senet.cli.options import apply_config_file
 from senet.cli.predict import predict
 from senet.cli.recipes import recipes
 from senet.cli.shard import shard
+from senet.cli.stats import stats
 from senet.cli.summary import summary
 from senet.cli.train import train
 
@@ -48,6 +49,7 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
     optimize,
     export,
     bench,
+    stats,
     shard,
 )
 for _order, _command in enumerate(COMMANDS):

@@ -48,8 +48,8 @@ def group_of(each: "dataclasses.Field[Any]") -> str:
 
 
 def flags_of(each: "dataclasses.Field[Any]") -> tuple[str, ...]:
-    """Its flags, the one that helps show first."""
-    names = (each.metadata.get("flag", each.name), each.metadata.get("alias"))
+    """Its flags, the one that is shown first; its own name is one, for files of flags."""
+    names = (each.metadata.get("flag"), each.name, each.metadata.get("alias"))
     return tuple(f"--{name.replace('_', '-')}" for name in names if name)
 
 

@@ -179,6 +179,11 @@ def _chosen(
     """
     from senet.training.config import RunConfig
 
+    if not {"data", "model"} & run_options.keys():
+        raise UserError(
+            "--data is needed, such as a folder of images (or --data embedded for those that come "
+            "with senet), or --resume RUN"
+        )
     table = None if flags.config is None else read_toml(flags.config).get("recipe")
     table = table if isinstance(table, dict) else {}
     usual = "finetune" if "init" in run_options else "quick"

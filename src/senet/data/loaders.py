@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,11 @@ def _without_bad(batches: Iterator[Batch | BadImageError]) -> Iterator[Batch]:
 class _TrainBatches(Dataset[Batch | BadImageError]):
     """Augmented batches by the keys of their images."""
 
-    def __init__(self, data: ImageData, augmentation: Augmentation, seed: int, rank: int) -> None:
+    def __init__(
+        self, data: ImageData, augmentation: Augmentation, seed: int, rank: int, balanced: bool
+    ) -> None:
         self.source = data.train
+        self.balanced = balanced
         self.preprocessing = data.preprocessing
         self.seed = seed
         self.rank = rank
@@ -84,8 +88,13 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
             images, labels = self.mix(images, labels)
         return images, labels
 
+    def _seed(self, key: Key) -> int:
+        """Of an image's augmentation; one that an epoch takes several times looks different."""
+        again = (key.step,) if self.balanced else ()
+        return mix_seed(self.seed, key.epoch, key.image, *again)
+
     def _images(self, keys: Sequence[Key]) -> Batch:
-        seeds = [mix_seed(self.seed, key.epoch, key.image) for key in keys]
+        seeds = [self._seed(key) for key in keys]
         if self.shifts is not None:
             assert isinstance(self.source, MemoryImages)
             indices = [key.image for key in keys]
@@ -265,6 +274,31 @@ def loader_options(
     }
 
 
+def class_numbers(data: ImageData, what: str) -> Tensor:
+    """(N,) class of each training image, without opening one.
+
+    Args:
+        data: from `load_data`.
+        what: needs it, for the error.
+
+    Raises:
+        UserError: the data do not tell.
+    """
+    targets = getattr(data.train, "targets", None)
+    if isinstance(data.train, ImageStream) or not isinstance(targets, Tensor):
+        raise UserError(
+            f"{what} counts the images of each class before the start, which {data.name} does not "
+            "tell: leave it out"
+        )
+    return targets
+
+
+def _balanced_order(targets: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,) numbers of images, drawn so that each class comes as often as another."""
+    weights = 1 / torch.bincount(targets).clamp(min=1)[targets].double()
+    return torch.multinomial(weights, len(targets), replacement=True, generator=generator)
+
+
 def train_loader(
     data: ImageData,
     augmentation: Augmentation,
@@ -276,6 +310,7 @@ def train_loader(
     world_size: int = 1,
     drop_last: bool = True,
     pin_memory: bool = False,
+    balanced: bool = False,
 ) -> TrainLoader:
     """Loader of shuffled, augmented training batches.
 
@@ -294,13 +329,16 @@ def train_loader(
         world_size: number of those processes; each gets the same number of images.
         drop_last: leave out the last incomplete step of an epoch.
         pin_memory: copy batches to page-locked memory, for a GPU.
+        balanced: an epoch takes as many images, but draws each class as often as another: images
+            of rare classes come several times, others not at all.
 
     Returns:
         An iterable of (images (N,C,H,W) float32, labels (N,) int64, or (N,classes) float32 with
         mixup or cutmix).
 
     Raises:
-        UserError: a value outside its range, or not one whole batch in the data.
+        UserError: a value outside its range, not one whole batch in the data, or `balanced` where
+            nobody knows the classes before the images come.
     """
     options = loader_options(batch_size, num_workers, rank, world_size, pin_memory)
     if not 0 <= seed < 2**63:
@@ -308,16 +346,22 @@ def train_loader(
     n = len(data.train)
     sampler: EpochBatchSampler
     if isinstance(data.train, ImageStream):
+        if balanced:
+            class_numbers(data, "a balanced sampler")
         sampler = data.train.train_batches(batch_size, seed, rank, world_size, drop_last)
     else:
         order = getattr(data.train, "epoch_order", None)
+        if balanced:
+            order = partial(_balanced_order, class_numbers(data, "a balanced sampler"))
         sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last, order)
     if len(sampler) == 0:
         raise UserError(
             f"batch_size {batch_size} × {world_size} processes exceeds the {n} training images: "
             f"choose a batch_size of at most {n // world_size}"
         )
-    return TrainLoader(sampler, dataset=_TrainBatches(data, augmentation, seed, rank), **options)
+    return TrainLoader(
+        sampler, dataset=_TrainBatches(data, augmentation, seed, rank, balanced), **options
+    )
 
 
 def val_loader(

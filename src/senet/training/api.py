@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from senet.checkpoint.files import load_own
-from senet.data import Augmentation, ImageData, train_loader, val_loader
+from senet.data import Augmentation, ImageData, val_loader
 from senet.data.items import items_loader, items_val_loader
 from senet.data.transforms import batch_transform
 from senet.errors import UserError
@@ -27,7 +27,7 @@ from senet.training.given import ReplayedLoader
 from senet.training.loop import RunResult
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
-from senet.training.material import Material, prepared, share_of_a_step
+from senet.training.material import Material, prepared, share_of_a_step, training_batches
 from senet.training.recipe import Recipe, get_recipe
 from senet.training.task import Classification, Measuring, Task, classification
 
@@ -163,6 +163,11 @@ class _Given:
             raise UserError(f"data of load_data have both splits, other data need both: {remedy}")
         if data is not None and (self.transforms is not None or self.classes is not None):
             raise UserError("transforms and classes are for data of yours: leave them out")
+        if data is None and recipe.sampler != "shuffled":
+            raise UserError(
+                f"sampler={recipe.sampler!r} is for data of load_data: give a loader with a "
+                "WeightedRandomSampler"
+            )
         share = {
             "batch_size": share_of_a_step(config, accelerator.num_processes),
             "num_workers": config.num_workers,
@@ -171,7 +176,7 @@ class _Given:
             "pin_memory": accelerator.device.type == "cuda",
         }
         if data is not None:
-            training: Any = train_loader(data, recipe.augmentation, seed=config.seed, **share)
+            training: Any = training_batches(config, data, **share)
             validation: Iterable[Any] = val_loader(data, **share)
             size = data.preprocessing
             example: Any = torch.zeros(1, size.channels, size.image_size, size.image_size)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from senet.data import ImageData, load_data
+from senet.data.statistics import measure
 from senet.training.config import DATA, RunConfig
+from senet.training.recipe import Normalisation
 
 
 def open_named(data: str, options: Mapping[str, Any]) -> ImageData:
@@ -30,8 +32,28 @@ def open_run_data(config: RunConfig, *, channels: int | None = None) -> ImageDat
     """
     options = {name: getattr(config, name) for name in DATA}
     options["channels"] = config.channels or channels
-    data = open_named(config.data, options)
-    return without_deviation(data) if config.recipe.normalisation == "mean" else data
+    return normalised(open_named(config.data, options), config.recipe.normalisation)
+
+
+def normalised(data: ImageData, how: Normalisation) -> ImageData:
+    """The data with their images normalised as a recipe says.
+
+    Raises:
+        UserError: "measured" on a stream.
+    """
+    if how == "mean":
+        return without_deviation(data)
+    if how == "measured":
+        found, images = measure(data), data.preprocessing
+        order = -1 if images.channel_order == "bgr" else 1
+        mean, std = (
+            tuple(images.value_range * value for value in values[::order])
+            for values in (found.mean, found.std)
+        )
+        return dataclasses.replace(
+            data, preprocessing=dataclasses.replace(images, mean=mean, std=std)
+        )
+    return data
 
 
 def without_deviation(data: ImageData) -> ImageData:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from senet.anatomy.example import attempt
 from senet.anatomy.recording import run
-from senet.data import ImageData, Preprocessing, train_loader, val_loader
+from senet.data import ImageData, Preprocessing, TrainLoader, train_loader, val_loader
 from senet.data.probe import SMALL
 from senet.errors import UserError
 from senet.fusion import fuse
 from senet.networks.anywhere import channels_of, is_foreign, open_source
 from senet.nn.sync_bn import convert
 from senet.training.config import AUTO, RunConfig
-from senet.training.data import open_run_data, without_deviation
+from senet.training.data import normalised, open_run_data
 from senet.training.drop_path import drop_branches
 from senet.training.finetuning import (
     as_the_checkpoint_says,
@@ -121,8 +121,8 @@ def named_material(
         data = dataclasses.replace(data, preprocessing=preprocessing)
     elif start is not None:
         data = as_the_checkpoint_says(start, data, config)
-        if recipe.normalisation == "mean" and _asked_for(recipe):
-            data = without_deviation(data)
+        if recipe.normalisation != "mean_std" and _asked_for(recipe):
+            data = normalised(data, recipe.normalisation)
     size = data.preprocessing.image_size
     if size < least:
         raise UserError(
@@ -262,8 +262,25 @@ def _loaders(config: RunConfig, accelerator: Accelerator, data: ImageData) -> tu
         "batch_size": each,
         "pin_memory": accelerator.device.type == "cuda",
     }
-    training = train_loader(data, config.recipe.augmentation, seed=config.seed, **shard)
-    return training, val_loader(data, **shard)
+    return training_batches(config, data, **shard), val_loader(data, **shard)
+
+
+def training_batches(config: RunConfig, data: ImageData, **shard: Any) -> TrainLoader:
+    """The training batches of a run on data of `load_data`.
+
+    Args:
+        config: gives seed, augmentation and sampler.
+        data: its training images.
+        **shard: further arguments of `train_loader`.
+    """
+    recipe = config.recipe
+    return train_loader(
+        data,
+        recipe.augmentation,
+        seed=config.seed,
+        balanced=recipe.sampler == "balanced",
+        **shard,
+    )
 
 
 def _asked_for(recipe: Recipe) -> bool:

@@ -13,9 +13,10 @@ from senet.errors import UserError
 from senet.training.optimizer_names import arguments_of
 
 Schedule = Literal["step", "cosine", "one_cycle", "linear", "exponential", "constant"]
-Normalisation = Literal["mean_std", "mean"]
+Normalisation = Literal["mean_std", "mean", "measured"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 ClassWeights = Literal["none", "balanced"]
+Sampler = Literal["shuffled", "balanced"]
 # Where a field stands in `senet train --help` and `senet recipes`.
 LENGTH, OPTIMIZER, REGULARISATION, INPUT = (
     {"group": name} for name in ("Length", "Optimizer", "Regularisation", "Input")
@@ -63,11 +64,14 @@ class Recipe:
         label_smoothing: share of the target spread over all classes, in [0, 1).
         class_weights: "balanced" weighs each image's loss by images over (classes times images of
             its class), so that rare classes count as much as frequent ones; "none".
+        sampler: "shuffled": each image once an epoch; "balanced": as many images, but each class
+            as often as another, so that images of rare classes come several times.
         drop_path: probability that the last residual branch is left out for an image (stochastic
             depth, arXiv 1603.09382), less in proportion for those before.
-        normalisation: "mean_std" as the data set gives it; "mean" subtracts the channel means
-            only. A first convolution without bias that is followed by BN gives the same network
-            function for either up to eps, where the channels share one std.
+        normalisation: "mean_std" as the data set gives it; "measured" on its training images (see
+            `senet stats`); "mean" subtracts the channel means only. A first convolution without
+            bias that is followed by BN gives the same network function with the mean alone up to
+            eps, where the channels share one std.
         augmentation: what is done to training images, see `senet.data.Augmentation`.
 
     Raises:
@@ -96,6 +100,7 @@ class Recipe:
     decay_norm_and_bias: bool = field(default=True, metadata=REGULARISATION)
     label_smoothing: float = field(default=0.0, metadata=REGULARISATION)
     class_weights: ClassWeights = field(default="none", metadata=REGULARISATION)
+    sampler: Sampler = field(default="shuffled", metadata=REGULARISATION)
     drop_path: float = field(default=0.0, metadata=REGULARISATION)
     normalisation: Normalisation = field(default="mean_std", metadata=INPUT)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -126,6 +131,7 @@ class Recipe:
             ("schedule", Schedule),
             ("mixed_precision", MixedPrecision),
             ("class_weights", ClassWeights),
+            ("sampler", Sampler),
             ("normalisation", Normalisation),
         ):
             self._choice(name, get_args(kinds))

@@ -90,6 +90,8 @@ class Session:
             for each in (model, self.ema.module) if self.ema else (model,):
                 shard(each, device, processes)
         optimizer = build_optimizer(model, recipe, material.new)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self.told = rates.index(recipe.lr) if recipe.lr in rates else 0
         self.schedule = build_schedule(optimizer, recipe, self.steps_per_epoch)
         # With `evaluation_mode` accelerate adds autocast, and no DDP.
         self.wrapped = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
@@ -106,8 +108,8 @@ class Session:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
-        return float(max(self.schedule.get_last_lr()))
+        """Learning rate of the next step, of layers that have the recipe's own."""
+        return float(self.schedule.get_last_lr()[self.told])
 
     @property
     def judged(self) -> nn.Module:

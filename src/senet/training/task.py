@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 
-from senet.data import ImageData, ImageStream
+from senet.data import ImageData
+from senet.data.loaders import class_numbers
 from senet.errors import UserError
 from senet.support.progress import Progress
 from senet.training.evaluation import Evaluation, Judgement, evaluate, first_tensor, go_through
@@ -91,12 +92,8 @@ def classification(recipe: Recipe, data: ImageData) -> Classification:
     """
     weights = None
     if recipe.class_weights == "balanced":
-        if isinstance(data.train, ImageStream) or not hasattr(data.train, "targets"):
-            raise UserError(
-                f"class_weights='balanced' counts the images of each class before the start, which "
-                f"{data.name} does not tell: leave it out"
-            )
-        weights = balanced_weights(data.train.targets, len(data.classes))
+        targets = class_numbers(data, "class_weights='balanced'")
+        weights = balanced_weights(targets, len(data.classes))
     return Classification(data.classes, recipe.label_smoothing, weights)
 
 
