@@ -83,8 +83,11 @@ def candidates() -> list[str]:
 
 def shape_or_obstacle(name: str) -> tuple[int, ...] | str:
     """Channels, height and width for a network, or why it is not of the table."""
-    with torch.device("meta"):
-        model = open_source(name).eval()
+    try:
+        with torch.device("meta"):
+            model = open_source(name).eval()
+    except NotImplementedError:  # torchvision's RegNets compute their widths with tensors
+        model = open_source(name).eval().to("meta")
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return "more than 100 million parameters"
     own = tuple(model.input_size)

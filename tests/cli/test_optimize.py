@@ -21,7 +21,7 @@ def test_report_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "batch norm folded into the convolution │    34" in found.out
     assert "SE blocks: 9 of 9 fused" in found.out
     assert "kept: optimized" in found.out
-    assert "time outside of the kernels" in found.out
+    assert "outside of the kernels: nothing" in found.out
     exported = open_exported(out)
     assert exported.metadata["input_size"] == [3, 64, 64]
     assert exported.run(torch.randn(5, 3, 64, 64)).shape == (5, 1000)

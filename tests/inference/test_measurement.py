@@ -188,7 +188,10 @@ def test_what_runs_outside_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     fast = optimize(model.eval(), x, measure=False)
     shares = measurement.outside(fast.network, x)
     assert shares == pytest.approx({"Softmax": 1 / 3})
+    assert fast.report.operations == {"Softmax": 1}
+    assert "outside of the kernels: Softmax (1)" in str(fast.report)
     whole = optimize(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), x, measure=False)
+    assert "outside of the kernels: nothing" in str(whole.report)
     assert measurement.outside(whole.network, x) == {}
     double = optimize(model.double(), x.double(), measure=False)
     assert measurement.outside(double.network, x.double()) == {

@@ -132,10 +132,15 @@ def test_a_foreign_network_in_all_forms(tmp_path: Path) -> None:
 def test_int8_of_a_foreign_network_keeps_its_gates_in_float(tmp_path: Path) -> None:
     model = Foreign().eval()
     images = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    with torch.no_grad():
+        labelled = [(x, model(x).argmax(1)) for x in images]
     for form in ("plain", "squeeze_first"):
         path = tmp_path / f"{form}.onnx"
-        report = export(model, path, example_input=images[0], calibration=images, form=form)
+        report = export(model, path, example_input=images[0], calibration=labelled, form=form)
         assert report.quantized == 2  # expand and project
+        assert report.accuracy["float32"] == 100
+        assert 0 < report.accuracy["int8"] <= 100
+        assert report.evaluated == 8
 
 
 def test_free_size(model: nn.Module, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ORIGINAL, CHANNELS_LAST, OPTIMIZED = "original", "original, channels_last", "optimized"
+ORIGINAL, CHANNELS_LAST, OPTIMIZED = "original", "original in channels_last", "optimized"
 FUSED = "fused"
 
 
@@ -69,5 +69,6 @@ class OptimizationReport:
             shares = [f"{name} {share:.1%}" for name, share in self.outside.items()]
             if shares:
                 total = f"{sum(self.outside.values()):.1%}"
-                lines.append(f"time outside of the kernels: {total} ({', '.join(shares)})")
+                what = ", ".join(shares)
+                lines.append(f"of the optimized time outside of the kernels: {total} ({what})")
         return lines

@@ -166,8 +166,9 @@ class Vectors:
 
     def _is_vector(self, node: fx.Node) -> bool:
         module = self.edit.called(node)
-        if type(module) in _pools(self.edit):
-            return module.output_size in (1, (1,), (1, 1))
+        if module is not None and type(module) in _pools(self.edit):
+            size: object = module.output_size
+            return size in (1, (1,), (1, 1))
         if self.edit.operation(node) in _MAXIMA:
             shape, before = self.edit.shape(node), self.edit.shape(node.args[0])
             rank = self.edit.dims + 2
