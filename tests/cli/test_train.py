@@ -287,7 +287,7 @@ def test_starting_from_a_run_fine_tunes(
     assert "recipe finetune" in found.err
     recipe = tomllib.loads((out / "config.toml").read_text())["recipe"]
     assert (recipe["name"], recipe["optimizer"], recipe["batch_size"]) == ("finetune", "adamw", 8)
-    assert recipe["lr"] == pytest.approx(3e-4 * (8 / 64) ** 0.5)
+    assert recipe["lr"] == pytest.approx(1e-3 * (8 / 64) ** 0.5)
 
 
 def test_each_field_of_a_recipe_is_a_flag(

@@ -62,8 +62,8 @@ def train(
         model: network; `senet models` lists them. Or timm:NAME, torchvision:NAME, or
             FILE.py:FUNCTION, a function that returns a module (default: se_resnet20_cifar for
             images of up to 64 pixels, se_resnet18 for larger ones).
-        scale_lr: linear scaling rule: multiply the recipe's learning rate by --batch-size over the
-            recipe's own batch size.
+        scale_lr: multiply the recipe's learning rate by --batch-size over the recipe's own (linear
+            scaling rule), or of Adam's family by the square root of that.
         init: what to start from: a run, a checkpoint, such as one of `senet insert`, or
             hf_hub:owner/name; its network counts, and its preprocessing (of which --image-size
             changes the side). With --model a file of weights in any released layout.

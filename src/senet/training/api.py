@@ -22,7 +22,7 @@ from senet.errors import UserError
 from senet.models.description import WEIGHTS, read_described
 from senet.networks.anywhere import PYTHON
 from senet.support.progress import Progress, Several
-from senet.training.config import RUN_CONFIG, RunConfig, flatten
+from senet.training.config import MACHINE, RUN_CONFIG, RunConfig, flatten
 from senet.training.given import ReplayedLoader
 from senet.training.loop import RunResult
 from senet.training.loop import resume as resume_run
@@ -122,7 +122,8 @@ def fit(
             f"the run in {config.out} was begun with other options ({', '.join(changed)}): give "
             "the same ones, or another folder"
         )
-    return resume_run(config.out, progress=heard, make=given.material)
+    machine = {name: value for name, value in options.items() if name in MACHINE}
+    return resume_run(config.out, machine=machine, progress=heard, make=given.material)
 
 
 def restore(model: nn.Module, run: str | PathLike[str], *, slot: str = "best") -> None:

@@ -118,6 +118,7 @@ def resume(
     run: str | PathLike[str],
     *,
     options: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     make: Callable[[RunConfig, Accelerator], Material] | None = None,
 ) -> RunResult:
@@ -131,6 +132,7 @@ def resume(
         run: the run folder.
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
             `parallel` may be another than the run's own, and `data` where its images lie now.
+        machine: fields of `RunConfig` that change no result (`MACHINE`) and are others from now on.
         progress, make: see `train`.
 
     Raises:
@@ -142,7 +144,7 @@ def resume(
     if not (run / RUN_CONFIG).is_file():
         raise UserError(f"{run} is no run folder: it has no {RUN_CONFIG}; start a run with --out")
     given = dict(options or {})
-    config = RunConfig.from_toml(run / RUN_CONFIG, out=run)
+    config = replace(RunConfig.from_toml(run / RUN_CONFIG, out=run), **(machine or {}))
     config = replace(config, parallel=given.pop("parallel", config.parallel))
     before = config.data
     config = _moved(config, given)

@@ -280,13 +280,14 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
         # A network that knows something already (--init, --weights): AdamW (arXiv 1711.05101)
         # with a low rate, ten times that for what is new (discriminative rates, arXiv 1801.06146,
-        # section 3.2), a short warm-up and cosine, an average of the weights, mild crops.
+        # section 3.2), a short warm-up and cosine, an average of the weights, mild crops. Rate and
+        # crops were tried on small images alone (docs/training.md).
         "finetune": Recipe(
             name="finetune",
             epochs=10,
             batch_size=64,
             optimizer="adamw",
-            lr=3e-4,
+            lr=1e-3,
             schedule="cosine",
             warmup_epochs=1,
             new_layer_lr=10,
@@ -295,7 +296,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             weight_decay=0.02,
             decay_norm_and_bias=False,
             label_smoothing=0.1,
-            augmentation=Augmentation(crop="random_resized", scale=(0.35, 1.0), flip=True),
+            augmentation=Augmentation(crop="random_resized", scale=(0.6, 1.0), flip=True),
         ),
         # The paper's section 5: batch 1024, lr 0.6 divided by 10 every 30 of 100 epochs, momentum
         # 0.9, random-size crop with aspect ratio, flip, mean subtraction, He initialisation
