@@ -12,7 +12,9 @@ from torchvision import models
 
 from senet.checkpoint.files import open_checkpoint
 from senet.commands.insert import insert_checkpoint
+from senet.commands.network import open_network
 from senet.data import Preprocessing
+from senet.errors import UserError
 from senet.networks.anywhere import open_source
 from senet.networks.preparation import imagenet, of_timm, of_torchvision
 
@@ -97,3 +99,32 @@ def test_insert_records_it(tmp_path: Path) -> None:
     )
     said = open_checkpoint(tmp_path / "b").preprocessing
     assert (said.image_size, said.resize) == (88, 100)  # half of 176 and 201
+
+
+NETWORK = """
+from torch import nn
+def net(num_classes=7):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, num_classes))
+def five():
+    return net(5)
+"""
+
+
+def test_a_file_says_how_many_classes_it_gives(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETWORK)
+    for function, classes in (("net", 7), ("five", 5)):
+        found = open_network(f"{tmp_path}/nets.py:{function}", None)
+        assert found.classes == tuple(map(str, range(classes)))
+    assert len(open_network(f"{tmp_path}/nets.py:net", None, num_classes=3).classes) == 3
+
+
+@pytest.mark.parametrize("model", ["timm:test_resnet", "FILE"])
+def test_weights_say_how_many_classes_they_have(model: str, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETWORK)
+    name = model.replace("FILE", f"{tmp_path}/nets.py:net")
+    trained = open_source(name, num_classes=4)
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    assert open_network(name, tmp_path / "w.pth").classes == ("0", "1", "2", "3")
+    with pytest.raises(UserError, match="as many classes"):
+        open_network(name, tmp_path / "w.pth", num_classes=6)

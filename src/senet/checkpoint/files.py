@@ -25,7 +25,7 @@ from senet.insertion.report import Place
 from senet.models import Network, build_model
 from senet.models.description import FORMAT, WEIGHTS, adopt, read_described
 from senet.models.hub import HUB_CONFIG
-from senet.networks.anywhere import head_of, is_foreign, open_source
+from senet.networks.anywhere import is_foreign, open_source
 from senet.weights import HUB_PREFIX, load_weights, local_file
 from senet.weights.files import UNREADABLE, read_contents
 from senet.weights.layouts import detect
@@ -206,7 +206,7 @@ def model_for_weights(
     if contents.description:
         raise UserError(f"{source} says itself which network it is for: leave out --model {name}")
     if is_foreign(name):
-        return cast(Network, _foreign_with_weights(name, contents.state, source))
+        return cast(Network, foreign_with_weights(name, contents.state, source))
     with torch.device("meta"):
         outline = build_model(name, **options)
     state = select(contents.state, outline).state
@@ -225,16 +225,41 @@ def model_for_weights(
     return model
 
 
-def _foreign_with_weights(
-    name: str, state: Mapping[str, Tensor], source: str | PathLike[str]
+def foreign_with_weights(
+    name: str,
+    state: Mapping[str, Tensor],
+    source: str | PathLike[str],
+    num_classes: int | None = None,
 ) -> nn.Module:
-    """A foreign network with its own state dict, whose head tells the number of classes."""
-    model: Any = open_source(name)
-    head = state.get(f"{head_of(model)[0]}.weight")
-    if head is not None and head.shape[0] != model.config["num_classes"]:
-        model = open_source(name, num_classes=head.shape[0])
-    load_own(model, state, f"weights {source} do not fit {name}")
+    """A foreign network with its own state dict.
+
+    Args:
+        name: as for `open_source`.
+        state: the weights.
+        source: where they come from, for messages.
+        num_classes: classes of the network; by default those that the weights' classifier has.
+
+    Raises:
+        UserError: the weights do not fit, or as for `open_source`.
+    """
+    model = open_source(name, num_classes=num_classes)
+    if num_classes is None and (found := _classes_of(state, model)):
+        model = open_source(name, num_classes=found)
+    remedy = "; is it the same network with as many classes?"
+    load_own(model, state, f"weights {source} do not fit {name}", remedy)
     return model
+
+
+def _classes_of(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
+    """Classes of weights in which nothing but the classifier has another size than in a network."""
+    own = model.state_dict()
+    found = {
+        len(tensor)
+        for name, tensor in state.items()
+        if name in own and tensor.ndim and tensor.shape != own[name].shape
+        if tensor.shape[1:] == own[name].shape[1:]
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def load_own(model: nn.Module, state: Mapping[str, Tensor], refusal: str, remedy: str = "") -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from senet.checkpoint.files import Checkpoint, load_own, open_checkpoint
+from senet.checkpoint.files import Checkpoint, foreign_with_weights, open_checkpoint
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models import Network
@@ -30,7 +30,7 @@ def open_network(
         weights: checkpoint of this package, or a .safetensors or .pth file of the model's own
             state dict; None: fresh weights.
         num_classes: classes of the model; by default as many as the checkpoint knows, as
-            `classes` names, or 1000.
+            `classes` names, as `weights` have, or as `open_source` gives it.
         image_size: side of the images; by default that of the checkpoint or of the model.
         classes: names of the classes, where those of the data are meant.
 
@@ -45,24 +45,21 @@ def open_network(
         if num_classes not in (None, len(checkpoint.classes)) or image_size is not None:
             raise UserError(f"{weights} knows its own classes and image size: leave them out")
         return checkpoint
-    count = num_classes or (len(classes) if classes else 1000)
-    network = open_source(model, num_classes=count)
+    count = num_classes or (len(classes) if classes else None)
     if weights is not None:
-        load_own(
-            network,
-            read_state_dict(weights),
-            f"weights {weights} do not fit the model",
-            "; is it the same network with as many classes?",
-        )
+        network = foreign_with_weights(model, read_state_dict(weights), weights, count)
+    else:
+        network = open_source(model, num_classes=count)
     preprocessing = _preparation(model, network, weights)
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
     network.preprocessing = preprocessing.to_dict()  # type: ignore[assignment]
-    names = tuple(classes) if classes and len(classes) == count else None
+    outputs: int = network.config["num_classes"]  # type: ignore[index,assignment]
+    names = tuple(classes) if classes and len(classes) == outputs else None
     network.classes = names  # type: ignore[assignment]
     return Checkpoint(
         cast(Network, network.eval()),
-        names or tuple(map(str, range(count))),
+        names or tuple(map(str, range(outputs))),
         preprocessing,
         {},
         {},

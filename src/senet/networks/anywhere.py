@@ -1,6 +1,7 @@
 """Networks from anywhere by one name."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -38,7 +39,7 @@ def channels_of(name: str) -> int | None:
 def open_source(
     name: str,
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     in_channels: int = 3,
     named_by_user: bool = True,
     **options: Any,
@@ -52,7 +53,8 @@ def open_source(
         named_by_user: False where the name comes from a file that may be a stranger's: then a
             `FILE.py` is run only if its content was named by this user before (kept by SHA-256 in
             `~/.cache/senet/trusted_files`), or if SENET_TRUST_CODE is 1.
-        num_classes: classes of the head.
+        num_classes: classes of the head; by default 1000, and of a `FILE.py:FUNCTION` as many as
+            the function gives by itself.
         in_channels: channels of the images; 3 for torchvision and files.
         **options: for networks of this package, see `create_model`; for others `without_se`: True
             takes the SE blocks out that it is built with. The other weights start as with them.
@@ -77,6 +79,8 @@ def open_source(
             raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
         model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
         size = preparation.image_size
+        if num_classes is None:
+            num_classes = 1000 if name.startswith(PREFIXES) else _outputs(model, size)
         if options.get(WITHOUT_SE):  # of a file nobody knows the size
             known = name.startswith(PREFIXES)
             take_out(model, torch.zeros(1, in_channels, size, size) if known else None)
@@ -92,7 +96,9 @@ def open_source(
         for key, value in about.items():
             setattr(model, key, value)
         return model
-    return build_model(name, num_classes=num_classes, in_channels=in_channels, **options)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return build_model(name, in_channels=in_channels, **options)
 
 
 def check_options(name: str, options: Iterable[str]) -> None:
@@ -102,13 +108,13 @@ def check_options(name: str, options: Iterable[str]) -> None:
 
 
 def _foreign(
-    name: str, num_classes: int, in_channels: int, named_by_user: bool
+    name: str, num_classes: int | None, in_channels: int, named_by_user: bool
 ) -> tuple[nn.Module, Preprocessing]:
     if name.startswith(TORCHVISION):
         name = name.removeprefix(TORCHVISION)
-        return _torchvision(name, num_classes), of_torchvision(name)
-    if name.startswith("timm:"):
-        return _timm(name.removeprefix(TIMM), num_classes, in_channels)
+        return _torchvision(name, num_classes or 1000), of_torchvision(name)
+    if name.startswith(TIMM):
+        return _timm(name.removeprefix(TIMM), num_classes or 1000, in_channels)
     return _from_file(name, num_classes, named_by_user), imagenet()
 
 
@@ -162,7 +168,7 @@ def _trust(path: Path, named_by_user: bool) -> None:
             file.write(f"{digest}\n")
 
 
-def _from_file(name: str, num_classes: int, named_by_user: bool) -> nn.Module:
+def _from_file(name: str, num_classes: int | None, named_by_user: bool) -> nn.Module:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"model {name}: no such file: {path}")
@@ -175,11 +181,22 @@ def _from_file(name: str, num_classes: int, named_by_user: bool) -> nn.Module:
     factory: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(factory):
         raise UserError(f"model {name}: {path} has no function {function!r}")
-    takes = "num_classes" in inspect.signature(factory).parameters
+    takes = num_classes and "num_classes" in inspect.signature(factory).parameters
     model = factory(num_classes=num_classes) if takes else factory()
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name}: {function} returns {type(model).__name__}, not a module")
     return model
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, size: int) -> int:
+    """Logits that a network gives, 1000 where it says nothing of the kind for images of a size."""
+    try:
+        logits = copy.deepcopy(model).eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, TypeError):  # other inputs are expected
+        return 1000
+    plain = isinstance(logits, torch.Tensor) and logits.ndim == 2
+    return int(logits.shape[1]) if plain else 1000
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
