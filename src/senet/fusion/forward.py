@@ -32,6 +32,10 @@ def _say(why: str) -> None:
         )
 
 
+class _NoGlobalsError(UserError, AttributeError):
+    pass
+
+
 class FusedForward:
     """Called in the place of a module's own forward, to which it steps aside where it has to.
 
@@ -75,9 +79,9 @@ class FusedForward:
         """What torch.jit.script asks a forward for first.
 
         Raises:
-            UserError: always.
+            UserError: always; for others, who ask whether there are any, an AttributeError.
         """
-        raise UserError(
+        raise _NoGlobalsError(
             f"torch.jit.script cannot compile a fused {type(self.owner).__name__}: undo it with "
             "senet.unfuse(model), or use torch.jit.trace(model.eval(), example_input)"
         )
