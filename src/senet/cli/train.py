@@ -105,8 +105,8 @@ def train(
                 refused = options | changes | run_options | named(recipe=flags.recipe)
                 result = resume_run(resume, options=refused, progress=heard(resume))
             else:
-                config, adapt = _chosen(flags, changes, run_options, options, scale_lr, progress)
-                make = partial(named_material, adapt=adapt)
+                config, adapt, notes = _chosen(flags, changes, run_options, options, scale_lr)
+                make = partial(named_material, adapt=adapt, notes=notes)
                 result = train_run(config, progress=heard(config), make=make)
     except Interrupted as stopped:
         raise StopSignal(str(stopped), stopped.number) from stopped
@@ -163,11 +163,8 @@ def _chosen(
     run_options: dict[str, Any],
     options: dict[str, Any],
     scale_lr: bool,
-    progress: Progress,
-) -> "tuple[RunConfig, set[str]]":
-    """The run that the flags ask for, and what of its recipe the data may change.
-
-    What nobody gave is chosen, and told.
+) -> "tuple[RunConfig, set[str], list[str]]":
+    """The run that the flags ask for, what of its recipe the data may change, and what was chosen.
 
     Args:
         flags: of the command.
@@ -175,7 +172,6 @@ def _chosen(
         run_options: likewise, of the run.
         options: likewise, of the network.
         scale_lr: whether the learning rate follows the size of the batch.
-        progress: hears what is chosen.
     """
     from senet.training.config import RunConfig
 
@@ -188,14 +184,15 @@ def _chosen(
     table = table if isinstance(table, dict) else {}
     usual = "finetune" if "init" in run_options else "quick"
     recipe = _recipe(flags.recipe, changes, table, scale_lr, usual)
+    notes = []
     if flags.recipe is None and not table:
-        progress.note(f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)")
+        notes.append(f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)")
     settings = {"model": "auto", "data": "embedded", **run_options}
     if "out" not in settings:
         settings["out"] = _free_folder(flags.data)
-        progress.note(f"run folder {settings['out']} (--out takes another)")
+        notes.append(f"run folder {settings['out']} (--out takes another)")
     config = RunConfig(recipe=recipe, model_options=options, **settings)
-    return config, {"batch_size", "lr"} - (changes.keys() | table.keys())
+    return config, {"batch_size", "lr"} - (changes.keys() | table.keys()), notes
 
 
 def _recipe(

@@ -92,6 +92,7 @@ def named_material(
     *,
     preprocessing: Preprocessing | None = None,
     adapt: Collection[str] = (),
+    notes: Sequence[str] = (),
 ) -> Material:
     """Network and data as a configuration names them; seeds the global random generators.
 
@@ -100,6 +101,7 @@ def named_material(
         accelerator: its processes share the images.
         preprocessing: how a run that is gone on with prepared its images so far; None at the start.
         adapt: see `completed`.
+        notes: what a user should read at the start, before what is said here.
 
     Raises:
         UserError: unknown network or data, or sizes that do not go together.
@@ -159,7 +161,7 @@ def named_material(
         data=data,
         frozen_norms=frozen,
         new=new,
-        notes=(*chosen, *_notes(config, data)),
+        notes=(*notes, *chosen, *_notes(config, data)),
     )
 
 
