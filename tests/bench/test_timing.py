@@ -34,6 +34,7 @@ def counted(log: list[str], name: str) -> Contestant:
 
 def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
     log: list[str] = []
     case = Case("claim", "case", lambda: [counted(log, "a"), counted(log, "b")])
     found = timing.measure(case, rounds=3, warmup=2)
@@ -219,6 +220,7 @@ def test_inference_of_all_engines_but_the_slow_to_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
     monkeypatch.setattr(bench_inference, "ENGINES", ("eager",))
     flags = ("--models", "se_resnet8_cifar", "--batch-sizes", "1,3", "--rounds", 2, "--warmup", 1)
     found = run(capsys, "bench", "inference", *flags, "--no-compile", "--no-tune-allocator")
@@ -237,6 +239,7 @@ def test_inference_of_the_users_own_networks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
     monkeypatch.setattr(bench_inference, "ENGINES", ("eager", "ONNX Runtime"))
     trained = tmp_path / "trained"
     model = create_model("se_resnet8_cifar", num_classes=3, in_channels=1)
