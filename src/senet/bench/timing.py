@@ -29,7 +29,7 @@ from senet.support.files import atomic_write
 # Calls shorter than this are repeated within a round, so that the clock and a stray interrupt weigh
 # little.
 _ROUND_SECONDS = 0.02
-# Before each turn on a CPU: an engine's threads look for work for a while after a call, on the cores
+# Before each turn on a CPU: an engine's threads look for work for a while after a call, on cores
 # that the next contestant needs. (Without it MobileNetV3 at batch 1 took twice its time behind
 # OpenVINO.)
 _PAUSE = 0.05
