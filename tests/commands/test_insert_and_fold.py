@@ -177,7 +177,7 @@ def test_bad_input_is_one_line_and_writes_nothing(images, base, tmp_path, capsys
     says("reduction must be positive", *insert, "--reduction", "-1")
     says("stages must be", *insert, "--stages", "9")
     says(
-        "do not fit the model",
+        "do not fit resnet20_cifar",
         "insert",
         "--model",
         "resnet20_cifar",

@@ -108,12 +108,14 @@ def net(num_classes=7):
                          nn.Linear(8, num_classes))
 def five():
     return net(5)
+def told(num_classes):
+    return net(num_classes)
 """
 
 
 def test_a_file_says_how_many_classes_it_gives(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETWORK)
-    for function, classes in (("net", 7), ("five", 5)):
+    for function, classes in (("net", 7), ("five", 5), ("told", 1000)):
         found = open_network(f"{tmp_path}/nets.py:{function}", None)
         assert found.classes == tuple(map(str, range(classes)))
     assert len(open_network(f"{tmp_path}/nets.py:net", None, num_classes=3).classes) == 3

@@ -54,7 +54,7 @@ def open_source(
             `FILE.py` is run only if its content was named by this user before (kept by SHA-256 in
             `~/.cache/senet/trusted_files`), or if SENET_TRUST_CODE is 1.
         num_classes: classes of the head; by default 1000, and of a `FILE.py:FUNCTION` as many as
-            the function gives by itself.
+            the function gives by itself, 1000 where it has to be told.
         in_channels: channels of the images; 3 for torchvision and files.
         **options: for networks of this package, see `create_model`; for others `without_se`: True
             takes the SE blocks out that it is built with. The other weights start as with them.
@@ -181,7 +181,10 @@ def _from_file(name: str, num_classes: int | None, named_by_user: bool) -> nn.Mo
     factory: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(factory):
         raise UserError(f"model {name}: {path} has no function {function!r}")
-    takes = num_classes and "num_classes" in inspect.signature(factory).parameters
+    asked = inspect.signature(factory).parameters.get("num_classes")
+    if num_classes is None and asked is not None and asked.default is asked.empty:
+        num_classes = 1000
+    takes = asked is not None and num_classes is not None
     model = factory(num_classes=num_classes) if takes else factory()
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name}: {function} returns {type(model).__name__}, not a module")
