@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from senet import kernels
-from senet.errors import SenetError, UserError
+from senet.errors import SenetError
 from senet.inference.blocks import outcomes
 from senet.inference.measurement import called, left_to_pytorch, medians, outside
 from senet.inference.part import OptimizedPart, refuse_layer
@@ -19,7 +19,7 @@ from senet.inference.report import CHANNELS_LAST, OPTIMIZED, ORIGINAL, Optimizat
 from senet.inference.rewrite import Rewriter
 from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
-from senet.nn.block import no_script
+from senet.nn.block import NotScriptable
 
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
 # a trained network differs by some 1e-6 in float32. Beyond it rounding must explain the difference
@@ -31,7 +31,7 @@ _LOW_PRECISION = 0.1
 _CLEARLY = 0.97
 
 
-class OptimizedModel(nn.Module):
+class OptimizedModel(NotScriptable, nn.Module):
     """What `optimize` returns; called like the original model in evaluation mode.
 
     Attributes:
@@ -59,14 +59,6 @@ class OptimizedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, OptimizedPart):
                 module.repack()
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks for first.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(no_script(self))
 
     def forward(self, x: Tensor) -> Any:
         """What the original model returns for images x, (N,C,H,W), (N,C,L) or (N,C,D,H,W)."""

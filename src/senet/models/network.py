@@ -11,7 +11,7 @@ from senet.errors import UserError
 from senet.models.hub import HubMixin, plain_values
 from senet.models.options import SE_OPTIONS, SEOptions
 from senet.models.registry import entry
-from senet.nn.block import no_script
+from senet.nn.block import NotScriptable
 
 # What timm's models are told, in our words.
 _ELSEWHERE = {
@@ -43,7 +43,7 @@ class Stage:
     stride: int
 
 
-class Network(nn.Module, HubMixin, ABC):
+class Network(NotScriptable, nn.Module, HubMixin, ABC):
     """A classifier: a stem, stages, global average pooling, one linear layer.
 
     Attributes:
@@ -112,14 +112,6 @@ class Network(nn.Module, HubMixin, ABC):
     @abstractmethod
     def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks for first.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(no_script(self))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of images x (N, in_channels, H, W); no softmax.

@@ -6,7 +6,7 @@ Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,7 +118,22 @@ def weight_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     return otherwise if quantized else dtype
 
 
-class SqueezeExcitation(nn.Module):
+class NotScriptable:
+    """A module that torch.jit.script cannot compile, which says what can be used instead."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"torch.jit.script cannot compile senet's {type(self).__name__}: use "
+            "torch.jit.trace(model.eval(), example_input), or senet.export for a file"
+        )
+
+
+class SqueezeExcitation(NotScriptable, nn.Module):
     """Squeeze-and-excitation block (section 3): x scaled by one learned gate per channel.
 
     z = squeeze(x) (eq. 2), s = gate(W2 δ(W1 z)) (eq. 3), y = s · x (eq. 4), where δ is
@@ -232,14 +247,6 @@ class SqueezeExcitation(nn.Module):
             return ops.squeeze_excite(x, *gate_parameters(self), self.gate_name)
         return x * self.excite(x, None if mask is None else mask != 0).to(x.dtype)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks for first.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(no_script(self))
-
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels:
             wanted = ", ".join(("N", str(self.channels), *("L", "HW", "DHW")[self.dims - 1]))
@@ -258,14 +265,6 @@ class SqueezeExcitation(nn.Module):
 def _symbolic(x: object) -> bool:
     """Whether x stands for a tensor in a symbolic trace of torch.fx."""
     return isinstance(x, fx.Proxy)
-
-
-def no_script(module: nn.Module) -> str:
-    """Why torch.jit.script cannot take a module, and what can."""
-    return (
-        f"torch.jit.script cannot compile senet's {type(module).__name__}: use "
-        "torch.jit.trace(model.eval(), example_input), or senet.export for a file"
-    )
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)
