@@ -1,7 +1,8 @@
 """Squeeze-and-Excitation Networks (arXiv 1709.01507) that cost nothing extra."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from senet.support import lazy
 
 if TYPE_CHECKING:
     from senet.checkpoint.adapter import load_adapter as load_adapter
@@ -27,38 +28,35 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import senet` loads no PyTorch.
 _HOMES = {
-    "FusionReport": "senet.fusion",
-    "GateStatistics": "senet.gates.statistics",
-    "SqueezeExcitation": "senet.nn.block",
-    "anatomy": "senet.anatomy",
-    "create_model": "senet.networks.create",
-    "detection": "senet.detection",
-    "export": "senet.runtimes.export",
-    "features": "senet.models.features",
-    "fold_gates": "senet.gates.fold",
-    "fuse": "senet.fusion",
-    "insert": "senet.insertion.insert",
-    "list_models": "senet.models",
-    "load_adapter": "senet.checkpoint.adapter",
-    "load_weights": "senet.weights",
-    "ops": "senet.ops",
-    "optimize": "senet.inference",
-    "record_gates": "senet.gates.record",
-    "remove": "senet.insertion.insert",
-    "save_adapter": "senet.checkpoint.adapter",
-    "save_weights": "senet.weights",
-    "segmentation": "senet.segmentation",
-    "training": "senet.training",
-    "unfuse": "senet.fusion",
+    "FusionReport": "fusion",
+    "GateStatistics": "gates.statistics",
+    "SqueezeExcitation": "nn.block",
+    "anatomy": "anatomy",
+    "create_model": "networks.create",
+    "detection": "detection",
+    "export": "runtimes.export",
+    "features": "models.features",
+    "fold_gates": "gates.fold",
+    "fuse": "fusion",
+    "insert": "insertion.insert",
+    "list_models": "models",
+    "load_adapter": "checkpoint.adapter",
+    "load_weights": "weights",
+    "ops": "ops",
+    "optimize": "inference",
+    "record_gates": "gates.record",
+    "remove": "insertion.insert",
+    "save_adapter": "checkpoint.adapter",
+    "save_weights": "weights",
+    "segmentation": "segmentation",
+    "training": "training",
+    "unfuse": "fusion",
 }
 __all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'senet' has no attribute {name!r}")
-    module = importlib.import_module(_HOMES[name])
-    return module if _HOMES[name] == f"senet.{name}" else getattr(module, name)
+    return lazy.attribute(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,9 @@
 one image of any kind, and `Preprocessing.transform` makes it the network's input.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from senet.support import lazy
 
 if TYPE_CHECKING:
     from senet.data.augmentation import Augmentation as Augmentation
@@ -72,9 +73,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'senet.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"senet.data.{_HOMES[name]}"), name)
+    return lazy.attribute(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """Training: `fit` any network from Python, or a run by its configuration as the command does."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from senet.support import lazy
 
 if TYPE_CHECKING:
     from senet.training.api import fit as fit
@@ -31,9 +32,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'senet.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"senet.training.{_HOMES[name]}"), name)
+    return lazy.attribute(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:
