@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from senet.data.loaders import TrainLoader, ValLoader, loader_options, seeded
+from senet.data.loaders import TrainLoader, ValLoader, loader_options, no_whole_batch, seeded
 from senet.data.samplers import EpochBatchSampler, Key, mix_seed
 from senet.errors import UserError
 
@@ -24,7 +24,7 @@ class Items(Protocol):
 
 
 @contextmanager
-def _all_seeded(seed: int) -> Iterator[None]:
+def all_seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of PyTorch's CPU, Python and NumPy within the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
     random.seed(seed)
@@ -66,7 +66,7 @@ class _Train(Dataset[Any]):
     def __getitems__(self, keys: Sequence[Key]) -> Any:
         pairs = []
         for key in keys:
-            with _all_seeded(mix_seed(self.seed, key.epoch, key.image)):
+            with all_seeded(mix_seed(self.seed, key.epoch, key.image)):
                 pairs.append(_pair(self.items, key.image, self.transform))
         images, targets = default_collate(pairs)
         if self.mix is None:
@@ -113,10 +113,7 @@ def items_loader(
     options = loader_options(batch_size, num_workers, rank, world_size, pin_memory)
     sampler = EpochBatchSampler(len(items), batch_size, seed, rank, world_size, drop_last=True)
     if len(sampler) == 0:
-        raise UserError(
-            f"batch_size {batch_size} × {world_size} processes exceeds the {len(items)} training "
-            f"images: choose a batch_size of at most {len(items) // world_size}"
-        )
+        raise no_whole_batch(batch_size, world_size, len(items))
     return TrainLoader(sampler, dataset=_Train(items, transform, mix, seed, rank), **options)
 
 

@@ -147,6 +147,14 @@ def _fits(source: ImageSource | ImageStream, preprocessing: Preprocessing) -> bo
     )
 
 
+def no_whole_batch(batch_size: int, world_size: int, images: int) -> UserError:
+    """The error of training images that are fewer than a batch of each process."""
+    return UserError(
+        f"batch_size {batch_size} × {world_size} processes exceeds the {images} training images: "
+        f"choose a batch_size of at most {images // world_size}"
+    )
+
+
 def as_is(batch: Batch | BadImageError) -> Batch | BadImageError:
     """Collate nothing: the data sets here give whole batches."""
     return batch
@@ -355,10 +363,7 @@ def train_loader(
             order = partial(_balanced_order, class_numbers(data, "a balanced sampler"))
         sampler = EpochBatchSampler(n, batch_size, seed, rank, world_size, drop_last, order)
     if len(sampler) == 0:
-        raise UserError(
-            f"batch_size {batch_size} × {world_size} processes exceeds the {n} training images: "
-            f"choose a batch_size of at most {n // world_size}"
-        )
+        raise no_whole_batch(batch_size, world_size, n)
     return TrainLoader(
         sampler, dataset=_TrainBatches(data, augmentation, seed, rank, balanced), **options
     )

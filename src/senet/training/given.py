@@ -1,12 +1,11 @@
 """Loaders that were handed over, with a position that can be gone back to."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
+from senet.data.items import all_seeded
 from senet.data.samplers import mix_seed
 from senet.errors import UserError
 from senet.training.machine import random_state, set_random_state
@@ -94,12 +93,8 @@ class _Stream:
     """The global generators as they go on within its blocks alone."""
 
     def __init__(self, seed: int) -> None:
-        before = random_state(_CPU)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is meant
-        self.mine = random_state(_CPU)
-        set_random_state(before, _CPU)
+        with all_seeded(seed):
+            self.mine = random_state(_CPU)
 
     def __enter__(self) -> None:
         self.theirs = random_state(_CPU)
