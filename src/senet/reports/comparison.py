@@ -1,7 +1,6 @@
 """The report of a comparison: statistics, sentences, JSON and a page of HTML."""
 
 import base64
-import html
 import json
 import math
 import statistics
@@ -23,7 +22,7 @@ from senet.reports.figures import (
     save_figure,
     themed,
 )
-from senet.reports.page import STYLE
+from senet.reports.page import escape, page, table
 from senet.support.files import atomic_write
 from senet.support.text import count, duration
 
@@ -330,12 +329,8 @@ def write_report(comparison: Comparison, folder: Path) -> None:
 
 def _page(comparison: Comparison, pictures: Mapping[str, Mapping[str, bytes]]) -> str:
     """The report as one HTML file without scripts or links; its figures follow the theme."""
-    escape = html.escape
-    plain, se = escape(comparison.plain.name), escape(comparison.se.name)
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(label)}</th><td>{escape(a)}</td><td>{escape(b)}</td></tr>'
-        for label, a, b in table_rows(comparison)
-    )
+    plain, se = comparison.plain.name, comparison.se.name
+    told = f'<p class="verdict">{escape(verdict(comparison))}<br>{escape(cost(comparison))}</p>'
     sections = []
     for name, (heading, text) in _descriptions(comparison).items():
         light, dark = (
@@ -348,24 +343,5 @@ def _page(comparison: Comparison, pictures: Mapping[str, Mapping[str, bytes]]) -
             f'<img src="{light}" alt="{escape(heading)}: {escape(text)}"></picture>'
             f"<figcaption>{escape(text)}</figcaption></figure></section>"
         )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{plain} and {se} on {escape(comparison.data)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{plain} and {se} on {escape(comparison.data)}</h1>
-<p class="verdict">{escape(verdict(comparison))}<br>{escape(cost(comparison))}</p>
-<div class="wide"><table>
-<caption>{escape(caption(comparison))}</caption>
-<thead><tr><th></th><th scope="col">{plain}</th><th scope="col">{se}</th></tr></thead>
-<tbody>
-{rows}
-</tbody></table></div>
-{"".join(sections)}
-</body>
-</html>
-"""
+    numbers = table(("", plain, se), table_rows(comparison), caption(comparison))
+    return page(f"{plain} and {se} on {comparison.data}", [told, numbers, *sections])
