@@ -158,6 +158,14 @@ def native_gate(module: SqueezeGate) -> bool:
     return module.gate_name in _GATES and isinstance(module.activation, nn.ReLU)
 
 
+def _ends(maps: Maps) -> tuple[Map, Map]:
+    """What a step reads and what it writes."""
+    x, y = maps["x"], maps["y"]
+    assert isinstance(x, Map)
+    assert isinstance(y, Map)
+    return x, y
+
+
 class Builder:
     """Collects the steps of a program.
 
@@ -310,6 +318,25 @@ class Builder:
     def _summed(self, y: Map, blocks: int) -> Sums:
         return Sums(y, new_map((y.shape[0] * blocks, 1, 1, y.shape[3])), blocks)
 
+    def _emit_summing(
+        self,
+        kind: Kind,
+        maps: Maps,
+        fields: Fields,
+        constants: Mapping[str, Tensor],
+        tasks: Tasks,
+        blocks: int,
+    ) -> Sums | None:
+        """A step in tasks that also sums each image in so many blocks; no sums for none."""
+        summed = self._summed(_ends(maps)[1], blocks) if blocks else None
+        self.emit(
+            kind,
+            {**maps, "sums": None if summed is None else summed.parts},
+            {**fields, "rows": tasks.rows, "panels": tasks.panels},
+            constants,
+        )
+        return summed
+
     def _product(
         self,
         maps: Maps,
@@ -320,23 +347,17 @@ class Builder:
         groups: int = 1,
         sums: bool = False,
     ) -> Sums | None:
-        x, y = maps["x"], maps["y"]
-        assert isinstance(x, Map)
-        assert isinstance(y, Map)
+        x, y = _ends(maps)
         depth = geometry.kernel[0] * geometry.kernel[1] * x.shape[3] // groups
         _, OH, _, OC = y.shape
         panels = groups * math.ceil(OC / groups / kernels.PANEL)
         packed = replace(geometry, groups=groups)
         if slides(packed, x.shape[3], OC):
             tasks = self._sliding_tasks(geometry, y, x.shape[3] // groups, panels)
-            summed = self._summed(y, math.ceil(OH / tasks.rows)) if sums else None
-            self.emit(
-                Kind.SLIDING,
-                {**maps, "sums": None if summed is None else summed.parts},
-                {**packed.fields(), **ending.fields, "rows": tasks.rows, "panels": tasks.panels},
-                {"weights": weights, "bias": bias, **ending.constants},
-            )
-            return summed
+            blocks = math.ceil(OH / tasks.rows) if sums else 0
+            fields = packed.fields() | ending.fields
+            constants = {"weights": weights, "bias": bias, **ending.constants}
+            return self._emit_summing(Kind.SLIDING, maps, fields, constants, tasks, blocks)
         scaled = maps.get("input_gates") is not None
         images = y.shape[0] if sums or scaled or maps.get("gates") is not None else 1
         if self._lines:
@@ -349,14 +370,9 @@ class Builder:
         panel = depth * kernels.PANEL if scaled else 0  # the panel that is scaled
         self.scratch = max(self.scratch, tasks.scratch, panel)
         fields = geometry.fields() | ending.fields | {"groups": groups}
-        summed = self._summed(y, math.ceil(y.pixels / images / tasks.rows)) if sums else None
-        self.emit(
-            Kind.CONVOLUTION,
-            {**maps, "sums": None if summed is None else summed.parts},
-            fields | {"rows": tasks.rows, "panels": tasks.panels},
-            {"weights": weights, "bias": bias, **ending.constants},
-        )
-        return summed
+        constants = {"weights": weights, "bias": bias, **ending.constants}
+        blocks = math.ceil(y.pixels / images / tasks.rows) if sums else 0
+        return self._emit_summing(Kind.CONVOLUTION, maps, fields, constants, tasks, blocks)
 
     def _paired(
         self,
@@ -368,9 +384,7 @@ class Builder:
         sums: bool,
     ) -> Sums | None:
         """A grouped convolution, two groups at a time; without gates and shortcut."""
-        x, y = maps["x"], maps["y"]
-        assert isinstance(x, Map)
-        assert isinstance(y, Map)
+        x, y = _ends(maps)
         groups = geometry.groups
         constants = ending.constants | {
             "weights": self.constant((name, "pairs"), lambda: packing.pairs(module.weight, groups)),
@@ -380,14 +394,9 @@ class Builder:
         }
         pairs, inputs = math.ceil(groups / 2), 2 * x.shape[3] // groups
         tasks = self._sliding_tasks(geometry, y, inputs, pairs)
-        summed = self._summed(y, math.ceil(y.shape[1] / tasks.rows)) if sums else None
-        self.emit(
-            Kind.PAIRED,
-            {"x": x, "y": y, "sums": None if summed is None else summed.parts},
-            {**geometry.fields(), **ending.fields, "rows": tasks.rows, "panels": tasks.panels},
-            constants,
-        )
-        return summed
+        blocks = math.ceil(y.shape[1] / tasks.rows) if sums else 0
+        fields, ends = geometry.fields() | ending.fields, {"x": x, "y": y}
+        return self._emit_summing(Kind.PAIRED, ends, fields, constants, tasks, blocks)
 
     def _sliding_tasks(self, geometry: Geometry, y: Map, inputs: int, panels: int) -> Tasks:
         """The tasks of a convolution that slides over rows of so many inputs; of a chain's, one."""
@@ -410,9 +419,7 @@ class Builder:
         tile: int,
         sums: bool,
     ) -> Sums | None:
-        x, y = maps["x"], maps["y"]
-        assert isinstance(x, Map)
-        assert isinstance(y, Map)
+        x, y = _ends(maps)
         constants = ending.constants | {
             "weights": self.constant(
                 (name, "winograd", tile), lambda: packing.winograd(module.weight, tile)
@@ -450,10 +457,7 @@ class Builder:
         ending: Ending,
         sums: bool,
     ) -> Sums | None:
-        x, y = maps["x"], maps["y"]
-        assert isinstance(x, Map)
-        assert isinstance(y, Map)
-        N, OH, OW, OC = y.shape
+        N, OH, OW, OC = _ends(maps)[1].shape
         if self._lines:
             tasks = Tasks(self._lines, math.ceil(OC / kernels.PANEL), 0)
         else:
@@ -479,8 +483,7 @@ class Builder:
 
         `blocks` are the parts in which it sums an image; 0 where no sums are wanted.
         """
-        x, y = maps["x"], maps["y"]
-        assert isinstance(y, Map)
+        x, y = _ends(maps)
         constants = {
             "weights": taps,
             "bias": self.constant((name, "bias"), lambda: module.bias),
