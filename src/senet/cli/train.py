@@ -115,11 +115,14 @@ def train(
         return
     from senet.commands.report import report_run
     from senet.experiments.runs import draw_run
+    from senet.training.config import RUN_CONFIG, RunConfig
+    from senet.training.data import open_run_data
     from senet.training.evaluation import Evaluation
 
     assert isinstance(result.evaluation, Evaluation)
-    draw_run(result.run, result.evaluation.confusion.numpy())
-    report_run(result)
+    data = open_run_data(RunConfig.from_toml(result.run / RUN_CONFIG))
+    draw_run(result.run, result.evaluation.confusion.numpy(), data)
+    report_run(result, data)
     best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
     if trained in ("se", "se+head"):

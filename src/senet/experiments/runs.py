@@ -1,18 +1,17 @@
 """What a finished run shows: its history, its confusions and its gates."""
 
 import csv
-import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.data import ImageData, val_loader
+from senet.commands.report import ready
+from senet.data import ImageData
 from senet.gates.record import record_gates
 from senet.reports.figures import (
     Gates,
@@ -23,9 +22,7 @@ from senet.reports.figures import (
     save_figure,
     themed,
 )
-from senet.support.device import choose_device
 from senet.training.config import RUN_CONFIG, RunConfig
-from senet.training.data import open_run_data
 from senet.training.evaluation import evaluate
 
 
@@ -47,19 +44,9 @@ def examine(
         data: the data it was trained on.
         run: its run, which says on which device and in which precision it is evaluated.
     """
-    model, loader = _prepared(checkpoint, data, run)
+    model, loader = ready(checkpoint, data, run)
     result = evaluate(model, loader, checkpoint.classes, mixed_precision=run.recipe.mixed_precision)
     return result.confusion.numpy(), _mean_gates(model, loader, checkpoint.classes)
-
-
-def _prepared(
-    checkpoint: Checkpoint, data: ImageData, run: RunConfig
-) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]]]:
-    """The network where its run had it, and a loader of the validation images."""
-    data = dataclasses.replace(data, preprocessing=checkpoint.preprocessing)
-    loader = val_loader(data, batch_size=run.recipe.batch_size, num_workers=run.num_workers)
-    model = checkpoint.model.to(choose_device(run.device)).to(memory_format=torch.channels_last)
-    return model, loader
 
 
 def _mean_gates(
@@ -72,7 +59,7 @@ def _mean_gates(
     return {name: block.class_mean.nan_to_num(0.0).numpy() for name, block in blocks.items()}
 
 
-def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
+def draw_run(run: Path, confusion: NDArray[np.int64], data: ImageData) -> None:
     """Write the figures of a finished run into its folder.
 
     Learning curves, the confusion matrix, and for SE networks the gates of the last checkpoint.
@@ -80,6 +67,7 @@ def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
     Args:
         run: the run folder.
         confusion: counts (true class, predicted class) of the last epoch.
+        data: the data it was trained on.
     """
     config = RunConfig.from_toml(run / RUN_CONFIG)
     folder = run / "figures"
@@ -87,7 +75,7 @@ def draw_run(run: Path, confusion: NDArray[np.int64]) -> None:
     checkpoint = open_checkpoint(run / "checkpoints" / "last")
     gates: Gates = {}
     if excitations(checkpoint.model):
-        model, loader = _prepared(checkpoint, open_run_data(config), config)
+        model, loader = ready(checkpoint, data, config)
         gates = _mean_gates(model, loader, checkpoint.classes)
     with themed():
         history = read_rows(run / "metrics.csv")
