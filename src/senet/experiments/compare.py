@@ -273,7 +273,7 @@ def run_comparison(
 def _check_twins(config: CompareConfig) -> None:
     """Raise UserError where the network has no SE, or cannot be without."""
     try:
-        open_source(config.model, **{WITHOUT_SE: True})
+        open_source(config.model, num_classes=1000, **{WITHOUT_SE: True})
     except UserError as error:
         raise UserError(
             f"{config.model} cannot be compared with itself without SE: {error}; a network without "

@@ -1,7 +1,6 @@
 """Networks from anywhere by one name."""
 
 import contextlib
-import copy
 import hashlib
 import importlib.util
 import inspect
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from senet.anatomy.recording import evaluating
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.insertion.replace import take_out
@@ -195,7 +195,8 @@ def _from_file(name: str, num_classes: int | None, named_by_user: bool) -> nn.Mo
 def _outputs(model: nn.Module, size: int) -> int:
     """Logits that a network gives, 1000 where it says nothing of the kind for images of a size."""
     try:
-        logits = copy.deepcopy(model).eval()(torch.zeros(1, 3, size, size))
+        with evaluating(model):
+            logits = model(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, TypeError):  # other inputs are expected
         return 1000
     plain = isinstance(logits, torch.Tensor) and logits.ndim == 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from senet.anatomy.recording import evaluating
 from senet.checkpoint.files import load_own
 from senet.data import Augmentation, ImageData, val_loader
 from senet.data.items import items_loader, items_val_loader
@@ -241,10 +242,8 @@ class _Given:
         """Names of the classes, as many as the network has outputs; none for a loss of yours."""
         if self.loss is not None:
             return ()
-        training = self.model.training
-        with torch.inference_mode():
-            logits = self.model.eval()(images)
-        self.model.train(training)
+        with evaluating(self.model), torch.inference_mode():
+            logits = self.model(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(

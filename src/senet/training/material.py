@@ -111,9 +111,9 @@ def named_material(
     if start is not None:
         least, own = start.model.min_input_size, start.model.config["in_channels"]
     elif config.model != AUTO:
-        # A wrong name or option is told before data are fetched.
+        # A wrong name or option is told before data are fetched; any number of classes will do.
         with nullcontext() if is_foreign(config.model) else torch.device("meta"):
-            outline: Any = open_source(config.model, **config.model_options)
+            outline: Any = open_source(config.model, num_classes=1000, **config.model_options)
         least, own = outline.min_input_size, channels_of(config.model)
     # Grey images serve a network for colours as they are; of colours something would be lost.
     data = open_run_data(config, channels=3 if own == 3 else None)
