@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senet.errors import UserError
-from senet.training.evaluation import Stopped, evaluate
+from senet.training.evaluation import Stopped, evaluate, in_float32, moved
+from senet.training.session import split
 
 
 class Table(nn.Module):
@@ -116,3 +118,23 @@ def test_thousands_of_classes_need_no_matrix_of_them() -> None:
     assert result.top1 == 100 * sum(i * 7 % 20 == i for i in range(20)) / 20
     assert [*map(tuple, result.pairs.tolist())] == [(i, i * 7 % 20) for i in range(20)]
     assert result.counts.tolist() == [1] * 20
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    lengths: list[Tensor]
+
+
+def test_batches_keep_their_containers() -> None:
+    image, lengths = torch.randn(4, 3, 2, 2).double(), [torch.arange(4)]
+    cpu = torch.device("cpu")
+    for batch in (Pair(image, lengths), (image, lengths)):
+        there, single = moved(batch, cpu), in_float32(batch)
+        assert type(there) is type(single) is type(batch)
+        assert there[0].is_contiguous(memory_format=torch.channels_last)
+        assert single[0].dtype == torch.float32
+        assert single[1][0].dtype == torch.int64
+        first, second = split(batch, 2)
+        assert type(first) is type(batch)
+        assert torch.equal(second[0], image[2:])
+        assert torch.equal(second[1][0], lengths[0][2:])

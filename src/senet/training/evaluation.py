@@ -217,15 +217,13 @@ def moved(batch: Any, device: torch.device, *, plain: bool = False) -> Any:
         device: where the network is.
         plain: keep the strides of images as they are.
     """
-    if isinstance(batch, Tensor):
-        if batch.ndim == 4 and not plain:
-            return batch.to(device, memory_format=torch.channels_last, non_blocking=True)
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device, plain=plain) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(moved(value, device, plain=plain) for value in batch)
-    return batch
+
+    def one(x: Tensor) -> Tensor:
+        if x.ndim == 4 and not plain:
+            return x.to(device, memory_format=torch.channels_last, non_blocking=True)
+        return x.to(device, non_blocking=True)
+
+    return _each_tensor(one, batch)
 
 
 def first_tensor(batch: Any) -> Tensor:
@@ -238,10 +236,20 @@ def first_tensor(batch: Any) -> Tensor:
 
 def in_float32(outputs: Any) -> Any:
     """Outputs with their floating tensors in float32."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.is_floating_point() else outputs
-    if isinstance(outputs, dict):
-        return {key: in_float32(value) for key, value in outputs.items()}
-    if isinstance(outputs, list | tuple):
-        return [in_float32(value) for value in outputs]
-    return outputs
+    return _each_tensor(lambda x: x.float() if x.is_floating_point() else x, outputs)
+
+
+def _each_tensor(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A batch with a function of each tensor in its place; mappings become dicts."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _each_tensor(function, value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return like(batch, [_each_tensor(function, value) for value in batch])
+    return batch
+
+
+def like(batch: Sequence[Any], parts: Sequence[Any]) -> Any:
+    """Parts in a container of the batch's kind: a list, a tuple or a named tuple."""
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # type: ignore[call-arg]

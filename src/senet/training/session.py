@@ -17,7 +17,7 @@ from senet.errors import SenetError, UserError
 from senet.models.description import describe
 from senet.support.progress import Progress
 from senet.training.config import RunConfig
-from senet.training.evaluation import Judgement, first_tensor, in_float32, moved
+from senet.training.evaluation import Judgement, first_tensor, in_float32, like, moved
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -352,4 +352,4 @@ def split(batch: Any, parts: int) -> list[Any]:
     if isinstance(batch, Mapping):
         pieces = {key: split(value, parts) for key, value in batch.items()}
         return [{key: pieces[key][part] for key in pieces} for part in range(parts)]
-    return [list(part) for part in zip(*(split(each, parts) for each in batch), strict=True)]
+    return [like(batch, part) for part in zip(*(split(each, parts) for each in batch), strict=True)]
