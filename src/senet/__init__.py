@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from senet.inference import optimize as optimize
     from senet.insertion.insert import insert as insert
     from senet.insertion.insert import remove as remove
-    from senet.models import list_models as list_models
     from senet.models.features import features as features
     from senet.networks.create import create_model as create_model
+    from senet.networks.listing import list_models as list_models
     from senet.nn.block import SqueezeExcitation as SqueezeExcitation
     from senet.runtimes.export import export as export
     from senet.weights import load_weights as load_weights
@@ -39,7 +39,7 @@ _HOMES = {
     "fold_gates": "gates.fold",
     "fuse": "fusion",
     "insert": "insertion.insert",
-    "list_models": "models",
+    "list_models": "networks.listing",
     "load_adapter": "checkpoint.adapter",
     "load_weights": "weights",
     "ops": "ops",

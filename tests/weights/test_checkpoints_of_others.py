@@ -263,8 +263,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_pretrained_takes_files_and_says_what_else_it_is_given() -> None:
-    with pytest.raises(UserError, match=r"pretrained=True: senet comes with no weights .*hf_hub:"):
+    with pytest.raises(UserError, match=r"no released weights of se_resnet8_cifar are.*hf_hub:"):
         senet.create_model("se_resnet8_cifar", pretrained=True)
-    with pytest.raises(UserError, match=r"pretrained must be a file, .*got 3"):
+    with pytest.raises(UserError, match=r"pretrained must be True, a tag, a file, .*got 3"):
         senet.create_model("se_resnet8_cifar", pretrained=3)
     assert isinstance(senet.create_model("se_resnet8_cifar", pretrained=False), Network)

@@ -7,7 +7,7 @@ use them in its metadata, `manifest.json` the size and SHA-256 of each file. One
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,11 @@ from senet.models import Network, build_model
 from senet.models.description import FORMAT, WEIGHTS, adopt, read_described
 from senet.models.hub import HUB_CONFIG
 from senet.networks.anywhere import is_foreign, open_source
+from senet.networks.preparation import imagenet_classes
 from senet.weights import HUB_PREFIX, load_weights, local_file
 from senet.weights.files import UNREADABLE, read_contents
 from senet.weights.layouts import detect
+from senet.weights.released import Released, is_pretrained, released_or_file
 from senet.weights.select import select
 
 
@@ -70,6 +72,11 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     """
     if str(path).startswith(HUB_PREFIX):
         return _read(local_file(str(path)))
+    if is_pretrained(path):
+        raise UserError(
+            f"{path} means released weights, which do not say of which network: give --model too "
+            "(senet models --pretrained lists them)"
+        )
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -167,8 +174,10 @@ def is_described(path: str | PathLike[str]) -> bool:
     """Whether a checkpoint says itself which network it is for; other files hold weights alone.
 
     Args:
-        path: a file, a folder, or `hf_hub:owner/name`.
+        path: a file, a folder, `hf_hub:owner/name`, or `pretrained`.
     """
+    if is_pretrained(path):
+        return False
     if str(path).startswith(HUB_PREFIX):
         path = local_file(str(path))
     path = Path(path)
@@ -192,8 +201,11 @@ def model_for_weights(
 
     Args:
         name: one of `senet.list_models()`, or a foreign network, see `open_source`; of that the
-            weights must be its own state dict.
-        source: a file or `hf_hub:owner/name`, see `senet.weights.read_state_dict`.
+            weights must be its own state dict. A name with a tag (`se_resnet50.ra2_in1k`) says
+            which released weights they are, whose preprocessing counts then.
+        source: a file or `hf_hub:owner/name`, see `senet.weights.read_state_dict`; `pretrained`
+            for the best released weights of the network, or those that the name says;
+            `pretrained:TAG` for others.
         fresh_head: take weights without a last layer that fits, and give the network a fresh one
             for 1,000 classes.
         **options: of the network, see `create_model`.
@@ -202,6 +214,18 @@ def model_for_weights(
         UserError: unknown name, weights that do not fit, or that say themselves which network they
             are for.
     """
+    return _with_weights(name, *released_or_file(name, source), fresh_head, options)
+
+
+def _with_weights(
+    name: str,
+    released: Released | None,
+    source: str | PathLike[str],
+    fresh_head: bool,
+    options: dict[str, Any],
+) -> Network:
+    if released is not None:
+        name, options = released.network, {**released.options, **options}
     contents = read_contents(local_file(source))
     if contents.description:
         raise UserError(f"{source} says itself which network it is for: leave out --model {name}")
@@ -222,6 +246,8 @@ def model_for_weights(
         **options,
     )
     load_weights(model, contents.state, new_head=fresh_head and head is None)
+    if released is not None:
+        model.preprocessing = released.preprocessing_of(model.config["in_channels"])
     return model
 
 
@@ -279,12 +305,17 @@ def load_own(model: nn.Module, state: Mapping[str, Tensor], refusal: str, remedy
 def open_weights(name: str, source: str | PathLike[str]) -> Checkpoint:
     """A network of a given name with weights from elsewhere, ready to classify.
 
-    The preprocessing is what the weights' layout implies. Arguments as in `model_for_weights`.
+    The preprocessing is what is known of released weights, or what the weights' layout implies.
+    Classes of weights that are known to be ImageNet's have their names. Arguments as in
+    `model_for_weights`.
 
     Raises:
         UserError: as there, weights without a last layer, or a layout that does not tell how images
             are prepared.
     """
+    released, source = released_or_file(name, source)
     path = local_file(source)
-    model = model_for_weights(name, path)
-    return _checkpoint(model, {}, path)
+    opened = _checkpoint(_with_weights(name, released, path, False, {}), {}, path)
+    if released is None or released.classes != len(opened.classes):
+        return opened
+    return replace(opened, classes=imagenet_classes())

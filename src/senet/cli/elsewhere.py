@@ -6,7 +6,7 @@ _OF_TRAINING = {
     "freeze": "--train head",
     "freeze-backbone": "--train head",
     "linear-probe": "--train head",
-    "pretrained": "--init with a file, a run or hf_hub:owner/name",
+    "pretrained": "--init pretrained",
     "initial-checkpoint": "--init",
     "checkpoint": "--init",
     "ckpt-path": "--resume",
@@ -54,6 +54,7 @@ _OF_TRAINING = {
     "devices": "torchrun --nproc-per-node=N -m senet train",
 }
 _OF_ALL = {
+    "pretrained": "the word pretrained in the place of the checkpoint, with --model",
     "j": "--workers",
     "dataset": "--data",
     "data-dir": "--data",

@@ -95,11 +95,12 @@ def _opened(model: str | None, weights: Path | None) -> "Checkpoint":
     from senet.checkpoint.files import open_checkpoint, open_weights
     from senet.commands.network import open_network
     from senet.models import list_models
+    from senet.weights.released import is_pretrained
 
     if model is None:
         assert weights is not None
         return open_checkpoint(weights)
-    if weights is not None and model in list_models():
+    if weights is not None and (is_pretrained(weights) or model in list_models()):
         return open_weights(model, weights)
     return open_network(model, weights)
 

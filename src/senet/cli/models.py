@@ -11,19 +11,32 @@ from senet.errors import UserError
 from senet.support.text import count
 
 
-def models(pattern: str = "*", /, *, table: Switch = False, json: Switch = False) -> None:
+def models(
+    pattern: str = "*",
+    /,
+    *,
+    pretrained: Switch = False,
+    table: Switch = False,
+    json: Switch = False,
+) -> None:
     """List networks with their parameters and multiply-adds at the default input size.
 
     Args:
         pattern: shell pattern of names, such as 'se_*' or '*_cifar'.
+        pretrained: list the weights that others released for them instead; `pretrained` in the
+            place of a checkpoint, with --model, takes the first ones of a network (best top-1,
+            commercial use allowed), pretrained:TAG or --model NETWORK.TAG others.
         table: print tables 2 and 3 of the paper instead, with our recomputed columns beside.
         json: print JSON instead of a table.
     """
     if table:
-        if pattern != "*" or json:
-            left = "--json" if json else repr(pattern)
+        if pattern != "*" or json or pretrained:
+            left = "--json" if json else "--pretrained" if pretrained else repr(pattern)
             raise UserError(f"--table shows the paper's networks: leave out {left}")
         print_table(_paper_table())
+        return
+    if pretrained:
+        _released(pattern, json)
         return
     from senet.commands.models import network_sizes
 
@@ -39,6 +52,32 @@ def models(pattern: str = "*", /, *, table: Switch = False, json: Switch = False
             " × ".join(map(str, network.input_size)),
         )
     print_table(found)
+
+
+def _released(pattern: str, json: bool) -> None:
+    from senet.commands.models import released_weights
+
+    found = released_weights(pattern)
+    if json:
+        print(dumps([asdict(each) | {"tag": each.tag} for each in found], indent=1))
+        return
+    table = new_table("weights", right=("top-1 %", "pixels"))
+    table.add_column("licence")
+    table.add_column("on the Hub", no_wrap=True)
+    for each in found:
+        table.add_row(
+            f"{each.network}.{each.tag}",
+            "" if each.top1 is None else f"{each.top1:.2f}",
+            str(each.preprocessing["image_size"]),
+            each.licence or "not said",
+            each.repository or "no",
+        )
+    table.caption = (
+        "top-1 on ImageNet's validation images as timm published it (--json says where), at that "
+        "many pixels\npretrained takes the first of a network; cc-by-nc and unsaid licences by "
+        "their tag alone"
+    )
+    print_table(table)
 
 
 def _paper_table() -> Table:

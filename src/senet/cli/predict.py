@@ -43,11 +43,12 @@ def predict(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
-            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout; or
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout, or
+            the word pretrained for released ones (senet models --pretrained lists them); or
             what senet export wrote (.onnx, .xml, .pt2), which runs in its own runtime.
         images: image files, or folders that are searched for them.
         model: network that the weights are for, where they do not say it (.pth, timm's, …); its
-            classes are numbers then.
+            classes are numbers then, but for released weights of ImageNet.
         top: how many classes to show for each image, most probable first.
         json: print JSON instead of a table.
         csv: print CSV instead: image, rank, class, probability.

@@ -66,7 +66,8 @@ def train(
             scaling rule), or of Adam's family by the square root of that.
         init: what to start from: a run, a checkpoint, such as one of `senet insert`, or
             hf_hub:owner/name; its network counts, and its preprocessing (of which --image-size
-            changes the side). With --model a file of weights in any released layout.
+            changes the side). With --model a file of weights in any released layout, or
+            pretrained: the network's best released weights (senet models --pretrained).
         trained: with --init, what learns: all, se (the SE blocks alone), se+head (and the
             classifier) or head; the rest, batch-norm statistics included, stays as it is
             (default: all).

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senet.errors import UserError
+from senet.weights.released import Released, all_released
 
 # Counted by scripts/network_sizes.py.
 TABLE = Path(__file__).with_name("networks.csv")
@@ -49,6 +50,30 @@ def network_sizes(pattern: str = "*") -> list[NetworkSize]:
         )
         for name in sorted(names, key=natural_order)
     ]
+
+
+def released_weights(pattern: str = "*") -> list[Released]:
+    """The released weights that a shell pattern matches, by network, the best ones first.
+
+    Args:
+        pattern: of their names with our network's name or timm's, with the tag or without.
+
+    Raises:
+        UserError: no name matches.
+    """
+    found = [
+        each
+        for each in all_released()
+        if any(
+            fnmatch.fnmatch(name, pattern)
+            for name in (each.network, f"{each.network}.{each.tag}", each.name)
+        )
+    ]
+    if not found:
+        raise UserError(
+            f"no released weights match {pattern!r}; `senet models --pretrained` lists all"
+        )
+    return sorted(found, key=lambda each: natural_order(each.network))
 
 
 def natural_order(name: str) -> tuple[list[int | str], bool]:

@@ -1,18 +1,25 @@
 """The network of a command: a checkpoint, or any network by name with weights from a file."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from senet.checkpoint.files import Checkpoint, foreign_with_weights, open_checkpoint
+from senet.checkpoint.files import (
+    Checkpoint,
+    foreign_with_weights,
+    open_checkpoint,
+    open_weights,
+)
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models import Network
 from senet.networks.anywhere import TORCHVISION, open_source
 from senet.networks.preparation import imagenet, of_torchvision
 from senet.weights import read_state_dict
+from senet.weights.released import is_pretrained
 
 
 def open_network(
@@ -27,8 +34,8 @@ def open_network(
 
     Args:
         model: name for `open_source`; None: `weights` is a checkpoint.
-        weights: checkpoint of this package, or a .safetensors or .pth file of the model's own
-            state dict; None: fresh weights.
+        weights: checkpoint of this package, a .safetensors or .pth file of the model's own state
+            dict, or `pretrained`, as in `model_for_weights`; None: fresh weights.
         num_classes: classes of the model; by default as many as the checkpoint knows, as
             `classes` names, as `weights` have, or as `open_source` gives it.
         image_size: side of the images; by default that of the checkpoint or of the model.
@@ -46,6 +53,18 @@ def open_network(
             raise UserError(f"{weights} knows its own classes and image size: leave them out")
         return checkpoint
     count = num_classes or (len(classes) if classes else None)
+    if weights is not None and is_pretrained(weights):
+        opened = open_weights(model, weights)
+        if count not in (None, len(opened.classes)):
+            raise UserError(
+                f"the released weights of {model} are for {len(opened.classes)} classes, not "
+                f"{count}: train them on the data first (senet train --init pretrained)"
+            )
+        if image_size is None:
+            return opened
+        preprocessing = opened.preprocessing.resized(image_size)
+        opened.model.preprocessing = preprocessing.to_dict()
+        return replace(opened, preprocessing=preprocessing)
     if weights is not None:
         network = foreign_with_weights(model, read_state_dict(weights), weights, count)
     else:

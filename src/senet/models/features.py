@@ -1,6 +1,7 @@
 """Feature maps of a network, as a backbone for detection and segmentation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from senet.models.residual import (
 from senet.models.resnet import ResNet
 
 
-class FeatureMaps(nn.Module):
+class Backbone(nn.Module):
     """The stem and stages of a network; its parameters and their names are the network's own.
 
     Args:
@@ -78,7 +79,7 @@ class FeatureMaps(nn.Module):
     def _norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
 
-    def train(self, mode: bool = True) -> "FeatureMaps":
+    def train(self, mode: bool = True) -> Self:
         """Training mode, but not for frozen batch norms."""
         super().train(mode)
         if self.frozen_bn:
@@ -86,26 +87,103 @@ class FeatureMaps(nn.Module):
                 norm.eval()
         return self
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As of the network, see `Network.set_grad_checkpointing`."""
+        self._network[0].set_grad_checkpointing(enable)
+
+    def maps(self, x: Float[Tensor, "n c h w"]) -> Iterator[tuple[int, Tensor]]:
+        """The wanted stages' numbers and maps of images x, in order."""
+        network = self._network[0]
+        x = network.forward_stem(x)
+        for stage in self._stages:
+            x = network.forward_stage(stage, x)
+            if stage in self.out_stages:
+                yield stage, x
+
+
+class FeatureMaps(Backbone):
+    """A backbone that gives its maps by name; arguments, attributes and errors as of `Backbone`."""
+
     def forward(self, x: Float[Tensor, "n c h w"]) -> dict[str, Tensor]:
         """The maps (N, channels, H/stride, W/stride) by name, `stage2` ….
 
         Args:
             x: images (N, in_channels, H, W), prepared as for the network.
         """
-        network = self._network[0]
-        maps = {}
-        x = network.forward_stem(x)
-        for stage in self._stages:
-            x = network.forward_stage(stage, x)
-            if stage in self.out_stages:
-                maps[f"stage{stage}"] = x
-        return maps
+        return {f"stage{stage}": y for stage, y in self.maps(x)}
+
+
+class FeatureInfo(NamedTuple):
+    """What timm's backbones say of their maps.
+
+    Attributes:
+        out_indices: numbers of the maps, a stage's number less 1.
+        all_channels: channels of each map.
+        all_strides: pixels of the image from one position of each map to the next.
+    """
+
+    out_indices: tuple[int, ...]
+    all_channels: tuple[int, ...]
+    all_strides: tuple[int, ...]
+
+    def channels(self) -> list[int]:
+        """Channels of each map."""
+        return list(self.all_channels)
+
+    def reduction(self) -> list[int]:
+        """Stride of each map."""
+        return list(self.all_strides)
+
+
+class FeatureList(Backbone):
+    """A backbone that gives its maps as a list, as timm's `features_only=True` does."""
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels and strides of the maps."""
+        indices = tuple(stage - 1 for stage in self.out_stages)
+        return FeatureInfo(indices, self.channels, self.strides)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> list[Tensor]:
+        """The maps (N, channels, H/stride, W/stride) of images x, in the order of the stages."""
+        return [y for _, y in self.maps(x)]
+
+
+def feature_list(
+    model: Network, out_indices: Sequence[int] | int | None = None, *, frozen_bn: bool = False
+) -> FeatureList:
+    """Feature maps of a network as timm gives and counts them.
+
+    Args:
+        model: as of `Backbone`.
+        out_indices: numbers of the maps: i is that of stage i + 1, which in ImageNet networks has
+            stride 2**(i + 1) as in timm (whose VGG alone counts from the image itself, and gives
+            maps before their pooling); or how many of the last ones. None for all.
+        frozen_bn: as of `Backbone`.
+
+    Raises:
+        UserError: a number that the network does not have, none, or not in ascending order.
+    """
+    stages = tuple(model.stages)
+    wanted: Sequence[int] | None = None
+    if isinstance(out_indices, int):
+        wanted = stages[-out_indices:] if 0 < out_indices <= len(stages) else ()
+    elif out_indices is not None:
+        wanted = [index + 1 if index >= 0 else stages[index] for index in out_indices]
+    if wanted is not None and (
+        not wanted or list(wanted) != sorted(set(wanted)) or not set(wanted) <= set(stages)
+    ):
+        raise UserError(
+            f"out_indices must be ascending numbers out of {tuple(s - 1 for s in stages)}, or how "
+            f"many of the last maps, got {out_indices}"
+        )
+    return FeatureList(model, wanted, frozen_bn=frozen_bn)
 
 
 def features(
     model: Network, out_stages: Sequence[int] | None = None, *, frozen_bn: bool = False
 ) -> FeatureMaps:
-    """Feature maps of a network; arguments and errors as of `FeatureMaps`.
+    """Feature maps of a network; arguments and errors as of `Backbone`.
 
     ImageNet networks number their stages by stride, stage k has stride 2**k (the paper's
     numbering of ResNets): `features(create_model("se_resnet50"), out_stages=(2, 3, 4, 5))`.

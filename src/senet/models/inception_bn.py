@@ -112,8 +112,11 @@ class BNInception(Network):
         x = self.conv2(self.conv2_reduce(x))
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = torch.flatten(self.avgpool(x), 1)
+        return x if pre_logits else self.fc(x)
 
 
 @register()

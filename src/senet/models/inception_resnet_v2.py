@@ -200,8 +200,11 @@ class InceptionResNetV2(Network):
         x = self.conv2d_4a(self.conv2d_3b(max_pool_half(x)))
         return max_pool_half(x)
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.classif(self.dropout(torch.flatten(self.avgpool(x), 1)))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = self.dropout(torch.flatten(self.avgpool(x), 1))
+        return x if pre_logits else self.classif(x)
 
 
 @register()

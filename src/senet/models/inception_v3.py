@@ -194,14 +194,24 @@ class InceptionV3(Network):
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         initialise(self)
 
+    def make_classifier(self, num_classes: int) -> None:
+        super().make_classifier(num_classes)
+        if not num_classes:
+            self.AuxLogits = None  # which has classes or is not there
+        elif self.AuxLogits is not None:
+            self.AuxLogits.fc = nn.Linear(self.AuxLogits.fc.in_features, num_classes)
+
     def forward_stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f a b"]:
         """What Mixed_5b gets of images x (N, in_channels, H, W)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool_half(x)))
         return max_pool_half(x)
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = self.dropout(torch.flatten(self.avgpool(x), 1))
+        return x if pre_logits else self.fc(x)
 
     def forward_with_aux(
         self, x: Float[Tensor, "n c h w"]

@@ -100,8 +100,11 @@ class MobileNet(Network):
         """What the first separable convolution gets of images x (N, in_channels, H, W)."""
         return bn_relu(self.conv1(x), self.bn1)
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = torch.flatten(self.avgpool(x), 1)
+        return x if pre_logits else self.fc(x)
 
 
 @register()

@@ -1,23 +1,28 @@
 """What every network of this package has in common, and how one is made by name."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.errors import UserError
+from senet.models.elsewhere import split_tag
 from senet.models.hub import HubMixin, plain_values
 from senet.models.options import SE_OPTIONS, SEOptions
 from senet.models.registry import entry
-from senet.nn.block import NotScriptable
+from senet.nn.block import NotScriptable, hooked
+from senet.nn.recomputation import recomputed_backward
 
 # What timm's models are told, in our words.
 _ELSEWHERE = {
     "in_chans": "in_channels",
     "drop_rate": "dropout, which some networks have (senet154, inception_v3, vgg16_bn, …)",
-    "features_only": "senet.features(model), which gives the maps of each stage",
+    "features_only": "senet.create_model(…, features_only=True) or senet.features(model)",
+    "out_indices": "senet.create_model(…, features_only=True, out_indices=…)",
     "drop_path_rate": "the recipe's drop_path (senet train --drop-path)",
     "global_pool": "num_classes=0 for pooled features, senet.features(model) for maps",
     "checkpoint_path": "pretrained=PATH",
@@ -51,6 +56,9 @@ class Network(NotScriptable, nn.Module, HubMixin, ABC):
         input_size: (C,H,W) at which the paper quotes multiply-adds.
         min_input_size: smallest height and width the network takes.
         num_features: channels of the last feature map.
+        num_classes: classes of the head; 0 for none.
+        grad_checkpointing: whether blocks are computed again in the backward pass, see
+            `set_grad_checkpointing`.
         stages: the stages by number, in order. Those of an ImageNet network are numbered so that
             stage k has stride 2**k, which for ResNets is the paper's numbering (table 1).
         head: name of the last linear layer.
@@ -66,6 +74,11 @@ class Network(NotScriptable, nn.Module, HubMixin, ABC):
     num_features: int
     stages: dict[int, Stage]
     head: str = "fc"
+    grad_checkpointing: bool = False
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.config["num_classes"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "preprocessing":
@@ -99,8 +112,22 @@ class Network(NotScriptable, nn.Module, HubMixin, ABC):
     def forward_stage(self, stage: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """The output of `stage` for the output x of the stage before."""
         for name in self.stages[stage].children:
-            x = getattr(self, name)(x)
+            child = getattr(self, name)
+            for block in _blocks(child) if self.grad_checkpointing else (child,):
+                x = self.through(block, x, block)
         return x
+
+    def through(self, step: Callable[[Tensor], Tensor], x: Tensor, within: nn.Module) -> Tensor:
+        """step(x), whose inner maps are not kept under gradient checkpointing.
+
+        Args:
+            step: a function of x alone.
+            x: its input.
+            within: the module whose batch norms it runs.
+        """
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return recomputed_backward(step, x, within)
+        return step(x)
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f a b"]:
         """The last feature map (N, num_features, h, w) of images x (N, in_channels, H, W)."""
@@ -110,8 +137,13 @@ class Network(NotScriptable, nn.Module, HubMixin, ABC):
         return x
 
     @abstractmethod
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0."""
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        """Logits (N, num_classes) of a last feature map; (N, num_features) for num_classes=0.
+
+        With `pre_logits` what the last linear layer gets: (N, num_features), of VGG (N, 4096).
+        """
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Logits (N, num_classes) of images x (N, in_channels, H, W); no softmax.
@@ -120,6 +152,61 @@ class Network(NotScriptable, nn.Module, HubMixin, ABC):
         """
         return self.forward_head(self.forward_features(x))
 
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer; for num_classes=0 the nn.Identity in its place."""
+        return self.get_submodule(self.head if self.num_classes else self.head.split(".")[0])
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the network a fresh last layer, on the device and in the dtype of the others.
+
+        The network is then as if it had been made with that many classes: `config` says so, and
+        `classes` and `metrics` are forgotten. Make the optimizer afterwards.
+
+        Args:
+            num_classes: classes; 0 for no classifier (the network returns pooled features; of VGG
+                the two layers of 4096 go too).
+            global_pool: None or "avg": these networks pool by the mean.
+
+        Raises:
+            UserError: a negative number, or another pooling.
+        """
+        if num_classes < 0:
+            raise UserError(f"num_classes must be at least 0, got {num_classes}")
+        if global_pool not in (None, "avg"):
+            raise UserError(
+                f'global_pool must be None or "avg", got {global_pool!r}: these networks pool by '
+                "the mean; model.forward_features(x) gives the map before it"
+            )
+        former = set(self.modules())
+        like = list(self.parameters())[-1]  # the former one's, or what stands last without it
+        self.make_classifier(num_classes)
+        for module in set(self.modules()) - former:
+            module.to(like.device, like.dtype).train(self.training)
+        self.config = {**self.config, "num_classes": num_classes}
+        self.classes = self.metrics = None
+
+    def make_classifier(self, num_classes: int) -> None:
+        """Put freshly initialised last layers in place, for `reset_classifier`."""
+        last = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        setattr(self, self.head, last)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no maps within blocks for the backward pass, but compute them again there.
+
+        Training takes less memory and about a third more time; gradients, running statistics and
+        random numbers are the same. Stem and head are not part of it, nor passes without
+        gradients.
+        """
+        self.grad_checkpointing = enable
+
+
+def _blocks(child: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a stage's child; the child itself where hooks on it want to be called."""
+    if type(child) is nn.Sequential and not hooked(child):
+        yield from child
+    else:
+        yield child
+
 
 def build_model(
     name: str, *, num_classes: int = 1000, in_channels: int = 3, **options: Any
@@ -127,7 +214,8 @@ def build_model(
     """A freshly initialised network.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or timm's name of one (`seresnet50`, `legacy_senet154`), whose
+            options count then unless they are given.
         num_classes: classes of the head; 0 for none (the network returns pooled features).
         in_channels: channels of the images.
         **options: of SE networks reduction, squeeze, gate, integration, stages (`SEOptions`);
@@ -136,7 +224,14 @@ def build_model(
     Raises:
         UserError: unknown name, an option the network does not have, or a value out of range.
     """
-    found = entry(name)
+    asked = split_tag(name)
+    if asked.tag is not None:
+        raise UserError(
+            f"{name} names weights too, which nothing was told to take: give pretrained=True "
+            f"(senet train: --init pretrained), or leave out .{asked.tag}"
+        )
+    found = entry(asked.name)
+    name, options = found.name, {**asked.options, **options}
     if num_classes < 0:
         raise UserError(f"num_classes must be at least 0, got {num_classes}")
     if in_channels < 1:

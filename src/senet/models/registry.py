@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from senet.errors import UserError
+from senet.models.elsewhere import split_tag, why_not
 from senet.models.options import SE_OPTIONS
 
 COMMON = ("num_classes", "in_channels", "se")
@@ -73,8 +74,14 @@ def entry(name: str) -> Entry:
     Raises:
         UserError: no such network; the message names the closest one.
     """
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "`senet models` lists all"
-        raise UserError(f"unknown model {name!r}; {hint}")
-    return _REGISTRY[name]
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    asked = split_tag(name)
+    if asked.name in _REGISTRY:
+        wanted = ", ".join(f"{key}={value!r}" for key, value in asked.options.items())
+        raise UserError(
+            f"{name} is timm's name of {asked.name}: give that{f' with {wanted}' if wanted else ''}"
+        )
+    close = difflib.get_close_matches(asked.name, _REGISTRY, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "`senet models` lists all"
+    raise UserError(f"unknown model {name!r}{why_not(asked.name)}; {hint}")

@@ -193,8 +193,11 @@ class ShakeShake(Network):
         x = super().forward_stage(stage, x)
         return torch.relu(x) if stage == max(self.stages) else x
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = torch.flatten(self.avgpool(x), 1)
+        return x if pre_logits else self.fc(x)
 
 
 @register()

@@ -126,8 +126,11 @@ class ShuffleNet(Network):
         """What the first unit gets of images x (N, in_channels, H, W): (N,24,H/4,W/4)."""
         return self.maxpool(bn_relu(self.conv1(x), self.bn1))
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = torch.flatten(self.avgpool(x), 1)
+        return x if pre_logits else self.fc(x)
 
 
 @register()

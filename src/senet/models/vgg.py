@@ -90,19 +90,29 @@ class VGG(Network):
             self.stages[stage] = Stage(children, channels, 2**stage)
         self.features = nn.Sequential(*layers)
         self.num_features = channels
+        self.dropout = dropout
+        self.avgpool: nn.Module
+        self.classifier: nn.Module
+        self.make_classifier(num_classes)
+        initialise(self)
+
+    def make_classifier(self, num_classes: int) -> None:
+        last = getattr(self, "classifier", None)
+        if num_classes and isinstance(last, nn.Sequential):  # the two layers of 4096 stay
+            last[-1] = nn.Linear(4096, num_classes)
+            return
         self.avgpool = nn.AdaptiveAvgPool2d(7 if num_classes else 1)
-        self.classifier: nn.Module = nn.Identity()
+        self.classifier = nn.Identity()
         if num_classes:
             self.classifier = nn.Sequential(
-                nn.Linear(channels * 49, 4096),
+                nn.Linear(self.num_features * 49, 4096),
                 nn.ReLU(),
-                nn.Dropout(dropout),
+                nn.Dropout(self.dropout),
                 nn.Linear(4096, 4096),
                 nn.ReLU(),
-                nn.Dropout(dropout),
+                nn.Dropout(self.dropout),
                 nn.Linear(4096, num_classes),
             )
-        initialise(self)
 
     def forward_stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """The images themselves."""
@@ -110,6 +120,9 @@ class VGG(Network):
 
     def forward_stage(self, stage: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """The output of `stage`, behind its pooling, for the output x of the stage before."""
+        return self.through(lambda y: self._layers(stage, y), x, self.features)
+
+    def _layers(self, stage: int, x: Tensor) -> Tensor:
         indices = [int(name.removeprefix("features.")) for name in self.stages[stage].children]
         for index in indices[:-1:3]:
             conv, bn, relu = self.features[index : index + 3]
@@ -123,8 +136,15 @@ class VGG(Network):
                 x = relu(bn(x))
         return self.features[indices[-1]](x)
 
-    def forward_head(self, x: Float[Tensor, "n f a b"]) -> Float[Tensor, "n k"]:
-        return self.classifier(torch.flatten(self.avgpool(x), 1))
+    def forward_head(
+        self, x: Float[Tensor, "n f a b"], pre_logits: bool = False
+    ) -> Float[Tensor, "n k"]:
+        x = torch.flatten(self.avgpool(x), 1)
+        if pre_logits and isinstance(self.classifier, nn.Sequential):
+            for layer in self.classifier[:-1]:
+                x = layer(x)
+            return x
+        return self.classifier(x)
 
 
 @register()

@@ -69,3 +69,10 @@ def of_torchvision(name: str, weights: Path | None = None) -> Preprocessing:
 def imagenet() -> Preprocessing:
     """How ImageNet networks are evaluated whose own wishes nobody knows."""
     return Preprocessing(**_IMAGENET)
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The names of ImageNet's 1,000 classes in the order of the logits, as torchvision has them."""
+    from torchvision.models import ResNet18_Weights
+
+    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])

@@ -17,6 +17,7 @@ from senet.networks.anywhere import WITHOUT_SE, check_options, is_foreign
 from senet.support.files import atomic_write
 from senet.support.text import decoded, printable
 from senet.training.recipe import Recipe
+from senet.weights.released import is_pretrained
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Trained = Literal["all", "se", "se+head", "head"]
@@ -76,7 +77,8 @@ class RunConfig:
         recipe: how it is trained.
         seed: of the initial weights, the order of the images and their augmentation. The
             split by `val_fraction` does not depend on it, so that seeds can be compared.
-        init: checkpoint to start from instead of fresh weights, as `open_checkpoint` takes it.
+        init: checkpoint to start from instead of fresh weights, as `open_checkpoint` takes it; with
+            `model` weights of it, as `model_for_weights` does: `pretrained`, for instance.
             Images are prepared as it says, not as the data set does; `image_size` changes the side.
         train: with `init`, what is trained: "all", "se" (the SE blocks alone; everything else,
             batch-norm statistics included, stays as it is), "se+head" (and the classifier) or
@@ -189,7 +191,7 @@ class RunConfig:
     def in_place(self) -> "RunConfig":
         """The same run with absolute paths of what it reads, for any working directory."""
         init = self.init
-        if init is not None and Path(init).exists():
+        if init is not None and not is_pretrained(init) and Path(init).exists():
             init = os.path.abspath(init)  # noqa: PTH100 - links stay links
         return replace(
             self,

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from senet.errors import UserError
 from senet.models import Network, SEOptions
 from senet.models.description import pack_described
+from senet.models.elsewhere import TIMM_NAMES
 from senet.models.hub import description_of
 from senet.nn.block import SqueezeExcitation
 from senet.support.files import atomic_write
@@ -18,26 +19,6 @@ from senet.weights.layouts import LAYOUTS
 
 # Options that change what a network computes and that no other layout knows.
 _OWN_OPTIONS = ("reduction", "squeeze", "gate", "integration", "stages")
-_TIMM_SE = {f"se_resnet{depth}": f"seresnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
-    f"se_resnext{size}": f"seresnext{size}"
-    for size in ("50_32x4d", "101_32x4d", "101_32x8d", "101_64x4d")
-}
-_TIMM_LEGACY = {f"se_resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
-    "se_resnext26_32x4d",
-    "se_resnext50_32x4d",
-    "se_resnext101_32x4d",
-    "senet154",
-}
-_TIMM_SAME = {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
-    "resnext50_32x4d",
-    "resnext101_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "senet154",
-    "inception_v3",
-    "inception_resnet_v2",
-    "vgg16_bn",
-}
 
 
 def timm_name(model: Network) -> str:
@@ -48,14 +29,9 @@ def timm_name(model: Network) -> str:
     """
     name = model.config["name"]
     variant = model.config["options"].get("variant", "torch")
-    if variant == "torch":
-        if name in _TIMM_SAME:
-            return str(name)
-        if name in _TIMM_SE:
-            return _TIMM_SE[name]
-    wanted = "cadene" if name in ("se_resnet18", "se_resnet34") else "caffe"
-    if variant == wanted and name in _TIMM_LEGACY:
-        return f"legacy_{name.replace('se_', 'se', 1)}"
+    for theirs, ours in TIMM_NAMES.items():
+        if (ours.name, ours.options.get("variant", "torch")) == (name, variant):
+            return theirs
     raise UserError(f"timm has no network {name} with variant {variant!r}")
 
 
