@@ -196,8 +196,9 @@ class InceptionV3(Network):
 
     def make_classifier(self, num_classes: int) -> None:
         super().make_classifier(num_classes)
-        if not num_classes:
-            self.AuxLogits = None  # which has classes or is not there
+        if self.AuxLogits is not None and not num_classes:  # it has classes or is not there
+            self.AuxLogits = None
+            self.config = {**self.config, "options": {**self.config["options"], "aux": False}}
         elif self.AuxLogits is not None:
             self.AuxLogits.fc = nn.Linear(self.AuxLogits.fc.in_features, num_classes)
 

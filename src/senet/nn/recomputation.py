@@ -36,16 +36,18 @@ def recomputed_backward(step: Callable[[Tensor], Tensor], x: Tensor, within: nn.
 
 @contextmanager
 def _statistics_kept(within: nn.Module) -> Iterator[None]:
-    """Batch norms in training normalise by the batch, but do not count it."""
+    """Batch norms in training count a batch in copies of their statistics."""
     counting = [
         module
         for module in within.modules()
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
     ]
-    for module in counting:
-        module.track_running_stats = False
+    own = [dict(module._buffers) for module in counting]
+    for module, buffers in zip(counting, own, strict=True):
+        for name, tensor in buffers.items():
+            module._buffers[name] = None if tensor is None else tensor.clone()
     try:
         yield
     finally:
-        for module in counting:
-            module.track_running_stats = True
+        for module, buffers in zip(counting, own, strict=True):
+            module._buffers.update(buffers)
