@@ -41,7 +41,7 @@ def test_what_is_said_exists() -> None:
 
 @pytest.mark.parametrize(
     ("option", "here"),
-    [("in_chans", "in_channels"), ("drop_rate", "dropout"), ("features_only", "senet.features")],
+    [("in_chans", "in_channels"), ("drop_rate", "dropout"), ("global_pool", "num_classes=0")],
 )
 def test_options_of_networks(option: str, here: str) -> None:
     with pytest.raises(UserError, match=here):

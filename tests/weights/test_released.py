@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save
 from tests.helpers.cli_tools import make_images, run
 from tests.helpers.hub_server import Hub, serving
@@ -20,6 +21,7 @@ from torch import nn
 
 import senet
 from senet.checkpoint.files import open_checkpoint, open_weights
+from senet.commands.network import open_network
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models.elsewhere import FORMER_TIMM_NAMES, TIMM_NAMES
@@ -27,7 +29,7 @@ from senet.training.config import RunConfig
 from senet.training.finetuning import starting_checkpoint
 from senet.training.recipe import get_recipe
 from senet.weights import LAYOUTS, convert, released
-from senet.weights.released import Released, all_released, find_released, released_for
+from senet.weights.released import all_released, find_released, released_for
 
 # --- the table ---------------------------------------------------------------------------------
 
@@ -139,6 +141,26 @@ def test_every_network_computes_what_timms_does(theirs: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8 * expected.abs().max().item())
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "name", sorted({each.network for each in all_released() if each.tag.startswith("tv")})
+)
+def test_torchvisions_own_files_load_too(name: str) -> None:
+    """Of the weights that are on the Hub as timm/….tv_in1k the original files, by structure."""
+    torch.manual_seed(0)
+    # torchvision's own initialisation of Inception takes a minute.
+    fresh = {"init_weights": False, "transform_input": False} if name == "inception_v3" else {}
+    peer = torchvision.models.get_model(name, weights=None, **fresh).eval()
+    model = senet.create_model(name).eval()
+    report = senet.load_weights(model, peer.state_dict())
+    assert (report.changed, report.kept) == ({}, ())
+    assert all(name.startswith("AuxLogits.") for name in report.dropped)
+    x = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        expected, found = peer(x), model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 # --- the Hub -----------------------------------------------------------------------------------
 
 NETWORK = "se_resnet8_cifar"
@@ -150,25 +172,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    told = all_released()[0].preprocessing
-    made = [
-        Released(
-            f"{NETWORK}.{tag}",
-            NETWORK,
-            f"timm/small.{tag}",
-            f"https://example.org/{tag}.pth",
-            "senet",
-            1000,
-            {**told, "image_size": size, "resize": size, "mean": [0.25, 0.5, 0.75]},
-            "apache-2.0",
-            top1,
-            "https://example.org/table",
-        )
-        for tag, size, top1 in (("good", 32, 90.0), ("other", 48, 80.0))
-    ]
-    monkeypatch.setattr(released, "all_released", lambda: tuple(made))
+    rows = ["name,network,repository,url,layout,classes,image_size,crop_pct,interpolation,mean,std"]
+    rows[0] += ",licence,top1,top1_source"
+    for tag, size, top1 in (("other", 48, 80.0), ("good", 32, 90.0)):
+        place = f"timm/small.{tag},https://example.org/{tag}.pth"
+        told = f"senet,1000,{size},1,bicubic,0.25 0.5 0.75,0.2 0.2 0.2,apache-2.0,{top1}"
+        rows.append(f"{NETWORK}.{tag},{NETWORK},{place},{told},https://example.org/table")
+    table = tmp_path / "released.csv"
+    table.write_text("\n".join(rows))
+    monkeypatch.setattr(released, "_TABLE", table)
+    all_released.cache_clear()
     with serving() as server:
-        for number, each in enumerate(made):
+        for number, each in enumerate(all_released()):
             torch.manual_seed(number)
             weights = save(senet.create_model(NETWORK).state_dict())
             server.files[f"{each.repository}/model.safetensors"] = weights
@@ -181,6 +196,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(f"{constants}HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(f"{constants}DOWNLOAD_CHUNK_SIZE", 1 << 14)
         yield server
+    all_released.cache_clear()
 
 
 def parameters(model: nn.Module) -> torch.Tensor:
@@ -371,6 +387,12 @@ def test_pretrained_in_the_place_of_a_checkpoint() -> None:
     other = open_weights(NETWORK, "pretrained:other")
     assert other.preprocessing.image_size == 48
     assert open_weights(f"{NETWORK}.other", "pretrained").preprocessing == other.preprocessing
+    network = open_network(NETWORK, Path("pretrained"), image_size=40)  # insert, optimize, explain
+    assert network.preprocessing.image_size == 40
+    assert network.preprocessing.mean == (0.25, 0.5, 0.75)
+    assert torch.equal(parameters(network.model), parameters(made(0)))
+    with pytest.raises(UserError, match=r"are for 1000 classes, not 3: .*--init pretrained"):
+        open_network(NETWORK, Path("pretrained"), num_classes=3)
     with pytest.raises(UserError, match="which do not say of which network: give --model"):
         open_checkpoint("pretrained")
 

@@ -40,7 +40,8 @@ def evaluate(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
-            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout.
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout, or
+            the word pretrained for released ones (senet models --pretrained lists them).
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
         split: which images: train, val or test (default: val, or test where there is no val).
         json: print JSON instead of a table.

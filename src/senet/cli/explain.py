@@ -43,7 +43,8 @@ def explain(
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
         model: instead of a checkpoint: torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
-        weights: the model's own state dict as .safetensors or .pth (default: fresh weights).
+        weights: the model's own state dict as .safetensors or .pth, or the word pretrained for
+            released ones (senet models --pretrained lists them; default: fresh weights).
         num_classes: outputs of the model, where they are not the classes of --data.
         out: folder to make (default: gates inside the run folder); it must not exist.
         classes: names of the classes to draw (default: evenly chosen).

@@ -50,8 +50,9 @@ def export(
 
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
-            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout, or
-            left out: then its weights are fresh.
+            of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout,
+            the word pretrained for released ones (senet models --pretrained lists them), or left
+            out: then its weights are fresh.
         path: file to write: .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (torch.export);
             .safetensors or .pth for timm.
         format: by the ending; timm: weights that timm loads with strict=True.

@@ -34,7 +34,8 @@ def insert(
     Args:
         model: a network of `senet models`, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION
             (default: that of the checkpoint --weights).
-        weights: checkpoint of senet, or the model's own state dict as .safetensors or .pth.
+        weights: checkpoint of senet, the model's own state dict as .safetensors or .pth, or the
+            word pretrained for released ones (senet models --pretrained lists them).
         out: checkpoint folder to make; it must not exist.
         where: auto, residual, concat, conv, or names of modules whose output is scaled
             (default: auto).

@@ -73,9 +73,8 @@ def _released(pattern: str, json: bool) -> None:
             each.repository or "no",
         )
     table.caption = (
-        "top-1 on ImageNet's validation images as timm published it (--json says where), at that "
-        "many pixels\npretrained takes the first of a network; cc-by-nc and unsaid licences by "
-        "their tag alone"
+        "top-1: ImageNet's validation images, at that many pixels (whose: --json)\n"
+        "pretrained takes the first of a network; cc-by-nc only by its tag"
     )
     print_table(table)
 

@@ -34,7 +34,8 @@ def optimize(
     Args:
         model: run folder or checkpoint; one of `senet models`; torchvision:NAME, timm:NAME or
             FILE.py:FUNCTION.
-        weights: weights of the network, where it is given by name (default: fresh ones).
+        weights: weights of the network, where it is given by name, or the word pretrained for
+            released ones (senet models --pretrained lists them; default: fresh ones).
         batch_size: images that are timed.
         image_size: side of the images (default: the network's own).
         no_measure: time nothing, and keep the result whatever its speed.

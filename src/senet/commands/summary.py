@@ -191,6 +191,7 @@ def summarize_excitations(
         options = {**options, "in_channels": input_shape[0]}
     count = num_classes or (10 if name.endswith("_cifar") else 1000)
     model = open_source(name, num_classes=count, **options)
+    name, options = model.config["name"], {**options, **model.config["options"]}
     shape = input_shape or model.input_size
     return describe(model, torch.zeros(1, *shape), runs=TIMED_RUNS)  # type: ignore[misc]
 
@@ -223,6 +224,7 @@ def summarize_network(
             f"layers are shown of the networks of `senet models`; of {name} --se shows SE blocks"
         )
     model = meta_model(name, num_classes=num_classes, **options).eval()
+    name, options = model.config["name"], {**options, **model.config["options"]}
     shape = input_shape or model.input_size
     if min(shape[1:]) < model.min_input_size:
         raise UserError(
