@@ -17,7 +17,7 @@ $(BIN)/python:
 BUILT_FROM := pyproject.toml $(wildcard cmake/*.txt cmake/*.cmake) $(shell find src/senet/kernels -name "*.h" -o -name "*.cpp")
 
 $(VENV)/.run: $(BUILT_FROM) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
 	@touch $@
 
 $(VENV)/.dev: $(BUILT_FROM) | $(BIN)/python

@@ -2,6 +2,8 @@
 
 Exit codes: 0 success; 1 a failure outside the program (full disk, NaN loss, unreadable images);
 2 bad input; 130 stopped by Ctrl-C; 143 stopped by SIGTERM. What nobody foresaw keeps its traceback.
+
+Without the extra `train` the command says so, with exit code 2.
 """
 
 import io
@@ -13,12 +15,20 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
-from cyclopts import CycloptsError, UnknownOptionError
-
-from senet.cli import COMMANDS, app
-from senet.cli.elsewhere import told_otherwise
-from senet.cli.options import config_place
 from senet.errors import SenetError, StopSignal, UserError
+from senet.support import extras
+
+try:
+    from cyclopts import CycloptsError, UnknownOptionError
+
+    from senet.cli import COMMANDS, app
+    from senet.cli.elsewhere import told_otherwise
+    from senet.cli.options import config_place
+except ModuleNotFoundError as error:
+    if (remedy := extras.remedy(error)) is None:
+        raise
+    print(f"senet: the command needs more than the core: {remedy}", file=sys.stderr)
+    raise SystemExit(2) from error
 
 NAMES = {command.__name__ for command in COMMANDS}
 BAD_INPUT = 2
@@ -43,6 +53,8 @@ def exit_code(error: Exception) -> int | None:
     """
     if isinstance(error, CycloptsError | UserError):
         return BAD_INPUT
+    if isinstance(error, ImportError) and extras.remedy(error):
+        return BAD_INPUT
     if isinstance(error, SenetError):
         return FAILURE
     if isinstance(
@@ -58,6 +70,8 @@ def exit_code(error: Exception) -> int | None:
 
 def message(error: Exception) -> str:
     """The error on one line."""
+    if isinstance(error, ImportError):
+        return extras.remedy(error) or str(error)
     if isinstance(error, OSError) and error.strerror:
         named = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
         return f"{error.strerror}{named}"

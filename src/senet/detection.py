@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FeaturePyramidNetwork
@@ -16,6 +15,7 @@ from senet.errors import UserError
 from senet.models import Network
 from senet.models.features import FeatureMaps
 from senet.networks.create import create_model
+from senet.support.shapes import Float
 
 _PYRAMID_CHANNELS = 256
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.segmentation import DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
@@ -13,6 +12,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from senet.detection import resolve
 from senet.models import Network
 from senet.models.features import FeatureMaps, dilate
+from senet.support.shapes import Float
 
 
 class SegmentationBackbone(nn.Module):

@@ -29,7 +29,8 @@ from senet.networks.anywhere import WITHOUT_SE, is_foreign, open_source
 from senet.networks.create import create_model
 from senet.runtimes.export import export
 from senet.runtimes.onnx import write_onnx
-from senet.runtimes.sessions import onnx_session, open_exported, openvino_session, optional
+from senet.runtimes.sessions import onnx_session, open_exported, openvino_session
+from senet.support.extras import optional
 
 BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (1, 16), "cuda": (1, 256)}
 IMAGE_SIZE = 224

@@ -15,7 +15,7 @@ from senet.errors import UserError
 from senet.fusion import fuse
 from senet.networks.anywhere import WITHOUT_SE, is_foreign, open_source
 from senet.networks.create import create_model
-from senet.runtimes.sessions import optional
+from senet.support.extras import optional
 
 OURS, OURS_PLAIN = "senet se_resnet50", "senet resnet50"
 

@@ -17,7 +17,7 @@ from senet.bench.setting import SETTINGS, Device, Setting, called
 from senet.bench.timing import Case, Contestant, Measurement, compared, geometric_mean
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu, residual_tail
-from senet.runtimes.sessions import optional
+from senet.support.extras import optional
 
 Shape = tuple[int, int, int, int]
 

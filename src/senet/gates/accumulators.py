@@ -6,8 +6,9 @@ Shape suffixes: N images, K classes, C channels, B bins.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
+
+from senet.support.shapes import Float, Int
 
 
 @dataclass

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 
 from senet.anatomy import Excitation
@@ -13,6 +12,7 @@ from senet.anatomy.graph import Node, argument
 from senet.gates.inline import Product, replace_product
 from senet.insertion.replace import replace_block
 from senet.nn.block import GATES, GlobalSqueeze, weight_dtype
+from senet.support.shapes import Float, Int
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish}
 _LAYERS = ("conv", "linear")

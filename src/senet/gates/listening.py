@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +20,7 @@ from senet.anatomy.graph import Site, is_product
 from senet.anatomy.occurrences import Occurrence
 from senet.errors import SenetError
 from senet.nn.hooks import expected_hooks
+from senet.support.shapes import Float
 
 # Rounding of one product and of gates that are computed in another order, in units of the dtype.
 _ROUNDING = 16

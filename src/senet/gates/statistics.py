@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
 from senet.errors import UserError
 from senet.gates.accumulators import Histogram, Moments, TopImages
 from senet.support.files import atomic_write
+from senet.support.shapes import Float, Int
 from senet.support.tensors import pack, unpack
 
 _FORMAT = "senet-gates"

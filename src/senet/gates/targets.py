@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from senet.anatomy.graph import Node, Trace
 from senet.anatomy.layers import layer_of
 from senet.anatomy.occurrences import Occurrence
+from senet.support.shapes import Float
 
 Edit = Callable[[], None]
 """Changes weights in place; made only where all edits of a factor are possible."""

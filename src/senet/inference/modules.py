@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.nn.block import SqueezeExcitation
 from senet.ops.activations import LINEAR, RELU, Activation
 from senet.ops.triton import tail as triton
 from senet.ops.triton.common import takes
+from senet.support.shapes import Float
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.errors import UserError
@@ -16,6 +15,7 @@ from senet.models.residual import (
     ResidualBlock,
 )
 from senet.models.resnet import ResNet
+from senet.support.shapes import Float
 
 
 class Backbone(nn.Module):

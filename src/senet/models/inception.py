@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.options import SEOptions
 from senet.nn.block import SqueezeExcitation, hooked
 from senet.nn.branches import joined
 from senet.nn.tails import bn_relu
+from senet.support.shapes import Float
 
 Pool = Callable[[Tensor], Tensor]
 Kernel = int | tuple[int, int]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.inception import (
@@ -23,6 +22,7 @@ from senet.models.network import Network, Stage
 from senet.models.options import SEOptions, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
+from senet.support.shapes import Float
 
 # The authors' Caffe definition: 1×1 | 3×3 reduce, 3×3 | double 3×3 reduce, a, b | pool, projection.
 # A module without 1×1 halves the map, and its pooled input passes without a projection.

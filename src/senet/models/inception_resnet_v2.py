@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.inception import ConvBNReLU, Kernel, max_pool_half
@@ -14,6 +13,7 @@ from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
 from senet.nn.block import SqueezeExcitation
+from senet.support.shapes import Float
 
 # Channels, kernel, stride and padding of each convolution of a branch.
 Layer = tuple[int, Kernel] | tuple[int, Kernel, int, int]

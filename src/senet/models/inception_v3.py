@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.inception import (
@@ -19,6 +18,7 @@ from senet.models.network import Network, Stage
 from senet.models.options import SEOptions, check_dropout, stage_options
 from senet.models.registry import register
 from senet.models.resnet import initialise
+from senet.support.shapes import Float
 
 _EPS = 1e-3
 _ROW, _COLUMN = (1, 7), (7, 1)

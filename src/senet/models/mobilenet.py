@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.network import Network, Stage
@@ -13,6 +12,7 @@ from senet.models.residual import conv
 from senet.models.resnet import initialise
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu, residual_tail
+from senet.support.shapes import Float
 
 # Table 1 of 1704.04861: channels of the pointwise convolutions; the first of a stage strides.
 _STAGES: dict[int, tuple[int, ...]] = {

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.errors import UserError
@@ -16,6 +15,7 @@ from senet.models.options import SE_OPTIONS, SEOptions
 from senet.models.registry import entry
 from senet.nn.block import NotScriptable, hooked
 from senet.nn.recomputation import recomputed_backward
+from senet.support.shapes import Float
 
 # What timm's models are told, in our words.
 _ELSEWHERE = {

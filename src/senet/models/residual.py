@@ -4,13 +4,13 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.options import SEOptions
 from senet.nn.block import SqueezeExcitation
 from senet.nn.convolution import convolve
 from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
+from senet.support.shapes import Float
 
 
 def conv(

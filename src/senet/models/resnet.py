@@ -8,7 +8,6 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.network import Network, Stage
@@ -25,6 +24,7 @@ from senet.models.residual import (
 from senet.nn.block import SqueezeExcitation
 from senet.nn.convolution import convolve
 from senet.nn.tails import bn_relu, bn_relu_into
+from senet.support.shapes import Float
 
 Variant = Literal["torch", "caffe", "cadene"]
 Stem = Literal["7x7", "deep", "cifar"]

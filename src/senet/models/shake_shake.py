@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.network import Network, Stage
@@ -19,6 +18,7 @@ from senet.models.residual import conv
 from senet.models.resnet import initialise
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu
+from senet.support.shapes import Float
 
 Backward = Literal["shake", "even"]
 

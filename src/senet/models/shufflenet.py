@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.network import Network, Stage
@@ -14,6 +13,7 @@ from senet.models.residual import conv
 from senet.models.resnet import initialise
 from senet.nn.block import SqueezeExcitation
 from senet.nn.tails import bn_relu, residual_tail
+from senet.support.shapes import Float
 
 # Table 1 of 1707.01083, 3 groups, 1×: channels and units of its stages 2 to 4.
 _STAGES: dict[int, tuple[int, int]] = {3: (240, 4), 4: (480, 8), 5: (960, 4)}

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from senet.models.network import Network, Stage
@@ -12,6 +11,7 @@ from senet.models.registry import register
 from senet.models.resnet import initialise
 from senet.nn.block import SqueezeExcitation, hooked
 from senet.nn.tails import bn_relu
+from senet.support.shapes import Float
 
 _STAGES: dict[int, tuple[int, ...]] = {
     1: (64, 64),

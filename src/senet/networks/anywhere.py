@@ -1,5 +1,7 @@
 """Networks from anywhere by one name."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import importlib.util
@@ -7,17 +9,20 @@ import inspect
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from senet.anatomy.recording import evaluating
-from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.insertion.replace import take_out
 from senet.models import build_model
 from senet.networks.preparation import imagenet, of_timm, of_torchvision
+from senet.support.extras import optional
+
+if TYPE_CHECKING:
+    from senet.data import Preprocessing
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 PREFIXES = (TORCHVISION, TIMM)
@@ -119,7 +124,7 @@ def _foreign(
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
-    from torchvision import models
+    models = optional("torchvision.models")
 
     if name not in models.list_models():
         raise UserError(f"torchvision has no model {name!r}{_close(name, models.list_models())}")
@@ -128,10 +133,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
 
 
 def _timm(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, Preprocessing]:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError("timm is not installed: pip install timm") from error
+    timm = optional("timm")
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
     model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)

@@ -1,11 +1,14 @@
 """How networks from elsewhere want their images: as timm and torchvision say, else ImageNet's."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from senet.data import Preprocessing
+from senet import data  # it is loaded at its use, with what the core does without
+from senet.support.extras import optional
 
 _SIDE = 224
 _IMAGENET: dict[str, Any] = {
@@ -19,7 +22,7 @@ _IMAGENET: dict[str, Any] = {
 _TRANSFORMING = ("googlenet", "inception_v3")
 
 
-def of_timm(model: nn.Module, channels: int) -> Preprocessing:
+def of_timm(model: nn.Module, channels: int) -> data.Preprocessing:
     """What the configuration of a timm network (`pretrained_cfg`) says."""
     from timm.data.config import resolve_model_data_config
 
@@ -28,7 +31,7 @@ def of_timm(model: nn.Module, channels: int) -> Preprocessing:
     mean, std = (tuple(said[name]) for name in ("mean", "std"))
     if channels == 1 and len(mean) == 3:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return Preprocessing(
+    return data.Preprocessing(
         image_size=side,
         resize=max(side, int(side / said["crop_pct"])),  # rounded down, as timm does
         mean=mean,
@@ -38,7 +41,7 @@ def of_timm(model: nn.Module, channels: int) -> Preprocessing:
     )
 
 
-def of_torchvision(name: str, weights: Path | None = None) -> Preprocessing:
+def of_torchvision(name: str, weights: Path | None = None) -> data.Preprocessing:
     """What torchvision's weights of a network say that they want.
 
     Args:
@@ -46,9 +49,7 @@ def of_torchvision(name: str, weights: Path | None = None) -> Preprocessing:
         weights: file whose name may be that of one of the released weights; the first ones count
             where it is not.
     """
-    from torchvision.models import get_model_weights
-
-    released = list(get_model_weights(name))
+    released = list(optional("torchvision.models").get_model_weights(name))
     if not released:
         return imagenet()
     named = [each for each in released if weights and Path(each.url).name == weights.name]
@@ -57,7 +58,7 @@ def of_torchvision(name: str, weights: Path | None = None) -> Preprocessing:
     if not isinstance(crop, list) or len(crop) != 1 or len(preset.mean) != 3:
         return imagenet()  # of detection, segmentation and video
     half = (0.5, 0.5, 0.5)
-    return Preprocessing(
+    return data.Preprocessing(
         image_size=crop[0],
         resize=preset.resize_size[0],
         mean=half if name in _TRANSFORMING else tuple(preset.mean),
@@ -66,9 +67,9 @@ def of_torchvision(name: str, weights: Path | None = None) -> Preprocessing:
     )
 
 
-def imagenet() -> Preprocessing:
+def imagenet() -> data.Preprocessing:
     """How ImageNet networks are evaluated whose own wishes nobody knows."""
-    return Preprocessing(**_IMAGENET)
+    return data.Preprocessing(**_IMAGENET)
 
 
 def imagenet_classes() -> tuple[str, ...]:

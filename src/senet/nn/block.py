@@ -9,13 +9,13 @@ from contextlib import nullcontext
 from typing import Literal, NoReturn, get_args
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
 
 from senet import ops
 from senet.errors import UserError
 from senet.nn.sync_bn import SyncBatchNorm
 from senet.ops.maps import full_precision
+from senet.support.shapes import Bool, Float
 
 Squeeze = Literal["avg", "max", "none"]
 GateName = Literal["sigmoid", "tanh", "relu", "hard_sigmoid", "identity_sigmoid"]

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet import ops
 from senet.nn.block import SqueezeExcitation, fusable, gate_parameters, leaves_process
 from senet.nn.tails import own_statistics, step_norm
+from senet.support.shapes import Float
 
 
 def joined(

@@ -5,7 +5,6 @@ Shape suffixes: N images, C channels, * spatial dimensions.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,6 +12,7 @@ from senet import ops
 from senet.nn.block import SqueezeExcitation, fusable, gate_parameters, leaves_process
 from senet.nn.convolution import convolve
 from senet.nn.sync_bn import SyncBatchNorm
+from senet.support.shapes import Float
 
 
 def bn_relu(x: Float[Tensor, "n c *s"], bn: nn.Module) -> Float[Tensor, "n c *s"]:

@@ -29,7 +29,8 @@ from senet.runtimes.onnx import (
     quantized_convolutions,
     write_onnx,
 )
-from senet.runtimes.sessions import METADATA, SUFFIXES, Exported, Format, open_exported, optional
+from senet.runtimes.sessions import METADATA, SUFFIXES, Exported, Format, open_exported
+from senet.support.extras import optional
 
 OPSET = 20
 # Difference from eager, relative to the largest logit, up to which nothing is asked. Beyond it

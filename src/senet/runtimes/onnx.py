@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from senet.errors import UserError
-from senet.runtimes.sessions import METADATA, optional
+from senet.runtimes.sessions import METADATA
+from senet.support.extras import optional
 
 INPUT, OUTPUT = "images", "logits"
 

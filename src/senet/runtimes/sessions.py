@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -15,28 +14,12 @@ import torch
 from torch import Tensor
 
 from senet.errors import UserError
+from senet.support.extras import optional
 
 Format = Literal["onnx", "torch", "openvino"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 METADATA = "senet"  # the key under which an exported file says what it is
-_EXTRA = ("onnx", "onnxruntime", "onnxscript", "openvino")
-_REMEDIES = {**dict.fromkeys(_EXTRA, "'senet[export]'"), "timm": "timm"}
 Run = Callable[[Tensor], Tensor]
-
-
-def optional(module: str) -> Any:
-    """A module of the extra `export`, or a peer.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in _REMEDIES:
-            raise
-        raise UserError(f"{package} is not installed: pip install {_REMEDIES[package]}") from error
 
 
 def format_of(path: Path) -> Format:

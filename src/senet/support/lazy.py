@@ -3,6 +3,8 @@
 import importlib
 from collections.abc import Mapping
 
+from senet.support import extras
+
 
 def attribute(package: str, homes: Mapping[str, str], name: str) -> object:
     """What `package.name` is: for a package's `__getattr__`.
@@ -15,8 +17,14 @@ def attribute(package: str, homes: Mapping[str, str], name: str) -> object:
 
     Raises:
         AttributeError: there is no such name.
+        ModuleNotFoundError: it needs an extra of the package; the message says which.
     """
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{package}.{homes[name]}")
+    try:
+        module = importlib.import_module(f"{package}.{homes[name]}")
+    except ModuleNotFoundError as error:
+        if (remedy := extras.remedy(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"{package}.{name}: {remedy}", name=error.name) from error
     return module if homes[name] == name else getattr(module, name)
