@@ -8,6 +8,7 @@ from PIL import Image
 
 from senet.data.decoders import Decoder
 from senet.data.images import ImageSource
+from senet.data.labels import Target, TaskName
 from senet.data.probe import SMALL
 from senet.data.samplers import EpochBatchSampler
 from senet.data.splits import Split
@@ -27,7 +28,9 @@ class Reading:
         image_size: side of the network's input; None: that of the data.
         channels: 1 or 3; None: those of the data.
         skip_bad_images: decode all now and leave out the broken ones.
-        image_column, label_column: of tables with several.
+        image_column, label_column: of tables with several; several of labels with commas.
+        label_separator: between several labels in a cell; None: found.
+        task: what the labels are; None: found.
         split: what is evaluated on; None: the validation images, else the test images.
         whole: where there is no split and no val_fraction, all images are for evaluation.
         classes: names in the order of their numbers, for data without a split of their own; None:
@@ -43,6 +46,8 @@ class Reading:
     skip_bad_images: bool = False
     image_column: str | None = None
     label_column: str | None = None
+    label_separator: str | None = None
+    task: TaskName | None = None
     split: Split | None = None
     whole: bool = False
     classes: tuple[str, ...] | None = None
@@ -72,7 +77,7 @@ class ImageStream(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, key: Any) -> tuple[Image.Image, int]:
+    def open(self, key: Any) -> tuple[Image.Image, Target]:
         """The decoded image of a key, and its class."""
         ...
 
@@ -93,11 +98,13 @@ class ImageData:
 
     Attributes:
         name: what was asked for (`load_data`'s `data`).
-        train: training images, a map-style data set of (PIL image, class index), or a stream.
+        train: training images, a map-style data set of (PIL image, target), or a stream.
         val: evaluation images, likewise.
-        classes: name of each class.
+        classes: name of each class, label or number: of each output of a network.
         preprocessing: how its images become the network's input.
         skipped: one line for each bad image that was left out, with path and reason.
+        task: what the targets are.
+        notes: what was chosen for the user, a line each.
     """
 
     name: str
@@ -106,6 +113,8 @@ class ImageData:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()
+    task: TaskName = "classification"
+    notes: tuple[str, ...] = ()
 
 
 def preprocessing_for(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:

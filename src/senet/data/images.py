@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from senet.data.decoders import Decoder, tell_what_was_left, turbo_pixels
+from senet.data.labels import Target, held, target_at
 from senet.data.metadata import upright, without_metadata
 from senet.errors import UserError
 
@@ -322,26 +323,26 @@ def read_header(file: str | os.PathLike[str] | bytes, name: str | None = None) -
 
 
 class ImageSource(Protocol):
-    """A map-style data set of (8-bit PIL image, class index), labels known without decoding."""
+    """A map-style data set of (8-bit PIL image, target), targets known without decoding."""
 
     targets: Tensor
-    """Class of each image: (N,) int64."""
+    """Class of each image, (N,) int64, or its labels or numbers, (N,K) float32."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]: ...
 
     def subset(self, indices: Sequence[int]) -> Self:
         """The data set of these images, in this order."""
         ...
 
 
-class MemoryImages(Dataset[tuple[Image.Image, int]]):
+class MemoryImages(Dataset[tuple[Image.Image, Target]]):
     """Decoded images of one size, held in memory.
 
     Args:
         images: (N,C,H,W) uint8 with C = 1 or 3.
-        targets: (N,) class indices.
+        targets: (N,) class indices, or (N,K) labels or numbers.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -353,10 +354,10 @@ class MemoryImages(Dataset[tuple[Image.Image, int]]):
                 f"images must be (N,C,H,W) uint8 with C = 1 or 3, not {tuple(images.shape)} "
                 f"{images.dtype}"
             )
-        if targets.shape != images.shape[:1]:
+        if targets.shape[:1] != images.shape[:1]:
             raise ValueError(f"{len(images)} images need as many targets, not {targets.shape}")
         self.images = images.contiguous()
-        self.targets = targets.to(torch.int64)
+        self.targets = held(targets)
 
     @property
     def pixels(self) -> npt.NDArray[np.uint8]:
@@ -366,8 +367,8 @@ class MemoryImages(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return F.to_pil_image(self.images[index]), int(self.targets[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        return F.to_pil_image(self.images[index]), target_at(self.targets, index)
 
     def subset(self, indices: Sequence[int]) -> "MemoryImages":
         """The data set of these images, in this order."""
@@ -375,12 +376,12 @@ class MemoryImages(Dataset[tuple[Image.Image, int]]):
         return MemoryImages(self.images[chosen], self.targets[chosen])
 
 
-class FileImages(Dataset[tuple[Image.Image, int]]):
+class FileImages(Dataset[tuple[Image.Image, Target]]):
     """Images decoded from their files at each access.
 
     Args:
         paths: image files.
-        targets: (N,) class indices.
+        targets: (N,) class indices, or (N,K) labels or numbers.
         channels: 1 (grey) or 3 (RGB).
         decoder: as for `load_image`.
 
@@ -396,20 +397,20 @@ class FileImages(Dataset[tuple[Image.Image, int]]):
         channels: int,
         decoder: Decoder = "pillow",
     ) -> None:
-        if targets.shape != (len(paths),):
+        if targets.shape[:1] != (len(paths),):
             raise ValueError(f"{len(paths)} paths need as many targets, not {targets.shape}")
         # One array instead of a list: forked workers do not copy it by counting references.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        self.targets = targets.to(torch.int64)
+        self.targets = held(targets)
         self.channels = channels
         self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         image = load_image(self.path(index), self.channels, self.decoder)
-        return image, int(self.targets[index])
+        return image, target_at(self.targets, index)
 
     def path(self, index: int) -> str:
         """The file of an image."""

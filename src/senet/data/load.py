@@ -21,6 +21,7 @@ from senet.data.image_data import (
     preprocessing_for,
 )
 from senet.data.images import FileImages, ImageSource, MemoryImages
+from senet.data.labels import TaskName
 from senet.data.shards.load import load_shards
 from senet.data.shards.read import PREFIX as SHARDS
 from senet.data.shards.read import BadShards
@@ -129,6 +130,8 @@ def load_data(
     skip_bad_images: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    task: TaskName | None = None,
     shuffle_buffer: int | None = None,
     bad_shards: BadShards | None = None,
     decode: Decoder | None = None,
@@ -143,7 +146,8 @@ def load_data(
     `shards:PLACE` opens what `senet shard` wrote, or a folder of WebDataset's tars, see
     `senet.data.shards`; `hf:NAME` a data set of Hugging Face's `datasets`, see
     `senet.data.sources.hugging_face`, and `hf-stream:NAME` the same as a stream that is not kept on
-    the disk, see `senet.data.sources.stream`; `FILE.csv` image files and classes in a table.
+    the disk, see `senet.data.sources.stream`; `FILE.csv`
+    and `FILE.parquet` image files and their labels in a table.
 
     A folder holds `train/` and `val/` (or `test/`; `training`, `validation`, `valid`, … likewise),
     each with one folder of images a class, or directly one folder a class, of which `val_fraction`
@@ -159,7 +163,8 @@ def load_data(
     of its files are.
 
     Args:
-        data: one of `DATA_SETS`, a folder, FILE.csv, shards:PLACE, hf:NAME or hf-stream:NAME.
+        data: one of `DATA_SETS`, a folder, FILE.csv, FILE.parquet, shards:PLACE, hf:NAME or
+            hf-stream:NAME.
         root: where torchvision's data sets lie or are downloaded to, and fetched shards.
         download: fetch a missing data set (never done unasked).
         val_fraction: part of each class set aside for evaluation, between 0 and 1; only for data
@@ -170,7 +175,13 @@ def load_data(
         skip_bad_images: decode every image of a folder or table now, leave out the broken ones and
             list them in `ImageData.skipped`.
         image_column, label_column: of an hf: set, a stream or a table with several columns that
-            may be meant.
+            may be meant. Several columns of labels, separated by commas, of a table or hf: set are
+            labels that an image has (1) or not (0), or numbers.
+        label_separator: between several labels in a cell of one column, such as ";"; found
+            where labels separated by ; or | occur on their own too.
+        task: what a table's labels are: "classification" (one class an image), "multilabel" (any
+            number of labels) or "regression" (numbers); by default what the columns hold, see
+            `senet.data.labels.read_labels`, and `ImageData.notes` says so.
         shuffle_buffer: images within which the order of an epoch is shuffled: of shards (10,000
             by default), or of a stream, which holds them in memory (1,000).
         bad_shards: "fail" at a broken shard, or "skip" it; "fail" by default.
@@ -199,6 +210,8 @@ def load_data(
         raise UserError(f"val_fraction must be between 0 and 1, not {val_fraction}")
     if channels not in (None, 1, 3):
         raise UserError(f"channels must be 1 or 3, not {channels}")
+    if task not in (None, *get_args(TaskName)):
+        raise UserError(f"task must be one of {', '.join(get_args(TaskName))}, got {task!r}")
     reading = Reading(
         val_fraction=val_fraction,
         image_size=image_size,
@@ -206,6 +219,8 @@ def load_data(
         skip_bad_images=skip_bad_images,
         image_column=image_column,
         label_column=label_column,
+        label_separator=label_separator,
+        task=task,
         split=split,
         whole=whole,
         classes=None if classes is None else tuple(classes),
@@ -227,6 +242,16 @@ def load_data(
         raise UserError(f"bad_shards is for shards:PLACE, not for {data}")
     skip = skip_bad_images or None
     columns = {"image_column": image_column, "label_column": label_column}
+    table = data.startswith(HUGGING_FACE) or (
+        data.lower().endswith(TABLES) and Path(data).is_file()
+    )
+    if not table:
+        if task not in (None, "classification"):
+            raise UserError(
+                f"task {task!r} needs labels in a table (FILE.csv, FILE.parquet or hf:NAME): "
+                f"{data} has one class an image"
+            )
+        _refuse_for(data, label_separator=label_separator)
     if streamed:
         _refuse_for(data, val_fraction=val_fraction, skip_bad_images=skip)
         found = load_stream(data, reading, epoch_size=epoch_size, buffer=shuffle_buffer)
@@ -259,7 +284,7 @@ def load_data(
             found = load_table(data, reading)
         else:
             raise _unknown(data)
-    if classes is None and len(found.classes) < 2:
+    if classes is None and len(found.classes) < 2 and found.task == "classification":
         raise UserError(
             f"{found.name} has the class {', '.join(map(repr, found.classes))} alone, so there is "
             "nothing to tell apart: give data of two classes or more"

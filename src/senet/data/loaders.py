@@ -20,6 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from senet.data.augmentation import Augmentation
 from senet.data.image_data import ImageData, ImageStream
 from senet.data.images import BadImageError, ImageSource, MemoryImages
+from senet.data.labels import Target, batched
 from senet.data.samplers import EpochBatchSampler, Key, mix_seed
 from senet.data.transforms import (
     PaddedCropFlip,
@@ -30,7 +31,8 @@ from senet.data.transforms import (
 from senet.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-"""Images (N,C,H,W) float32; labels (N,) int64, or (N,classes) float32 after mixup or cutmix."""
+"""Images (N,C,H,W) float32; class numbers (N,) int64, or (N,K) float32: labels, numbers, and
+classes after mixup or cutmix."""
 
 
 @contextmanager
@@ -108,11 +110,11 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
             with seeded(seed):
                 images.append(self.transform(image))
             labels.append(label)
-        return torch.stack(images), torch.tensor(labels)
+        return torch.stack(images), batched(labels)
 
 
-def _opened(source: ImageSource | ImageStream, key: Any, image: int) -> tuple[Any, int]:
-    """An image (PIL) and its class: of a stream by its key, otherwise by its number."""
+def _opened(source: ImageSource | ImageStream, key: Any, image: int) -> tuple[Any, Target]:
+    """An image (PIL) and its target: of a stream by its key, otherwise by its number."""
     return source.open(key) if isinstance(source, ImageStream) else source[image]
 
 
@@ -134,7 +136,7 @@ class _ValBatches(Dataset[Batch | BadImageError]):
         except BadImageError as error:
             return error
         images = torch.stack([self.transform(image) for image, _ in pairs])
-        return images, torch.tensor([label for _, label in pairs])
+        return images, batched([target for _, target in pairs])
 
 
 def _fits(source: ImageSource | ImageStream, preprocessing: Preprocessing) -> bool:
@@ -288,6 +290,23 @@ def class_numbers(data: ImageData, what: str) -> Tensor:
     Args:
         data: from `load_data`.
         what: needs it, for the error.
+
+    Raises:
+        UserError: the data do not tell, or an image has several labels or numbers.
+    """
+    if data.task != "classification":
+        raise UserError(
+            f"{what} is for one class an image, {data.name} is for {data.task}: leave it out"
+        )
+    return known_targets(data, what)
+
+
+def known_targets(data: ImageData, what: str) -> Tensor:
+    """The target of each training image, (N,) or (N,K), without opening one.
+
+    Args:
+        data: from `load_data`.
+        what: needs them, for the error.
 
     Raises:
         UserError: the data do not tell.

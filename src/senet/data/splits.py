@@ -6,6 +6,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from senet.data.labels import TaskName
 from senet.errors import UserError
 
 T = TypeVar("T")
@@ -76,6 +77,40 @@ def evaluated(
         names = ", ".join(name for name, _ in splits.values()) or "no splits"
         raise UserError(f"{where} has no split {wanted}, only {names}")
     return splits[wanted]
+
+
+def divided(
+    targets: Tensor, task: TaskName, names: Sequence[str], val_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices for training and evaluation: of each kind of image the same fraction.
+
+    A kind is a class; of images with several labels those that share the label that is rarest of
+    all data; of numbers all images are one kind.
+
+    Args:
+        targets: of all images, (N,) or (N,K).
+        task: what they are.
+        names: of the classes.
+        val_fraction: part for evaluation, between 0 and 1.
+        seed: of the choice.
+
+    Raises:
+        UserError: a class with a single image, or fewer than two images in all.
+    """
+    if task == "classification":
+        return stratified_split(targets, names, val_fraction, seed)
+    kinds = torch.zeros(len(targets), dtype=torch.int64)
+    if task == "multilabel":
+        counts = torch.where(targets > 0, targets.sum(0), torch.inf)
+        kinds = torch.where(targets.any(1), counts.argmin(1), len(names))
+    alone = torch.bincount(kinds)[kinds] < 2  # stay for training
+    picked = torch.nonzero(~alone).flatten()
+    if not len(picked):
+        raise UserError(f"val_fraction {val_fraction} needs at least 2 images of a kind")
+    found, kinds = kinds[picked].unique(return_inverse=True)
+    _, val = stratified_split(kinds, [str(kind) for kind in found], val_fraction, seed)
+    aside = set(picked[val].tolist())
+    return [i for i in range(len(targets)) if i not in aside], sorted(aside)
 
 
 def stratified_split(

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from senet.data.image_data import (
@@ -22,8 +21,9 @@ from senet.data.images import (
     read_all,
     read_header,
 )
+from senet.data.labels import Label, TaskName, images_of_each, targets_of
 from senet.data.probe import SMALL, probed
-from senet.data.splits import stratified_split
+from senet.data.splits import divided
 from senet.errors import UserError
 
 MEMORY_LIMIT = 256 * 2**20
@@ -33,17 +33,19 @@ CHECKED_LIMIT = 64 * 2**20
 
 
 class Labelled(NamedTuple):
-    """Image files and the names of their classes.
+    """Image files and what they are labelled with.
 
     Attributes:
         where: what errors call them.
         paths: the files.
-        labels: the class of each.
+        labels: of each.
+        task: what the labels are.
     """
 
     where: str
     paths: list[str]
-    labels: list[str]
+    labels: list[Label]
+    task: TaskName = "classification"
 
 
 def load_files(
@@ -56,7 +58,7 @@ def load_files(
         train: the training images.
         val: the evaluation images; None: `reading` says what to take of `train`.
         reading: how they are read.
-        classes: names in the order of their numbers.
+        classes: names in the order of their numbers; of labels, or of an image's numbers.
 
     Raises:
         UserError: a class without images, or of `val` that `train` does not have; neither `val`
@@ -65,7 +67,7 @@ def load_files(
     """
     targets = _numbers(train, classes)
     if reading.classes is None:  # others are not for training
-        _check_no_empty_class(train.where, classes, targets)
+        _check_no_empty_class(train, classes, targets)
     if val is None and reading.val_fraction is None and not reading.whole:
         raise UserError(
             f"{name} has no train/ with a val/ (or test/): make them, or set aside a part of its "
@@ -79,25 +81,28 @@ def load_files(
         val_source, more = _read(val, classes, val_targets, channels, reading)
         skipped = (*skipped, *more)
     elif reading.val_fraction is not None:
-        parts = stratified_split(source.targets, classes, reading.val_fraction, reading.seed)
+        fraction, seed = reading.val_fraction, reading.seed
+        parts = divided(source.targets, train.task, classes, fraction, seed)
         source, val_source = (source.subset(part) for part in parts)
     else:
         val_source = source
     own = _own_size(source)
     size = reading.image_size or (own if own == _own_size(val_source) else IMAGENET_SIZE)
     preprocessing = natural_preprocessing(size, channels)
-    return ImageData(name, source, val_source, tuple(classes), preprocessing, skipped)
+    return ImageData(
+        name, source, val_source, tuple(classes), preprocessing, skipped, task=train.task
+    )
 
 
 def _numbers(part: Labelled, classes: Sequence[str]) -> Tensor:
-    """Class number of each image: (N,) int64."""
-    index = {name: number for number, name in enumerate(classes)}
-    if unknown := sorted(set(part.labels) - index.keys()):
+    """The target of each image, (N,) int64 or (N,K) float32."""
+    targets, unknown = targets_of(part.labels, part.task, classes)
+    if unknown:
         raise UserError(
-            f"the classes differ: {shortened(unknown)} only in {part.where}, which should have "
-            f"no others than {shortened(classes)}"
+            f"the classes differ: {shortened(sorted(unknown))} only in {part.where}, which should "
+            f"have no others than {shortened(classes)}"
         )
-    return torch.tensor([index[label] for label in part.labels], dtype=torch.int64)
+    return targets
 
 
 def _channels(train: Labelled, val: Labelled | None, *, skip: bool) -> int:
@@ -129,15 +134,22 @@ def _own_size(source: MemoryImages | FileImages) -> int:
     return IMAGENET_SIZE
 
 
-def _empty(classes: Sequence[str], targets: Tensor) -> list[str]:
-    counts = torch.bincount(targets, minlength=len(classes)).tolist()
+def _empty(task: TaskName, classes: Sequence[str], targets: Tensor) -> list[str]:
+    counts = images_of_each(targets, task, len(classes)).tolist()
     return [name for name, count in zip(classes, counts, strict=True) if count == 0]
 
 
-def _check_no_empty_class(where: str, classes: Sequence[str], targets: Tensor) -> None:
-    if empty := _empty(classes, targets):
+def _check_no_empty_class(part: Labelled, classes: Sequence[str], targets: Tensor) -> None:
+    empty = _empty(part.task, classes, targets)
+    if empty and part.task == "multilabel":
+        warnings.warn(
+            f"label {shortened(empty)} is on no image of {part.where}: a network only learns that "
+            "it is not there",
+            stacklevel=4,
+        )
+    elif empty:
         raise UserError(
-            f"class {shortened(empty)} without readable images in {where}: add images "
+            f"class {shortened(empty)} without readable images in {part.where}: add images "
             f"({' '.join(sorted(endings()))}) or remove the class"
         )
 
@@ -146,7 +158,7 @@ def _tell_missing(val: Labelled, classes: Sequence[str], targets: Tensor) -> Non
     """The numbers are those of training, so that a class without evaluation images does no harm."""
     if not len(targets):
         raise UserError(f"{val.where} has no images of the classes {shortened(classes)}")
-    if empty := _empty(classes, targets):
+    if empty := _empty(val.task, classes, targets):
         warnings.warn(
             f"class {shortened(empty)} has no images in {val.where}: nothing is said about it",
             stacklevel=4,
@@ -171,7 +183,9 @@ def _read(
         raise next(iter(bad.values()))
     good = [i for i in range(len(paths)) if i not in bad]
     before, targets = targets, targets[good]
-    if lost := [name for name in _empty(classes, targets) if name not in _empty(classes, before)]:
+    empty = _empty(part.task, classes, before)
+    lost = [name for name in _empty(part.task, classes, targets) if name not in empty]
+    if lost and part.task == "classification":
         raise UserError(
             f"class {shortened(lost)} without readable images in {part.where}: add images, or "
             "remove the class"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,13 +15,15 @@ from torch.utils.data import Dataset
 from senet.data.decoders import Decoder
 from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
 from senet.data.images import BadImageError, Header, decode_image, read_header
+from senet.data.labels import Target, TaskName, distinct, held, read_labels, target_at, targets_of
 from senet.data.probe import Kind, kind_of, probed
-from senet.data.splits import LABELS, Split, evaluated, known_splits, stratified_split
+from senet.data.splits import LABELS, Split, divided, evaluated, known_splits
 from senet.errors import UserError
 from senet.support.text import natural_order
 
 PREFIX = "hf:"
 _PROBED_BYTES = 2**30  # of rows that are looked at, each a whole file
+_TEXTS, _DECIMALS = ("string", "large_string"), ("float16", "float32", "float64")
 _LISTED = 100_000  # classes of a column of values: more are no classes
 
 
@@ -44,20 +46,18 @@ class Labels:
         return value if value is not None and 0 <= value < len(self.names) else -1
 
 
-class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
+class HuggingFaceImages(Dataset[tuple[Image.Image, Target]]):
     """One split, read from its Arrow files at each access.
 
     Args:
         rows: a `datasets.Dataset`; its image column is left undecoded.
         image: name of the image column.
-        label: name of the class column.
-        labels: its classes.
+        targets: (N,) classes, or (N,K) labels or numbers.
         name: what errors call it.
         channels: 1 (grey) or 3 (RGB).
         decoder: as for `senet.data.load_image`.
 
     Raises:
-        UserError: an image has no class.
         BadImageError: on access, names the row that cannot be read.
     """
 
@@ -65,27 +65,23 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, int]]):
         self,
         rows: Any,
         image: str,
-        label: str,
-        labels: Labels,
+        targets: Tensor,
         name: str,
         channels: int,
         decoder: Decoder = "pillow",
     ) -> None:
         self.rows, self.image, self.name, self.channels = rows, image, name, channels
         self.decoder = decoder
-        values = rows[label][:]
-        self.targets: Tensor = torch.tensor(list(map(labels.number, values)), dtype=torch.int64)
-        if (self.targets < 0).any():
-            row = int((self.targets < 0).nonzero()[0])
-            raise no_class(f"{name}, split {rows.split or 'unnamed'}, row {row}", values[row])
+        self.targets = held(targets)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         name = f"{self.name}, row {index}"
         data = content_of(self.rows[index][self.image], name)
-        return decode_image(data, name, self.channels, self.decoder), int(self.targets[index])
+        image = decode_image(data, name, self.channels, self.decoder)
+        return image, target_at(self.targets, index)
 
     def subset(self, indices: Sequence[int]) -> "HuggingFaceImages":
         """The data set of these images, in this order."""
@@ -137,8 +133,9 @@ def load_hugging_face(data: str, reading: Reading) -> ImageData:
 
     NAME is a folder that `save_to_disk` wrote (of all splits, or of one), or what `load_dataset`
     takes: a repository (`owner/name`, with `:CONFIGURATION` where there are several) or a local
-    folder. The columns are found by their types, one `Image`, one `ClassLabel` (or one of texts or
-    whole numbers with a usual name), or named. Code in a data set's repository is never run.
+    folder. The columns are found by their types, one `Image`, one `ClassLabel` (or one of texts,
+    numbers or lists with a usual name), or named; lists and several columns are labels or numbers,
+    see `senet.data.labels.read_labels`. Code in a data set's repository is never run.
 
     Raises:
         UserError: `datasets` is not installed, it is not there, or its columns are others.
@@ -154,25 +151,130 @@ def load_hugging_face(data: str, reading: Reading) -> ImageData:
         )
     if val is not None and val is not train:
         reading = replace(reading, classes=None)
-    image, label = find_columns(train.features, data, reading)
-    labels = find_labels(train, label, data, reading)
-    raw = [undecoded(part, image) for part in (train, val) if part is not None]
+    image, columns = find_columns(train.features, data, reading)
+    parts = [part for part in (train, val) if part is not None]
+    found = _labelled(parts, columns, data, reading)
+    raw = [undecoded(part, image) for part in parts]
     kind = kind_of(_headers(raw[0], image)) if len(raw[0]) else Kind(3, None)
     channels = reading.channels or kind.channels
     train, *others = (
-        HuggingFaceImages(part, image, label, labels, data, channels, reading.decode)
-        for part in raw
+        HuggingFaceImages(part, image, targets, data, channels, reading.decode)
+        for part, targets in zip(raw, found.targets, strict=True)
     )
     if others:
         (val,) = others
     elif reading.val_fraction is not None:
-        fraction = reading.val_fraction
-        kept, aside = stratified_split(train.targets, labels.names, fraction, reading.seed)
+        fraction, seed = reading.val_fraction, reading.seed
+        kept, aside = divided(train.targets, found.task, found.names, fraction, seed)
         train, val = train.subset(kept), train.subset(aside)
     else:
         val = train
     size = reading.image_size or kind.side or IMAGENET_SIZE
-    return ImageData(data, train, val, labels.names, natural_preprocessing(size, channels))
+    return ImageData(
+        data,
+        train,
+        val,
+        found.names,
+        natural_preprocessing(size, channels),
+        task=found.task,
+        notes=(found.note,) if found.note else (),
+    )
+
+
+class _Labelled(NamedTuple):
+    """The targets of each split, what they are, the names of a network's outputs, and a note."""
+
+    targets: list[Tensor]
+    task: TaskName
+    names: tuple[str, ...]
+    note: str = ""
+
+
+def _labelled(
+    parts: Sequence[Any], columns: Sequence[str], where: str, reading: Reading
+) -> _Labelled:
+    """What is in the columns of labels.
+
+    Raises:
+        UserError: an image without a class, a label of a later part that the first one lacks, or
+            as for `find_labels` and `read_labels`.
+    """
+    import datasets
+
+    kinds = [parts[0].features[column] for column in columns]
+    plain = isinstance(kinds[0], datasets.ClassLabel) or not _may_be_other(kinds[0])
+    if len(columns) == 1 and plain and reading.task in (None, "classification"):
+        labels = find_labels(parts[0], columns[0], where, reading)
+        targets = [_class_targets(part, columns[0], labels, where) for part in parts]
+        return _Labelled(targets, "classification", labels.names)
+    spots = [
+        f"{where}, split {p.split or 'unnamed'}, row {n}" for p in parts for n in range(len(p))
+    ]
+    cells = [
+        list(row)
+        for part in parts
+        for row in zip(*(_cells(part, column) for column in columns), strict=True)
+    ]
+    read = read_labels(
+        columns, cells, spots.__getitem__, f"data {where}", reading.task, reading.label_separator
+    )
+    if read.task == "classification":
+        labels = find_labels(parts[0], columns[0], where, reading)
+        targets = [_class_targets(part, columns[0], labels, where) for part in parts]
+        return _Labelled(targets, "classification", labels.names)
+    own = read.labels[: len(parts[0])]
+    inner = getattr(kinds[0], "feature", kinds[0])
+    if read.names is not None:
+        names = read.names
+    elif isinstance(inner, datasets.ClassLabel):
+        names = tuple(inner.names)
+    else:
+        names = reading.classes or tuple(sorted(distinct(own), key=natural_order))
+    targets, start = [], 0
+    for part in parts:
+        values, unknown = targets_of(read.labels[start : start + len(part)], read.task, names)
+        if unknown:
+            raise UserError(
+                f"data {where}: the split {part.split or 'unnamed'} has the label "
+                f"{min(unknown)!r}, which the first one lacks"
+            )
+        targets.append(values)
+        start += len(part)
+    return _Labelled(targets, read.task, names, read.note)
+
+
+def _may_be_other(kind: Any) -> bool:
+    """Whether a column may hold something else than classes: texts, decimals, lists."""
+    import datasets
+
+    if isinstance(kind, datasets.Value):
+        return kind.dtype in (*_TEXTS, *_DECIMALS)
+    return hasattr(kind, "feature")
+
+
+def _cells(part: Any, column: str) -> list[Any]:
+    """The values of a column, numbers of classes by their names."""
+    import datasets
+
+    kind, values = part.features[column], part[column][:]
+    inner = getattr(kind, "feature", None)
+    if isinstance(inner, datasets.ClassLabel):
+        return [None if each is None else [inner.int2str(n) for n in each] for each in values]
+    return list(values)
+
+
+def _class_targets(part: Any, column: str, labels: Labels, name: str) -> Tensor:
+    """(N,) class of each image.
+
+    Raises:
+        UserError: an image has none.
+    """
+    values = part[column][:]
+    targets = torch.tensor(list(map(labels.number, values)), dtype=torch.int64)
+    if (targets < 0).any():
+        row = int((targets < 0).nonzero()[0])
+        raise no_class(f"{name}, split {part.split or 'unnamed'}, row {row}", values[row])
+    return targets
 
 
 def _headers(rows: Any, image: str) -> Iterator[Header]:
@@ -242,8 +344,8 @@ def no_class(where: str, label: object) -> UserError:
     )
 
 
-def find_columns(features: Any, where: str, reading: Reading) -> tuple[str, str]:
-    """Names of the image column and of the class column: those asked for, or by their types.
+def find_columns(features: Any, where: str, reading: Reading) -> tuple[str, list[str]]:
+    """Names of the image column and of those of labels: those asked for, or by their types.
 
     Raises:
         UserError: no such column, or there is not one of each.
@@ -252,24 +354,30 @@ def find_columns(features: Any, where: str, reading: Reading) -> tuple[str, str]
 
     kinds = dict(features or {})
     described = ", ".join(f"{key} ({_type_of(kind)})" for key, kind in kinds.items())
-    for option in ("image_column", "label_column"):
-        wanted = getattr(reading, option)
+    named = [reading.label_column] if reading.label_column else []
+    if named and named[0] not in kinds:
+        named = [title.strip() for title in named[0].split(",")]
+    elif reading.task in ("multilabel", "regression") and set(reading.classes or "?") <= set(kinds):
+        named = named or list(reading.classes or ())  # those of a checkpoint
+    for option, wanted in (
+        ("image_column", reading.image_column),
+        *(("label_column", each) for each in named),
+    ):
         if wanted is not None and wanted not in kinds:
             raise UserError(f"data {where} has no column {wanted!r} ({option}), it has {described}")
     images = [key for key, kind in kinds.items() if isinstance(kind, datasets.Image)]
     labels = [key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
     if not labels:
-        plain = [key for key, kind in kinds.items() if _is_plain(kind)]
+        plain = [key for key, kind in kinds.items() if _is_plain(kind) or _may_be_other(kind)]
         labels = [key for key in plain if key.casefold() in LABELS]
     images = [reading.image_column] if reading.image_column else images
-    labels = [reading.label_column] if reading.label_column else labels
-    if len(images) != 1 or len(labels) != 1:
+    if len(images) != 1 or (len(labels) != 1 and not named):
         raise UserError(
-            f"data {where} must have one column of images and one of classes (ClassLabel, texts or "
-            f"whole numbers), or --image-column and --label-column name them; it has "
+            f"data {where} must have one column of images and one of labels (ClassLabel, texts, "
+            f"numbers or lists), or --image-column and --label-column name them; it has "
             f"{described or 'none that say their type'}"
         )
-    return images[0], labels[0]
+    return images[0], named or labels
 
 
 def _type_of(kind: Any) -> str:
@@ -279,8 +387,8 @@ def _type_of(kind: Any) -> str:
 def _is_plain(kind: Any) -> bool:
     import datasets
 
-    words = ("string", "large_string", "bool", "int8", "int16", "int32", "int64", "uint8",
-             "uint16", "uint32", "uint64")  # fmt: skip
+    words = (*_TEXTS, "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
+             "uint64")  # fmt: skip
     return isinstance(kind, datasets.Value) and kind.dtype in words
 
 

@@ -242,7 +242,10 @@ def load_stream(
             f"{data} has no split validation, val or test, and a stream is not divided: use "
             f"hf:{name} with --val-fraction"
         )
-    image, label = find_columns(parts[0].features, data, reading)
+    image, columns = find_columns(parts[0].features, data, reading)
+    if len(columns) > 1:
+        raise UserError(f"{data} takes one column of classes, hf:{name} takes {columns}")
+    label = columns[0]
     own = None if parts[0] is not parts[1] else reading.classes
     labels = find_labels(parts[0], label, data, replace(reading, classes=own))
     train, val = (
