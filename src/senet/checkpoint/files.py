@@ -27,6 +27,7 @@ from senet.models.description import FORMAT, WEIGHTS, adopt, read_described
 from senet.models.hub import HUB_CONFIG
 from senet.networks.anywhere import is_foreign, open_source
 from senet.networks.preparation import imagenet_classes
+from senet.tasks.kinds import AnyTask, from_dict
 from senet.weights import HUB_PREFIX, load_weights, local_file
 from senet.weights.files import UNREADABLE, read_contents
 from senet.weights.layouts import detect
@@ -40,8 +41,8 @@ class Checkpoint:
 
     Attributes:
         model: the network with its weights, in evaluation mode, on the CPU; with `preprocessing`,
-            `classes` and `metrics`, so that `model.save_pretrained` tells them too.
-        classes: names in the order of the logits; their numbers where nobody knows the names
+            `classes`, `task` and `metrics`, so that `model.save_pretrained` tells them too.
+        classes: names in the order of the outputs; their numbers where nobody knows the names
             (`model.classes` is None then).
         preprocessing: how an image becomes its input.
         metrics: the row of metrics.csv that belongs to the weights; empty within the first epoch.
@@ -56,6 +57,11 @@ class Checkpoint:
     metrics: dict[str, float]
     config: dict[str, Any]
     path: Path
+
+    @property
+    def task(self) -> AnyTask:
+        """What its outputs are."""
+        return from_dict(getattr(self.model, "task", None), self.classes)
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
@@ -160,7 +166,7 @@ def _checkpoint(model: Network, run: dict[str, Any], path: Path) -> Checkpoint:
     count = model.config["num_classes"]
     if not count:
         raise UserError(f"{path} holds a network without classes: it cannot be used to classify")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         model=model.eval(),
         classes=model.classes or tuple(map(str, range(count))),
         preprocessing=Preprocessing.from_dict(model.preprocessing),
@@ -168,6 +174,9 @@ def _checkpoint(model: Network, run: dict[str, Any], path: Path) -> Checkpoint:
         config=run,
         path=path,
     )
+    if len(checkpoint.task.names) != count:  # read now: a damaged one is told when it is opened
+        raise ValueError(f"{count} outputs, {len(checkpoint.task.names)} names")
+    return checkpoint
 
 
 def is_described(path: str | PathLike[str]) -> bool:

@@ -15,7 +15,7 @@ from senet.support.text import printable
 
 if TYPE_CHECKING:
     from senet.commands.evaluate import CheckpointEvaluation
-    from senet.reports.classes import ClassResult
+    from senet.tasks.results import AnyResult
 
 SHOWN_CLASSES = 20
 
@@ -31,9 +31,11 @@ def evaluate(
     csv: Path | None = None,
     figures: Path | None = None,
 ) -> None:
-    """Measure top-1 and top-5 accuracy and loss of a checkpoint on validation images.
+    """Measure a checkpoint on validation images: top-1 and top-5 accuracy, or mAP and F1, or R².
 
-    Beneath: recall, precision and F1 of each class, of many classes the worst.
+    Beneath: recall, precision and F1 of each class, of many classes the worst; of several labels
+    an image average precision, recall, precision and F1 of each at the threshold that the
+    checkpoint keeps; of numbers R² and errors.
 
     Images are prepared as the checkpoint says, or as the layout of the weights implies;
     --image-size changes only their size.
@@ -45,12 +47,12 @@ def evaluate(
         model: network that the weights are for, where they do not say it (.pth, timm's, …).
         split: which images: train, val or test (default: val, or test where there is no val).
         json: print JSON instead of a table.
-        csv: file for the figures of every class.
-        figures: folder for the confusion matrix as PNG and SVG.
+        csv: file for the figures of every class, label or number.
+        figures: folder for the confusion matrix of classes as PNG and SVG.
     """
     flags.prepare_process()
     from senet.commands.evaluate import draw_confusions, evaluate_path
-    from senet.reports.classes import as_csv
+    from senet.tasks.results import as_csv
 
     with watch() as progress:
         result = evaluate_path(
@@ -63,68 +65,70 @@ def evaluate(
     if figures is not None:
         draw_confusions(result, figures)
     if csv is not None:
-        atomic_write(csv, as_csv(result.classes()))
+        atomic_write(csv, as_csv(result.result.parts))
     if json:
         print(_as_json(result))
     else:
         print_table(_table(result))
-        print_table(_class_table(result.classes()))
+        print_table(_parts_table(result))
 
 
 def _as_json(evaluation: "CheckpointEvaluation") -> str:
+    from senet.tasks.classification import Evaluation
+
     checkpoint, data, result = evaluation.checkpoint, evaluation.data, evaluation.result
-    content = {
+    content: dict[str, Any] = {
         "checkpoint": printable(str(checkpoint.path)),
         "model": checkpoint.model.config["name"],
         "data": printable(data.name),
+        "task": checkpoint.task.name,
         "n": result.n,
-        "top1": result.top1,
-        f"top{result.k}": result.top5,
+        **result.figures(),
         "loss": result.loss,
         "images_per_second": result.images_per_second,
         "skipped": [printable(str(each)) for each in data.skipped],
         "classes": [printable(name) for name in data.classes],
-        "per_class": [_plain(each) for each in evaluation.classes()],
-        "confusion": result.confusion.tolist(),
+        f"per_{checkpoint.task.part}": [_plain(each) for each in result.parts],
     }
+    if isinstance(result, Evaluation):
+        content["confusion"] = result.confusion.tolist()
     return dumps(content, indent=1)
 
 
-def _plain(each: "ClassResult") -> dict[str, Any]:
-    """The figures of a class; None for what there is none of, since JSON has no NaN."""
+def _plain(each: "AnyResult") -> dict[str, Any]:
+    """The figures of one; None for what there is none of, since JSON has no NaN."""
     values = dataclasses.asdict(each)
     return {name: None if value != value else value for name, value in values.items()}
 
 
-def _class_table(results: "list[ClassResult]") -> Table:
-    from senet.reports.classes import worst
+def _parts_table(evaluation: "CheckpointEvaluation") -> Table:
+    from senet.tasks.results import worst
 
+    results, headings = evaluation.result.parts, evaluation.result.parts[0].HEADINGS
     shown = results if len(results) <= SHOWN_CLASSES else worst(results, SHOWN_CLASSES)
-    table = new_table("class", right=("images", "recall (%)", "precision (%)", "F1 (%)"))
-    table.add_column("most often taken for")
+    name, *figures = headings
+    words = [heading for heading in figures if heading.startswith("most")]
+    table = new_table(name, right=tuple(each for each in figures if each not in words))
+    for heading in words:
+        table.add_column(heading)
     for each in shown:
-        table.add_row(
-            each.name,
-            f"{each.images:,}",
-            *("" if value != value else f"{value:.1f}" for value in (each.recall, each.precision)),
-            "" if each.f1 != each.f1 else f"{each.f1:.1f}",
-            f"{each.taken_for} ({each.mistakes})" if each.mistakes else "",
-        )
+        table.add_row(*each.cells())
     if len(shown) < len(results):
-        table.caption = f"the worst {len(shown)} of {len(results)} classes; all by --csv FILE"
+        kind = "classes" if name == "class" else f"{name}s"
+        table.caption = f"the worst {len(shown)} of {len(results)} {kind}; all by --csv FILE"
     return table
 
 
 def _table(evaluation: "CheckpointEvaluation") -> Table:
     data, result = evaluation.data, evaluation.result
-    right = ("images", "top-1 (%)", f"top-{result.k} (%)", "loss", "images/s")
+    headline = result.headline()
+    right = ("images", *(heading for heading, _ in headline), "loss", "images/s")
     table = new_table("model", "data", right=right)
     table.add_row(
         evaluation.checkpoint.model.config["name"],
         data.name,
         f"{result.n:,}",
-        f"{result.top1:.2f}",
-        f"{result.top5:.2f}",
+        *(text for _, text in headline),
         f"{result.loss:.4f}",
         f"{result.images_per_second:.0f}",
     )

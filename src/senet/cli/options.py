@@ -99,7 +99,14 @@ class DataFlags:
     image_column: str | None = None
     """Column of the images, where a table has several (of WebDataset's tars: their ending)."""
     label_column: str | None = None
-    """Column of the classes, where a table has several (of tars: an ending or entry of .json)."""
+    """Column of the classes, where a table has several (of tars: an ending or entry of .json);
+    several as a,b,c: labels that an image has (1) or not (0), or numbers."""
+    label_separator: str | None = None
+    """Between several labels in a cell, such as ";" (default: ; or |, where labels separated by
+    it occur on their own too)."""
+    task: Literal["classification", "multilabel", "regression"] | None = None
+    """Tables: one class an image, any number of labels, or numbers (default: what the columns hold;
+    what is not simply classes is told)."""
     skip_bad_images: bool | None = None
     """Leave out images that cannot be read and count them, instead of stopping."""
     shuffle_buffer: OptionalWhole = None
@@ -195,9 +202,9 @@ class TrainingFlags(ProcessFlags):
     network: NetworkFlags = NO_NETWORK
     data: str | None = None
     """embedded, cifar10, cifar100, fashion-mnist, imagenet, places365, a folder of images with
-    train/ and val/, FILE.csv of files and classes, shards:PLACE (of `senet shard`, a folder or an
-    address; or a folder of WebDataset's tars), hf:NAME (Hugging Face's datasets; a name or a local
-    folder) or hf-stream:NAME (the same, streaming) (default: embedded)."""
+    train/ and val/, FILE.csv or FILE.parquet of files and labels, shards:PLACE (of `senet shard`, a
+    folder or an address; or a folder of WebDataset's tars), hf:NAME (Hugging Face's datasets; a
+    name or a local folder) or hf-stream:NAME (the same, streaming) (default: embedded)."""
     data_flags: DataFlags = NO_DATA
     recipe: Annotated[str | None, Parameter(group=RECIPE_GROUP)] = None
     """quick, finetune, cifar, imagenet-paper or imagenet-modern, which `senet recipes` shows
@@ -211,7 +218,7 @@ class EvaluationFlags(ProcessFlags):
     """How the validation images of a checkpoint are gone through."""
 
     data: str | None = None
-    """What senet train takes, or a folder or FILE.csv without splits, of which all images count
+    """What senet train takes, or a folder or table without splits, of which all images count
     (default: what the checkpoint was trained on)."""
     data_flags: DataFlags = NO_DATA
     batch_size: Whole = 256

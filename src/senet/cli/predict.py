@@ -1,4 +1,4 @@
-"""`senet predict`: the classes of images."""
+"""`senet predict`: what is in images."""
 
 import sys
 from csv import writer as csv_writer
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from senet.cli.options import Config, Decode, Device, Switch, Whole, prepare_process
+from senet.cli.options import Config, Decode, Device, OptionalWhole, Switch, Whole, prepare_process
 from senet.cli.tables import print_table
 from senet.errors import UserError
 from senet.support.progress import watch
@@ -17,6 +17,7 @@ from senet.support.text import printable
 
 if TYPE_CHECKING:
     from senet.commands.predict import Predicted, Prediction
+    from senet.tasks.task import Answer
 
 
 def predict(
@@ -25,7 +26,7 @@ def predict(
     /,
     *,
     model: str | None = None,
-    top: Whole = 5,
+    top: OptionalWhole = None,
     json: Switch = False,
     csv: Switch = False,
     device: Device = "auto",
@@ -36,6 +37,9 @@ def predict(
     config: Config = None,
 ) -> int:
     """Name the classes of images with the class names and preprocessing of a checkpoint.
+
+    Of a checkpoint of several labels an image: those whose probability reaches the threshold that
+    the checkpoint keeps for each; of one of numbers: the numbers.
 
     The next images are decoded while the network works; the images a second beneath the table are
     with reading and preparing. An image that cannot be read is named on standard error, the rest
@@ -49,9 +53,11 @@ def predict(
         images: image files, or folders that are searched for them.
         model: network that the weights are for, where they do not say it (.pth, timm's, …); its
             classes are numbers then, but for released weights of ImageNet.
-        top: how many classes to show for each image, most probable first.
+        top: how many classes to show for each image, most probable first (default: 5); not for
+            labels and numbers, which are all told.
         json: print JSON instead of a table.
-        csv: print CSV instead: image, rank, class, probability.
+        csv: print CSV instead: image, rank, class, probability; of labels image, rank, label,
+            probability, threshold, present, for all labels; of numbers image, rank, number, value.
         device: where the network runs.
         engine: eager (PyTorch, the default), optimized (senet.optimize: faster, a moment to
             prepare), onnx (ONNX Runtime) or openvino.
@@ -83,11 +89,11 @@ def predict(
         print(dumps([_as_dict(prediction) for prediction in found.predictions], indent=1))
     elif csv:
         writer = csv_writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("image", "rank", "class", "probability"))
+        writer.writerow(("image", "rank", *found.task.answered))
         for each in found.predictions:
-            pairs = zip(each.classes, each.probabilities, strict=True)
-            for rank, (name, probability) in enumerate(pairs, start=1):
-                writer.writerow((printable(str(each.image)), rank, printable(name), probability))
+            for rank, answer in enumerate(each.answers, start=1):
+                values = _printable(answer).values()
+                writer.writerow((printable(str(each.image)), rank, *values))
     elif found.predictions:
         print_table(_table(found))
     if found.broken:
@@ -100,28 +106,27 @@ def predict(
 
 
 def _as_dict(prediction: "Prediction") -> dict[str, object]:
-    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
     return {
         "image": printable(str(prediction.image)),
-        "predictions": [{"class": printable(name), "probability": value} for name, value in pairs],
+        "predictions": [_printable(answer) for answer in prediction.answers],
     }
 
 
+def _printable(answer: "Answer") -> dict[str, object]:
+    return {k: printable(v) if isinstance(v, str) else v for k, v in answer.items()}
+
+
 def _table(found: "Predicted") -> Table:
-    """A line for each class of each image."""
+    """A line for each class, label or number of each image."""
     table = Table()
     table.add_column("image", overflow="fold")
-    table.add_column("class")
-    table.add_column("%", justify="right")
+    table.add_column(found.task.part)
+    table.add_column("value" if found.task.name == "regression" else "%", justify="right")
     for prediction in found.predictions:
         name = str(prediction.image)
-        last = len(prediction.classes) - 1
-        for rank, (label, value) in enumerate(
-            zip(prediction.classes, prediction.probabilities, strict=True)
-        ):
-            table.add_row(
-                name if rank == 0 else "", label, f"{100 * value:.1f}", end_section=rank == last
-            )
+        lines = found.task.shown(prediction.answers)
+        for rank, (label, value) in enumerate(lines, start=1):
+            table.add_row(name if rank == 1 else "", label, value, end_section=rank == len(lines))
     rate = len(found.predictions) / found.seconds
     table.caption = f"{found.engine}: {rate:.4g} images/s"
     return table

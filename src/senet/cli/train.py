@@ -118,13 +118,11 @@ def train(
     from senet.experiments.runs import draw_run
     from senet.training.config import RUN_CONFIG, RunConfig
     from senet.training.data import open_run_data
-    from senet.training.evaluation import Evaluation
 
-    assert isinstance(result.evaluation, Evaluation)
     data = open_run_data(RunConfig.from_toml(result.run / RUN_CONFIG))
-    draw_run(result.run, result.evaluation.confusion.numpy(), data)
+    draw_run(result, data)
     report_run(result, data)
-    best = f"best top-1 {result.best_top1:.2f}% (epoch {result.best_epoch})"
+    best = f"best {result.best_told()} (epoch {result.best_epoch})"
     print(f"{best}, {result.images_per_second:.0f} images/s, {duration(result.seconds)}")
     if trained in ("se", "se+head"):
         from senet.checkpoint.adapter import has_adapter, save_adapter

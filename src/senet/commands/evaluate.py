@@ -13,21 +13,27 @@ import torch
 from senet.checkpoint.files import Checkpoint, open_checkpoint, open_weights
 from senet.data import ImageData, Split, val_loader
 from senet.errors import UserError
-from senet.reports.classes import ClassResult, class_results
 from senet.reports.figures import confusion_matrix, save_figure, themed
 from senet.support.device import choose_device
 from senet.support.progress import Progress
+from senet.tasks.classification import Evaluation
+from senet.tasks.task import NamedJudgement
 from senet.training.data import open_named
-from senet.training.evaluation import Evaluation, evaluate
+from senet.training.evaluation import evaluate
 
 
 def check_classes(checkpoint: Checkpoint, data: ImageData) -> None:
-    """Refuse data whose classes are not those of the checkpoint.
+    """Refuse data whose classes, labels or numbers are not those of the checkpoint.
 
     Raises:
-        UserError: another number of classes, or other names in the same number (where the
-            checkpoint knows names).
+        UserError: another task, another number of them, or other names in the same number (where
+            the checkpoint knows names).
     """
+    if checkpoint.task.name != data.task:
+        raise UserError(
+            f"the checkpoint is for {checkpoint.task.name}, {data.name} holds {data.task}: give "
+            "data with labels of the same kind"
+        )
     known, found = ([unicodedata.normalize("NFC", name) for name in names]
                     for names in (checkpoint.classes, data.classes))  # fmt: skip
     if len(known) != len(found):
@@ -54,7 +60,7 @@ def evaluate_checkpoint(
     workers: int = 0,
     device: str = "auto",
     progress: Progress | None = None,
-) -> Evaluation:
+) -> NamedJudgement:
     """Evaluate a checkpoint on the validation images of `data`, prepared as the checkpoint says.
 
     Args:
@@ -85,12 +91,12 @@ def evaluate_checkpoint(
         num_workers=workers,
     )
     model = checkpoint.model.to(choose_device(device)).to(memory_format=torch.channels_last)
-    return evaluate(model, loader, data.classes, progress=progress)
+    return evaluate(model, loader, checkpoint.task, progress=progress)
 
 
 _OF_THE_TRAINING = (
     "val_fraction", "skip_bad_images", "bad_shards", "decode", "image_column", "label_column",
-    "channels", "data_root",
+    "label_separator", "channels", "data_root",
 )  # fmt: skip
 
 
@@ -136,6 +142,8 @@ def open_data(
     if checkpoint is not None and checkpoint.model.classes is not None:
         names = (unicodedata.normalize("NFC", name) for name in checkpoint.classes)
         options["classes"] = tuple(names)
+        if checkpoint.task.name != "classification":
+            options.setdefault("task", checkpoint.task.name)
     return open_named(data_name, options)
 
 
@@ -146,16 +154,13 @@ class CheckpointEvaluation:
     Attributes:
         checkpoint: network, classes and preprocessing.
         data: the images.
-        result: accuracy, loss and confusions.
+        result: what was measured: an `Evaluation` of classes, a `LabelEvaluation`, a
+            `NumberEvaluation`.
     """
 
     checkpoint: Checkpoint
     data: ImageData
-    result: Evaluation
-
-    def classes(self) -> list[ClassResult]:
-        """The figures of each class."""
-        return class_results(self.result.confusion.numpy(), self.data.classes)
+    result: NamedJudgement
 
 
 def evaluate_path(
@@ -202,7 +207,16 @@ def evaluate_path(
 
 
 def draw_confusions(evaluation: CheckpointEvaluation, folder: Path) -> None:
-    """Draw `confusion_matrix.png` and `.svg` into a folder."""
+    """Draw `confusion_matrix.png` and `.svg` into a folder.
+
+    Raises:
+        UserError: there are no classes that could be confused.
+    """
+    if not isinstance(evaluation.result, Evaluation):
+        raise UserError(
+            f"a confusion matrix is of classes, not of {evaluation.checkpoint.task.name}: leave "
+            "out --figures"
+        )
     name = evaluation.checkpoint.model.config["name"]
     confusions = {name: evaluation.result.confusion.numpy()}
     with themed():

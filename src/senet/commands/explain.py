@@ -17,7 +17,9 @@ from senet.checkpoint.files import Checkpoint
 from senet.checkpoint.write import check_new
 from senet.commands.evaluate import check_classes, open_data
 from senet.commands.network import open_network
+from senet.commands.report import gate_batches
 from senet.data import ImageData, map_style, val_loader
+from senet.data.labels import Target
 from senet.errors import UserError
 from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
@@ -52,6 +54,12 @@ class Explanation:
     statistics: GateStatistics
     data: ImageData
     checkpoint: Checkpoint
+
+    def truth(self, target: Target) -> str:
+        """What an image of the data is, in words."""
+        if isinstance(target, int):  # by the data's names: those of a network may be others
+            return self.data.classes[target]
+        return self.checkpoint.task.truth(target)
 
 
 def open_for_gates(
@@ -141,14 +149,14 @@ def explain(
         path, data_name, options, options.get("image_size"), model=model, num_classes=num_classes
     )
     map_style(data.val, "senet explain")
-    names = tuple(data.classes)
+    loader = val_loader(data, batch_size=batch_size, num_workers=workers)
+    batches, names = gate_batches(loader, data)
     named = GateStatistics({}, names, 0)
     picked = [named.class_number(name) for name in classes]
-    loader = val_loader(data, batch_size=batch_size, num_workers=workers)
     network = checkpoint.model.to(choose_device(device))
     progress = progress or Silent()
     progress.begin_evaluation(len(loader))
-    statistics = record_gates(network, loader, classes=names, top=top, seen=progress.evaluated)
+    statistics = record_gates(network, batches, classes=names, top=top, seen=progress.evaluated)
     explanation = Explanation(out, statistics, data, checkpoint)
     _write(explanation, picked, images)
     return explanation
@@ -176,16 +184,16 @@ def _write(explanation: Explanation, picked: list[int], images: int) -> None:
             f"Gates of {name} on {data.name}",
             f"{len(statistics.blocks)} SE blocks, {statistics.images:,} images, "
             f"{len(statistics.classes)} classes.",
-            lambda position: _image(data, position),
+            lambda position: _image(explanation, position),
             images=images,
             classes=picked,
         )
         atomic_write(temporary / "report.html", page)
 
 
-def _image(data: ImageData, position: int) -> tuple[Image.Image, str]:
-    picture, label = map_style(data.val, "senet explain")[position]
-    return picture, data.classes[label]
+def _image(explanation: Explanation, position: int) -> tuple[Image.Image, str]:
+    picture, target = map_style(explanation.data.val, "senet explain")[position]
+    return picture, explanation.truth(target)
 
 
 def _evenly(statistics: GateStatistics, count: int = 4) -> list[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from senet.checkpoint.files import Checkpoint
 from senet.commands.evaluate import check_classes, open_data
@@ -23,9 +25,12 @@ from senet.data import (
 )
 from senet.data.sources.embedded import read_embedded
 from senet.errors import UserError
+from senet.networks.anywhere import head_of
 from senet.runtimes.export import OPSET, ExportReport, export
 from senet.runtimes.forms import Form
 from senet.runtimes.sessions import Format
+from senet.tasks.kinds import AnyTask
+from senet.tasks.regression import Regression
 
 CALIBRATION_IMAGES = 256
 _BATCH = 32
@@ -57,7 +62,7 @@ def export_checkpoint(
         checkpoint: network, class names and preprocessing.
         path, format, batch, any_size, form, opset: as for `senet.export`.
         int8: quantize the convolutions, calibrated on training images; the accuracy before and
-            after is measured on the validation images.
+            after is measured on the validation images of classes.
         data_name: data set or folder as for `load_data`, or a folder of images without labels,
             which give no accuracy; for int8 that of the training by default.
         data_options: data_root and further fields of `RunConfig` that say how data are read.
@@ -86,11 +91,12 @@ def export_checkpoint(
         if int8:
             chosen = _sample(train, calibration_images)
             calibration = [images for images, _ in _batches(chosen, preprocessing)]
-            if val is not None:
+            if val is not None and val.task == "classification":
                 evaluation = _batches(pictures, preprocessing)
     few = _sample(pictures, batch or 2)
+    network, task = in_own_units(checkpoint)
     return export(
-        checkpoint.model,
+        network,
         path,
         format=format,
         example_input=next(iter(_batches(few, preprocessing)))[0],
@@ -100,9 +106,34 @@ def export_checkpoint(
         opset=opset,
         classes=checkpoint.model.classes,
         preprocessing=preprocessing.to_dict(),
+        task=task.to_dict(),
         calibration=calibration,
         evaluation=evaluation,
     )
+
+
+def in_own_units(checkpoint: Checkpoint) -> tuple[nn.Module, AnyTask]:
+    """The network to export, and what its outputs are: numbers in their own units.
+
+    Mean and deviation go into the last layer, so that users of the file need not know them.
+    """
+    model: nn.Module = checkpoint.model
+    task = checkpoint.task
+    if not isinstance(task, Regression):
+        return model, task
+    model = copy.deepcopy(model)
+    try:
+        head = head_of(model)[1]
+    except UserError:  # the file's metadata say mean and deviation then
+        return checkpoint.model, task
+    if head.bias is None:
+        return checkpoint.model, task
+    with torch.no_grad():
+        mean, std = head.bias.new_tensor(task.mean), head.bias.new_tensor(task.std)
+        head.weight.mul_(std[:, None])
+        head.bias.mul_(std).add_(mean)
+    count = len(task.names)
+    return model, dataclasses.replace(task, mean=(0.0,) * count, std=(1.0,) * count)
 
 
 def _open_images(

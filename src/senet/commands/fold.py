@@ -8,6 +8,7 @@ from typing import Any
 from senet.checkpoint.write import check_new, write_checkpoint
 from senet.commands.explain import open_for_gates
 from senet.data import val_loader
+from senet.errors import UserError
 from senet.gates.fold import FoldReport, fold_gates
 from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
@@ -74,6 +75,11 @@ def fold_checkpoint(
     checkpoint, data = open_for_gates(
         path, data_name, options, options.get("image_size"), model=model
     )
+    if data.task != "classification":
+        raise UserError(
+            f"senet fold judges by top-1 of classes, {data.name} holds {data.task}: fold in Python "
+            "by senet.fold_gates, without max_drop"
+        )
     loader = val_loader(data, batch_size=batch_size, num_workers=workers)
     network = checkpoint.model.to(choose_device(device))
     progress = progress or Silent()
@@ -92,6 +98,7 @@ def fold_checkpoint(
         checkpoint.preprocessing.to_dict(),
         checkpoint.model.classes,
         metrics={key: value for key, value in metrics.items() if value is not None},
+        task=checkpoint.task.to_dict(),
         run=checkpoint.config,
     )
     write_checkpoint(out, folded.state_dict(), description)

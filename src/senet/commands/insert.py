@@ -60,6 +60,9 @@ def insert_checkpoint(
     report = insert(network.eval(), example_input=example, **options)
     config: Any = network.config
     classes = network.classes or ()
-    description = describe(config, preprocessing.to_dict(), classes, run=checkpoint.config)
+    plain = checkpoint.task.to_dict()
+    description = describe(
+        config, preprocessing.to_dict(), classes, task=plain, run=checkpoint.config
+    )
     write_checkpoint(out, network.state_dict(), description)
     return Inserted(out, report)

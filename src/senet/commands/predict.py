@@ -1,4 +1,4 @@
-"""The classes of images from files, by a checkpoint or an exported network."""
+"""What is in images from files, by a checkpoint or an exported network."""
 
 import tempfile
 import time
@@ -26,6 +26,8 @@ from senet.runtimes.sessions import SUFFIXES, Run, open_exported
 from senet.support.ahead import load_ahead
 from senet.support.device import choose_device
 from senet.support.progress import Progress, Silent
+from senet.tasks.kinds import AnyTask, from_dict
+from senet.tasks.task import Answer
 
 BATCH_SIZE = 32
 Engine = Literal["eager", "optimized", "onnx", "openvino"]
@@ -33,19 +35,19 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """Something that names classes: a network in an engine.
+class Predictor:
+    """A network in an engine, and what its outputs are.
 
     Attributes:
-        run: logits (N,K) of images (N,C,H,W), float32 on the CPU.
-        classes: names in the order of the logits.
+        run: outputs (N,K) of images (N,C,H,W), float32 on the CPU.
+        task: what they are.
         preprocessing: how an image becomes its input.
         engine: how the network runs, as users are told.
         batch: the only number of images that it takes; None for any.
     """
 
     run: Run
-    classes: tuple[str, ...]
+    task: AnyTask
     preprocessing: Preprocessing
     engine: str
     batch: int | None = None
@@ -53,17 +55,17 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image.
+    """What is in an image.
 
     Attributes:
         image: its file.
-        classes: class names, most probable first.
-        probabilities: softmax probabilities of `classes`, in (0, 1).
+        answers: plain values, with the keys that the task names: the most probable classes with
+            their probabilities, all labels with probability, threshold and whether it is present,
+            or numbers.
     """
 
     image: Path
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    answers: tuple[Answer, ...]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -126,9 +128,9 @@ def make_engine(
     return run
 
 
-def open_classifier(
+def open_predictor(
     path: Path, *, model_name: str | None, engine: Engine | None, device: str, batch_size: int
-) -> Classifier:
+) -> Predictor:
     """A checkpoint in an engine, or an exported network in its runtime.
 
     Args:
@@ -153,12 +155,12 @@ def open_classifier(
     size = checkpoint.preprocessing.image_size
     example = torch.zeros(batch_size, checkpoint.preprocessing.channels, size, size)
     run = make_engine(engine, checkpoint.model, example, where)
-    return Classifier(run, checkpoint.classes, checkpoint.preprocessing, engine)
+    return Predictor(run, checkpoint.task, checkpoint.preprocessing, engine)
 
 
 def _open_exported(
     path: Path, model_name: str | None, engine: str | None, device: str, batch_size: int
-) -> Classifier:
+) -> Predictor:
     given = {"--model": model_name, "--engine": engine}
     if device != "auto":
         given["--device"] = device
@@ -177,33 +179,34 @@ def _open_exported(
     example = torch.zeros(batch or batch_size, preprocessing.channels, size, size)
     count = exported.run(example).shape[1]
     classes = tuple(about["classes"] or map(str, range(count)))
-    return Classifier(exported.run, classes, preprocessing, path.name, batch)
+    task = from_dict(about.get("task"), classes)
+    return Predictor(exported.run, task, preprocessing, path.name, batch)
 
 
 def predict_images(
-    classifier: Classifier,
+    predictor: Predictor,
     images: Sequence[Path],
     *,
-    top: int,
+    top: int | None,
     batch_size: int = BATCH_SIZE,
     decoder: Decoder = "pillow",
     progress: Progress | None = None,
 ) -> Iterator[Prediction | BadImageError]:
-    """The classes of each image, in order; the error in place of one that cannot be read.
+    """What is in each image, in order; the error in place of one that cannot be read.
 
     The next images are decoded while the network works.
 
     Args:
-        classifier: network, class names and preprocessing.
+        predictor: network, task and preprocessing.
         images: image files.
-        top: classes to give, at most as many as there are.
-        batch_size: images at a time; a classifier's fixed `batch` goes first.
+        top: of classes, how many to give, at most as many as there are.
+        batch_size: images at a time; a predictor's fixed `batch` goes first.
         decoder: as for `load_image`.
         progress: hears of each batch.
     """
     progress = progress or Silent()
-    batch_size = classifier.batch or batch_size
-    preprocessing = classifier.preprocessing
+    batch_size, task = predictor.batch or batch_size, predictor.task
+    preprocessing = predictor.preprocessing
     pixels = preprocessing.pixels()
 
     def read(path: Path) -> Tensor | BadImageError:
@@ -216,23 +219,18 @@ def predict_images(
     paths = iter(images)
     for part in load_ahead(images, read, batch_size):
         good = [image for image in part if isinstance(image, Tensor)]
-        ranked: Iterator[Tensor] = iter(())
+        found: Iterator[Tensor] = iter(())
         if good:
-            # A network of a fixed batch gets its last images again; nobody reads those logits.
-            filled = good + good[-1:] * ((classifier.batch or len(good)) - len(good))
-            logits = classifier.run(preprocessing.finish_batch(torch.stack(filled).numpy()))
-            ranked = iter(logits.float().softmax(-1)[: len(good)])
+            # A network of a fixed batch gets its last images again; nobody reads those outputs.
+            filled = good + good[-1:] * ((predictor.batch or len(good)) - len(good))
+            outputs = predictor.run(preprocessing.finish_batch(torch.stack(filled).numpy()))
+            found = iter(task.read(outputs)[: len(good)])
         for image in part:
             path = next(paths)
             if isinstance(image, BadImageError):
                 yield image
                 continue
-            values, indices = next(ranked).topk(min(top, len(classifier.classes)))
-            yield Prediction(
-                path,
-                tuple(classifier.classes[index] for index in indices.tolist()),
-                tuple(values.tolist()),
-            )
+            yield Prediction(path, tuple(task.answers(next(found), top)))
         progress.evaluated(len(part))
 
 
@@ -241,12 +239,14 @@ class Predicted:
     """What `predict` found.
 
     Attributes:
+        task: what the answers are.
         predictions: of the images that could be read, in order.
         broken: why the others could not be.
         engine: how the network ran.
         seconds: time of reading, preparing and classifying all of them.
     """
 
+    task: AnyTask
     predictions: tuple[Prediction, ...]
     broken: tuple[BadImageError, ...]
     engine: str
@@ -258,46 +258,50 @@ def predict(
     paths: Sequence[Path],
     *,
     model_name: str | None = None,
-    top: int,
+    top: int | None = None,
     device: str,
     engine: Engine | None = None,
     batch_size: int = BATCH_SIZE,
     decoder: Decoder = "pillow",
     progress: Progress | None = None,
 ) -> Predicted:
-    """The classes of all images; those that cannot be read are set aside.
+    """What is in all images; those that cannot be read are set aside.
 
     Args:
-        checkpoint_path: as for `open_classifier`.
+        checkpoint_path: as for `open_predictor`.
         paths: image files, or folders that are searched for them.
-        model_name, device, engine: as for `open_classifier`.
-        top: classes to give of each image.
+        model_name, device, engine: as for `open_predictor`.
+        top: of classes, how many to give of each image; None: 5.
         batch_size: images at a time.
         decoder: as for `load_image`.
         progress: hears of each batch.
 
     Raises:
-        UserError: `top` or `batch_size` < 1, a missing path, an empty folder, or as for
-            `open_classifier`.
+        UserError: `top` or `batch_size` < 1, `top` where there are no classes, a missing path, an
+            empty folder, or as for `open_predictor`.
     """
     for flag, value in (("--top", top), ("--batch-size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     check_decoder(decoder)
     images = find_images(paths)
     batch_size = min(batch_size, len(images))
-    classifier = open_classifier(
+    predictor = open_predictor(
         checkpoint_path, model_name=model_name, engine=engine, device=device, batch_size=batch_size
     )
+    if top is not None and predictor.task.name != "classification":
+        raise UserError(
+            f"--top is for classes, {checkpoint_path} is for {predictor.task.name}: leave it out"
+        )
     predictions: list[Prediction] = []
     broken: list[BadImageError] = []
     began = time.perf_counter()
     for result in predict_images(
-        classifier, images, top=top, batch_size=batch_size, decoder=decoder, progress=progress
+        predictor, images, top=top, batch_size=batch_size, decoder=decoder, progress=progress
     ):
         if isinstance(result, Prediction):
             predictions.append(result)
         else:
             broken.append(result)
     seconds = time.perf_counter() - began
-    return Predicted(tuple(predictions), tuple(broken), classifier.engine, seconds)
+    return Predicted(predictor.task, tuple(predictions), tuple(broken), predictor.engine, seconds)

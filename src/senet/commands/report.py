@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from senet.reports.run import ConfidentError, write_run_page
 from senet.support.device import choose_device
 from senet.support.progress import Progress
 from senet.support.text import duration
+from senet.tasks.task import NamedJudgement
 from senet.training.config import RUN_CONFIG, RunConfig
-from senet.training.evaluation import Evaluation, go_through
+from senet.training.evaluation import go_through
 from senet.training.loop import RunResult
 
 ERRORS = 12  # that are shown
@@ -31,8 +33,20 @@ def ready(
     return model, loader
 
 
+def gate_batches(
+    loader: Iterable[tuple[Tensor, Tensor]], data: ImageData
+) -> tuple[Iterable[Any], tuple[str, ...]]:
+    """What `record_gates` takes of a loader, and the names of its classes.
+
+    Where an image has not one class, these are images alone, all of one class.
+    """
+    if data.task == "classification":
+        return loader, data.classes
+    return (images for images, _ in loader), ("all",)
+
+
 def report_run(result: RunResult, data: ImageData, progress: Progress | None = None) -> Path:
-    """Write `report.html` of a run on images of classes; returns the file.
+    """Write `report.html` of a run on data of `load_data`; returns the file.
 
     The errors are those of the best checkpoint; of a stream, which cannot be gone back to, none
     are shown.
@@ -42,8 +56,8 @@ def report_run(result: RunResult, data: ImageData, progress: Progress | None = N
         data: the data it was trained on.
         progress: hears of the images that are gone through.
     """
-    run, evaluation = result.run, result.evaluation
-    assert isinstance(evaluation, Evaluation)
+    run = result.run
+    evaluation: NamedJudgement = result.evaluation  # type: ignore[assignment]  # of named outputs
     config = RunConfig.from_toml(run / RUN_CONFIG)
     checkpoint = open_checkpoint(run)
     errors = confident_errors(checkpoint, data, config, progress)
@@ -52,39 +66,31 @@ def report_run(result: RunResult, data: ImageData, progress: Progress | None = N
         ("network", f"{Path(config.model).name}, {parameters:,} parameters"),
         ("data", f"{data.name}, {len(data.train):,} + {evaluation.n:,} images"),
         ("recipe", f"{recipe.name}, {recipe.epochs} epochs, {recipe.optimizer}, lr {recipe.lr:g}"),
-        ("best top-1", f"{result.best_top1:.2f}% (epoch {result.best_epoch})"),
-        ("last top-1", f"{evaluation.top1:.2f}%"),
+        ("best epoch", f"{result.best_told()} (epoch {result.best_epoch})"),
+        *((f"last {heading}", text) for heading, text in evaluation.headline()),
         ("last loss", f"{evaluation.loss:.4f}"),
         ("speed", f"{result.images_per_second:.0f} images/s, {duration(result.seconds)} in all"),
     ]
-    return write_run_page(
-        run, f"Run {run.name}", facts, evaluation.confusion.numpy(), checkpoint.classes, errors
-    )
+    return write_run_page(run, f"Run {run.name}", facts, evaluation.parts, errors)
 
 
 def confident_errors(
     checkpoint: Checkpoint, data: ImageData, config: RunConfig, progress: Progress | None = None
 ) -> list[ConfidentError]:
-    """The validation images that a network takes for another class with the most certainty."""
+    """The validation images that a network is wrong about with the most certainty, or by most."""
     if isinstance(data.val, ImageStream):
         return []
     model, loader = ready(checkpoint, data, config)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor]] = []
 
-    def take(logits: Tensor, labels: Tensor) -> None:
-        probability, taken = logits.softmax(1).max(1)
-        found.append((probability.cpu(), taken.cpu(), labels.cpu()))
+    task = checkpoint.task
+
+    def take(outputs: Tensor, targets: Tensor) -> None:
+        found.append((task.read(outputs).cpu(), targets.cpu()))
 
     go_through(model, loader, take, config.recipe.mixed_precision, progress)
-    probability, taken, labels = (torch.cat(part) for part in zip(*found, strict=True))
-    wrong = torch.where(taken != labels)[0]
-    surest = wrong[probability[wrong].argsort(descending=True, stable=True)][:ERRORS].tolist()
+    values, targets = (torch.cat(part) for part in zip(*found, strict=True))
     return [
-        ConfidentError(
-            picture=data.val[index][0],
-            truth=data.classes[int(labels[index])],
-            taken_for=data.classes[int(taken[index])],
-            probability=float(probability[index]),
-        )
-        for index in surest
+        ConfidentError(data.val[each.image][0], each.truth, each.taken_for, each.probability)
+        for each in task.mistakes(values, targets, ERRORS)
     ]

@@ -14,6 +14,7 @@ from senet.experiments.compare import (
     CompareConfig,
     Watch,
     make_folder,
+    only_classes,
     train_all,
 )
 from senet.experiments.runs import read_rows
@@ -169,7 +170,8 @@ def run_ablation(
         UserError: the folder exists and `continued` is False, or a run's own reasons.
         SenetError: a run failed.
     """
-    open_run_data(config.order[0])  # bad data are found before anything is written
+    # Bad data are found before anything is written.
+    only_classes(open_run_data(config.order[0]), "senet ablate")
     if not continued:
         make_folder(config)
     train_all(

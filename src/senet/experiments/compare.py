@@ -259,6 +259,7 @@ def run_comparison(
     """
     runs = config.runs()
     data = open_run_data(runs["plain"][0])  # bad data are found before anything is written
+    only_classes(data, "senet compare")
     if config.foreign and not resume:
         _check_twins(config)
     if not resume:
@@ -268,6 +269,19 @@ def run_comparison(
     comparison = gather(config, data)
     write_report(comparison, config.out)
     return comparison
+
+
+def only_classes(data: ImageData, what: str) -> None:
+    """Refuse data of another task.
+
+    Raises:
+        UserError: likewise.
+    """
+    if data.task != "classification":
+        raise UserError(
+            f"{what} compares top-1 of classes, {data.name} holds {data.task}: train with and "
+            "without SE by senet train"
+        )
 
 
 def _check_twins(config: CompareConfig) -> None:

@@ -1,16 +1,17 @@
 """What a finished run shows: its history, its confusions and its gates."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.commands.report import ready
+from senet.commands.report import gate_batches, ready
 from senet.data import ImageData
 from senet.gates.record import record_gates
 from senet.reports.figures import (
@@ -19,11 +20,15 @@ from senet.reports.figures import (
     gates_per_stage,
     learning_curves,
     neutral_gate,
+    predictions,
     save_figure,
     themed,
 )
+from senet.tasks.classification import Evaluation
+from senet.tasks.regression import Regression
 from senet.training.config import RUN_CONFIG, RunConfig
-from senet.training.evaluation import evaluate
+from senet.training.evaluation import evaluate, go_through
+from senet.training.loop import RunResult
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
@@ -37,7 +42,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def examine(
     checkpoint: Checkpoint, data: ImageData, run: RunConfig
 ) -> tuple[NDArray[np.int64], Gates]:
-    """Confusion matrix and mean gates of a checkpoint on the validation images.
+    """Confusion matrix of classes, and mean gates, of a checkpoint on the validation images.
 
     Args:
         checkpoint: a trained network.
@@ -45,44 +50,68 @@ def examine(
         run: its run, which says on which device and in which precision it is evaluated.
     """
     model, loader = ready(checkpoint, data, run)
-    result = evaluate(model, loader, checkpoint.classes, mixed_precision=run.recipe.mixed_precision)
-    return result.confusion.numpy(), _mean_gates(model, loader, checkpoint.classes)
+    task = checkpoint.task
+    result = evaluate(model, loader, task, mixed_precision=run.recipe.mixed_precision)
+    return result.confusion.numpy(), _mean_gates(model, loader, data)
 
 
 def _mean_gates(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], classes: Sequence[str]
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], data: ImageData
 ) -> Gates:
-    """Mean gates (classes, channels) by block; 0 for empty classes; none without SE blocks."""
+    """Mean gates (classes, channels) by block; 0 for empty classes; none without SE blocks.
+
+    Where images have not one class each, all of them are one.
+    """
     if not excitations(model):
         return {}
-    blocks = record_gates(model, loader, classes=classes).blocks
+    batches, names = gate_batches(loader, data)
+    blocks = record_gates(model, batches, classes=names).blocks
     return {name: block.class_mean.nan_to_num(0.0).numpy() for name, block in blocks.items()}
 
 
-def draw_run(run: Path, confusion: NDArray[np.int64], data: ImageData) -> None:
+def _numbers(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], task: Regression
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N,K) numbers of the validation images, and what the network gives for them."""
+    found: list[tuple[Tensor, Tensor]] = []
+    go_through(model, loader, lambda x, y: found.append((y.cpu(), task.read(x).cpu())))
+    truth, given = (torch.cat(part).double().numpy() for part in zip(*found, strict=True))
+    return truth, given
+
+
+def draw_run(result: RunResult, data: ImageData) -> None:
     """Write the figures of a finished run into its folder.
 
-    Learning curves, the confusion matrix, and for SE networks the gates of the last checkpoint.
+    Learning curves, the confusion matrix of classes or the predictions of numbers, and for SE
+    networks the gates of the last checkpoint.
 
     Args:
-        run: the run folder.
-        confusion: counts (true class, predicted class) of the last epoch.
+        result: the run.
         data: the data it was trained on.
     """
+    run, evaluation = result.run, result.evaluation
     config = RunConfig.from_toml(run / RUN_CONFIG)
     folder = run / "figures"
     label = config.label
     checkpoint = open_checkpoint(run / "checkpoints" / "last")
     gates: Gates = {}
+    task = checkpoint.task
     if excitations(checkpoint.model):
         model, loader = ready(checkpoint, data, config)
-        gates = _mean_gates(model, loader, checkpoint.classes)
+        gates = _mean_gates(model, loader, data)
     with themed():
-        history = read_rows(run / "metrics.csv")
-        save_figure(learning_curves({label: [history]}), folder, "learning_curves")
-        figure = confusion_matrix({label: confusion}, checkpoint.classes)
-        save_figure(figure, folder, "confusion_matrix")
+        histories = {label: [read_rows(run / "metrics.csv")]}
+        figure = learning_curves(histories, task.judged, task.heading, task.loss_unit)
+        save_figure(figure, folder, "learning_curves")
+        if isinstance(evaluation, Evaluation):
+            figure = confusion_matrix({label: evaluation.confusion.numpy()}, checkpoint.classes)
+            save_figure(figure, folder, "confusion_matrix")
+        if isinstance(task, Regression):
+            model, loader = ready(checkpoint, data, config)
+            figure = predictions(*_numbers(model, loader, task), task.names)
+            save_figure(figure, folder, "predictions")
         if gates:
             gate = config.model_options.get("gate", "sigmoid")
-            figure = gates_per_stage(gates, checkpoint.classes, neutral=neutral_gate(gate))
+            names = gate_batches((), data)[1]
+            figure = gates_per_stage(gates, names, neutral=neutral_gate(gate))
             save_figure(figure, folder, "gates_per_stage")

@@ -21,6 +21,7 @@ def describe(
     classes: Iterable[str] | None,
     *,
     metrics: Mapping[str, float] | None = None,
+    task: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
@@ -29,8 +30,9 @@ def describe(
     Args:
         config: the network's `config`.
         preprocessing: how an image becomes its input, as plain values; None where unknown.
-        classes: names in the order of the logits; None or empty where nobody knows them.
+        classes: names in the order of the outputs; None or empty where nobody knows them.
         metrics: what it was measured at.
+        task: what the outputs are, from a task's `to_dict`; None: logits of classes.
         run: options of the run that trained it, with the paths of its machine.
         **more: what else shall be told.
     """
@@ -40,6 +42,7 @@ def describe(
         "preprocessing": preprocessing,
         "classes": list(classes or ()),
         "metrics": dict(metrics or {}),
+        "task": None if task is None else dict(task),
         "run": dict(run or {}),
         **more,
     }
@@ -87,6 +90,7 @@ def adopt(model: nn.Module, description: Mapping[str, Any]) -> None:
         "preprocessing": description["preprocessing"],
         "classes": tuple(description["classes"]) or None,
         "metrics": description["metrics"] or None,
+        "task": description.get("task"),
     }
     for name, value in about.items():
         setattr(model, name, value)

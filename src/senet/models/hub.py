@@ -19,6 +19,12 @@ from senet.support.files import atomic_write
 from senet.support.hub import fetch
 
 HUB_CONFIG = "config.json"
+_KINDS = {
+    "classification": "An image classifier of {} classes",
+    "multilabel": "A tagger of images with {} labels",
+    "regression": "A network that reads {} numbers from an image,",
+}
+_OUTPUTS = {"classification": "Classes", "multilabel": "Labels", "regression": "Numbers"}
 
 
 class HubMixin(PyTorchModelHubMixin):
@@ -27,7 +33,8 @@ class HubMixin(PyTorchModelHubMixin):
     Attributes:
         config: name, num_classes, in_channels and options of the network.
         preprocessing: how an image becomes its input, as plain values.
-        classes: names in the order of the logits; None if nobody gave them.
+        classes: names in the order of the outputs; None if nobody gave them.
+        task: what the outputs are, as plain values (see `senet.tasks`); None: logits of classes.
         metrics: what it was measured at, for the model card: `top1`, `top5`, `loss` ….
     """
 
@@ -35,6 +42,7 @@ class HubMixin(PyTorchModelHubMixin):
     preprocessing: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
     metrics: dict[str, float] | None = None
+    task: dict[str, Any] | None = None
 
     @classmethod
     @abstractmethod
@@ -131,10 +139,11 @@ def _card_text(model: HubMixin, repository: str, extra: dict[str, Any]) -> str:
     assert isinstance(model, torch.nn.Module)
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    kind = "classification" if model.task is None else str(model.task["name"])
     lines = [
         f"# {config['name']}",
         "",
-        f"An image classifier of {config['num_classes']} classes with {parameters:,} parameters, "
+        f"{_KINDS[kind].format(config['num_classes'])} with {parameters:,} parameters, "
         "from the networks of *Squeeze-and-Excitation Networks* "
         "([arXiv 1709.01507](https://arxiv.org/abs/1709.01507)).",
         "",
@@ -150,7 +159,7 @@ def _card_text(model: HubMixin, repository: str, extra: dict[str, Any]) -> str:
     if model.preprocessing:
         lines += ["Input: " + ", ".join(f"{k} {v}" for k, v in model.preprocessing.items()), ""]
     if model.classes:
-        lines += [f"Classes: {', '.join(model.classes)}", ""]
+        lines += [f"{_OUTPUTS[kind]}: {', '.join(model.classes)}", ""]
     lines += [
         "```python",
         "from senet.models import Network",
@@ -167,4 +176,6 @@ def description_of(model: HubMixin) -> dict[str, Any]:
 
     The options of the run that trained it are not in it: they hold paths of the user's machine.
     """
-    return describe(model.config, model.preprocessing, model.classes, metrics=model.metrics)
+    return describe(
+        model.config, model.preprocessing, model.classes, metrics=model.metrics, task=model.task
+    )

@@ -36,6 +36,7 @@ LONG_NAME = 20  # two of them do not stand side by side in a legend
 MAX_GATE_CLASSES = 4  # as in fig. 6 of the paper: more lines can no longer be told apart
 MAX_NUMBERED_CLASSES = 12
 MAX_LABELLED_CLASSES = 40
+MAX_NUMBERS = 6
 
 _BASE: dict[Any, Any] = {
     "font.size": 11,
@@ -86,12 +87,20 @@ def _label(name: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
+def learning_curves(
+    histories: Mapping[str, Sequence[Sequence[Row]]],
+    judged: str = "top1",
+    heading: str = "top-1",
+    loss_unit: str = "cross-entropy (nats, log scale)",
+) -> Figure:
     """Validation top-1 accuracy and losses by epoch, the mean over seeds with its spread.
 
     Args:
         histories: by network, a history a seed: rows with `epoch` (from 1), `train_loss`,
-            `val_loss` and `top1` (%). Seeds of different lengths are cut to the shortest.
+            `val_loss` and `judged`. Seeds of different lengths are cut to the shortest.
+        judged: the column beside the losses; "top1" and "mean_ap" are in %.
+        heading: what it is called.
+        loss_unit: what the losses are.
 
     Returns:
         Two panels: accuracy (%), and training (line) and validation loss (nats, faint line).
@@ -104,7 +113,7 @@ def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
         epochs = np.array([row["epoch"] for row in runs[0][:length]])
         count = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
         for axes, column, style, suffix in (
-            (accuracy, "top1", "-", ""),
+            (accuracy, judged, "-", ""),
             (loss, "train_loss", "-", ", training"),
             (loss, "val_loss", (0, (2, 1.5)), ", validation"),
         ):
@@ -127,8 +136,10 @@ def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
                 color=_colour(index),
                 label=_label(label + (count if axes is accuracy else suffix)),
             )
-    accuracy.set(title="Accuracy on the validation set", xlabel="epoch", ylabel="top-1 (%)")
-    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats, log scale)")
+    unit = " (%)" if judged in ("top1", "mean_ap") else ""
+    name = "Accuracy" if judged == "top1" else heading
+    accuracy.set(title=f"{name} on the validation set", xlabel="epoch", ylabel=f"{heading}{unit}")
+    loss.set(title="Loss", xlabel="epoch", ylabel=loss_unit)
     columns = 1 if max(map(len, histories)) > LONG_NAME else 2
     for axes in (accuracy, loss):  # beneath: inside it would lie on a curve sooner or later
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=9.5)
@@ -139,6 +150,34 @@ def learning_curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     loss.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def predictions(
+    truth: NDArray[np.float64], given: NDArray[np.float64], names: Sequence[str]
+) -> Figure:
+    """Predicted against true numbers, a panel a number; of many the first ones.
+
+    Args:
+        truth: (N,K).
+        given: (N,K), what the network gives.
+        names: K.
+    """
+    shown = min(len(names), MAX_NUMBERS)
+    columns = min(shown, 3)
+    rows = -(-shown // columns)
+    size = (4.2 * columns + 0.4, 4.0 * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for index, axes in enumerate(panels.flat):
+        if index >= shown:
+            axes.set_axis_off()
+            continue
+        x, y = truth[:, index], given[:, index]
+        span = [min(x.min(), y.min()), max(x.max(), y.max())]
+        axes.plot(span, span, color=_ink(), linewidth=1, alpha=0.6)
+        axes.plot(x, y, "o", markersize=3.5, alpha=0.5, color=_colour(0), rasterized=len(x) > 5000)
+        axes.set(title=visible(names[index]), xlabel="true", ylabel="predicted")
     return figure
 
 

@@ -1,23 +1,22 @@
-"""The page of a single run: curves, confusions, worst classes, confident errors, gates."""
+"""The page of a single run: curves, confusions, worst classes or labels, worst errors, gates."""
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from senet.reports.classes import class_results, worst
 from senet.reports.page import escape, page, picture, table
 from senet.support.files import atomic_write
+from senet.tasks.results import AnyResult, worst
 
 WORST = 10  # classes that are shown
 SIDE = 144  # pixels of a picture
 _FIGURES = (
-    ("learning_curves", "Learning curves", "validation top-1, training and validation loss"),
+    ("learning_curves", "Learning curves", "on validation images, training and validation loss"),
     ("confusion_matrix", "Confusions", "per cent of each true class, of the last epoch"),
+    ("predictions", "Predictions", "against the numbers of the validation images, last epoch"),
     ("gates_per_stage", "Gates", "mean gate of each channel by class, of the last checkpoint"),
 )
 
@@ -28,23 +27,27 @@ class ConfidentError:
 
     Attributes:
         picture: the image.
-        truth: its class.
+        truth: its class, a label that it has or not, or its numbers.
         taken_for: what the network takes it for.
-        probability: of that class, in [0, 1].
+        probability: of that, in [0, 1]; None of numbers.
     """
 
     picture: Image.Image
     truth: str
     taken_for: str
-    probability: float
+    probability: float | None
+
+    @property
+    def caption(self) -> str:
+        share = "" if self.probability is None else f" ({100 * self.probability:.1f}%)"
+        return f"{self.truth}, taken for {self.taken_for}{share}"
 
 
 def write_run_page(
     run: Path,
     title: str,
     facts: Sequence[tuple[str, str]],
-    confusion: NDArray[np.int64],
-    classes: Sequence[str],
+    parts_of: Sequence[AnyResult],
     errors: Sequence[ConfidentError],
 ) -> Path:
     """Write `report.html` into a run folder, with the figures that lie in `figures/`.
@@ -53,9 +56,8 @@ def write_run_page(
         run: the run folder.
         title: of the page.
         facts: names and values to begin with.
-        confusion: (K,K) counts by true class (row) and predicted class (column).
-        classes: K names.
-        errors: the surest first.
+        parts_of: the figures of each class, label or number, at least one.
+        errors: the worst first.
 
     Returns:
         The file.
@@ -69,27 +71,18 @@ def write_run_page(
                 f"<section><h2>{heading}</h2><figure>{shown}<figcaption>{text}</figcaption>"
                 "</figure></section>"
             )
-    rows = [
-        (
-            each.name,
-            f"{each.images:,}",
-            *(f"{value:.1f}" for value in (each.recall, each.precision, each.f1)),
-            f"{each.taken_for} ({each.mistakes})" if each.mistakes else "",
-        )
-        for each in worst(class_results(confusion, classes), WORST)
-    ]
-    header = ("class", "images", "recall (%)", "precision (%)", "F1 (%)", "most often taken for")
-    parts.append(f"<section><h2>Worst classes</h2>{table(header, rows)}</section>")
+    header = parts_of[0].HEADINGS
+    rows = [each.cells() for each in worst(parts_of, WORST)]
+    title_of = {"class": "Worst classes", "label": "Worst labels", "number": "Numbers"}[header[0]]
+    parts.append(f"<section><h2>{title_of}</h2>{table(header, rows)}</section>")
     if errors:
+        heading = "Largest errors" if errors[0].probability is None else "Most confident errors"
         shown = "".join(
             f"<figure>{picture(_png(each.picture), 'png', each.truth)}<figcaption>"
-            f"{escape(each.truth)}, taken for {escape(each.taken_for)} "
-            f"({100 * each.probability:.1f}%)</figcaption></figure>"
+            f"{escape(each.caption)}</figcaption></figure>"
             for each in errors
         )
-        parts.append(
-            f'<section><h2>Most confident errors</h2><div class="pictures">{shown}</div></section>'
-        )
+        parts.append(f'<section><h2>{heading}</h2><div class="pictures">{shown}</div></section>')
     atomic_write(run / "report.html", page(title, parts))
     return run / "report.html"
 

@@ -85,6 +85,7 @@ def export(
     opset: int = OPSET,
     classes: Sequence[str] | None = None,
     preprocessing: dict[str, Any] | None = None,
+    task: dict[str, Any] | None = None,
     calibration: Iterable[Batch] | None = None,
     evaluation: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> ExportReport:
@@ -104,8 +105,10 @@ def export(
         form: "plain", "squeeze_first" or "expanded" (see `senet.runtimes.forms`); None takes the
             fastest on the example, measured in the file's runtime.
         opset: ONNX operator set.
-        classes: class names in the order of the logits; the model's own by default.
+        classes: names in the order of the outputs; the model's own by default.
         preprocessing: how an image becomes the input; the model's own by default.
+        task: what the outputs are, as plain values (see `senet.tasks`); the model's own by default,
+            which may be None: logits of classes.
         calibration: batches of images, or of (images, labels): quantizes the convolutions to int8
             (ONNX only). Gates stay in float32.
         evaluation: batches of (images, labels) that the accuracies in float32 and int8 are
@@ -140,6 +143,7 @@ def export(
     metadata = {
         "classes": list(classes or getattr(model, "classes", None) or ()) or None,
         "preprocessing": preprocessing or getattr(model, "preprocessing", None),
+        "task": task or getattr(model, "task", None),
         "input_size": list(example.shape[1:]),
         "batch": batch,
         "config": getattr(model, "config", None),

@@ -41,8 +41,9 @@ class Exported:
 
     Attributes:
         run: logits (N,K) of images (N,C,H,W), float32 on the CPU.
-        metadata: what the file says: `classes`, `preprocessing`, `input_size`, `batch` (None for
-            any), `config`, `form`, `precision`, `senet` (the version that wrote it).
+        metadata: what the file says: `classes`, `task` (see `senet.tasks`), `preprocessing`,
+            `input_size`, `batch` (None for any), `config`, `form`, `precision`, `senet` (the
+            version that wrote it).
         path: the file.
     """
 

@@ -120,9 +120,12 @@ class EpochLines(Progress):
 def measured(row: Mapping[str, float]) -> str:
     """The metrics of a row of metrics.csv, for a line of progress."""
     plain = ("epoch", "step", "lr", "train_loss", "train_top1", "val_loss")
-    shares = {"top1": "top-1", "top5": "top-5"}  # %
+    shares = {"top1": "top-1", "top5": "top-5", "mean_ap": "mAP", "macro_f1": "F1"}  # %
+    other = {"r2": "R²", "mae": "MAE"}
     return "".join(
-        f"{shares[name]} {value:.2f}%  " if name in shares else f"{name} {value:.4g}  "
+        f"{shares[name]} {value:.2f}%  "
+        if name in shares
+        else f"{other.get(name, name)} {value:.4g}  "
         for name, value in row.items()
         if name not in plain
     )

@@ -23,6 +23,8 @@ from senet.errors import UserError
 from senet.models.description import WEIGHTS, read_described
 from senet.networks.anywhere import PYTHON
 from senet.support.progress import Progress, Several
+from senet.tasks.classification import Classification
+from senet.tasks.task import Objective
 from senet.training.config import MACHINE, RUN_CONFIG, RunConfig, flatten
 from senet.training.given import ReplayedLoader
 from senet.training.loop import RunResult
@@ -30,7 +32,7 @@ from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
 from senet.training.material import Material, prepared, share_of_a_step, training_batches
 from senet.training.recipe import Recipe, get_recipe
-from senet.training.task import Classification, Measuring, Task, classification
+from senet.training.task import Measuring, fitting, task_of
 
 HANDED_OVER = "(handed over to fit)"
 _OPTIONS = (
@@ -72,9 +74,11 @@ def fit(
             change the images, and only for classes; a loader says itself how large batches are.
         out: the run folder: config.toml, metrics.csv, timings.csv, checkpoints, TensorBoard.
         loss: takes outputs (in float32) and targets, gives (N,) or the mean. None:
-            cross-entropy of logits (N,K) and class numbers (N,), with the recipe's label smoothing.
+            cross-entropy of logits (N,K) and class numbers (N,), with the recipe's label smoothing;
+            of data of `load_data` with labels or numbers what their task has.
         metrics: of torchmetrics, by the name of their column in metrics.csv; each takes outputs and
-            targets. None: top-1 and top-5 for classes, none for a loss of yours.
+            targets. None: top-1 and top-5 for classes, mAP and F1 for labels and R² for numbers of
+            `load_data`, none for a loss of yours.
         judged: the column by which the best epoch is chosen and `recipe.patience` counts: a metric
             (whose `higher_is_better` counts), or "val_loss"; by default top-1 for classes, else
             the first metric, else "val_loss".
@@ -177,13 +181,18 @@ class _Given:
             "world_size": accelerator.num_processes,
             "pin_memory": accelerator.device.type == "cuda",
         }
+        notes: list[str] = []
         if data is not None:
-            training: Any = training_batches(config, data, **share)
+            if self.loss is None and self.metrics is None:
+                recipe, notes = fitting(recipe, data.task)
+            fitted = dataclasses.replace(config, recipe=recipe)
+            training: Any = training_batches(fitted, data, **share)
             validation: Iterable[Any] = val_loader(data, **share)
             size = data.preprocessing
             example: Any = torch.zeros(1, size.channels, size.image_size, size.image_size)
             names = data.classes
             counts = {"train": len(data.train), "val": len(data.val)}
+            notes = [*data.notes, *notes]
         else:
             on_train, on_val = (
                 self.transforms
@@ -199,7 +208,8 @@ class _Given:
         known: Any = getattr(self.model, "config", None)
         unnamed = {"name": config.model, "num_classes": len(names), "in_channels": None}
         unnamed["options"] = {}
-        task, notes = self._task(recipe, data, names)
+        task, more = self._task(recipe, data, names)
+        plain = task.to_dict()
         frozen = prepared(self.model, config, example)
         return Material(
             run=config,
@@ -207,13 +217,13 @@ class _Given:
             task=task,
             train=training,
             val=validation,
-            facts={**counts, "classes": list(names)},
+            facts={**counts, "classes": list(names), **({} if plain is None else {"task": plain})},
             config=unnamed if config.model.startswith(PYTHON) else known,
             preprocessing=None if data is None else data.preprocessing,
             classes=names,
             data=data,
             frozen_norms=frozen,
-            notes=tuple(notes),
+            notes=(*notes, *more),
         )
 
     def _training(
@@ -254,7 +264,7 @@ class _Given:
 
     def _task(
         self, recipe: Recipe, data: ImageData | None, names: tuple[str, ...]
-    ) -> tuple[Task, list[str]]:
+    ) -> tuple[Objective, list[str]]:
         notes = []
         if data is None and _of_images(recipe.augmentation):
             notes.append(
@@ -262,10 +272,11 @@ class _Given:
                 "transforms for the rest"
             )
         if self.loss is None and self.metrics is None:
-            if self.judged not in (None, "top1"):
+            usual = Classification(names) if data is None else task_of(recipe, data)
+            if self.judged not in (None, usual.judged):
                 raise UserError(f"judged {self.judged!r} needs metrics: give them, or leave it out")
             if data is not None:
-                return classification(recipe, data), notes
+                return usual, notes
             if recipe.class_weights != "none":
                 raise UserError(
                     f"class_weights={recipe.class_weights!r} counts the images of load_data: give "

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from senet.data import BadShards, Decoder, absolute_data
+from senet.data.labels import TaskName
 from senet.errors import UserError
 from senet.networks.anywhere import WITHOUT_SE, check_options, is_foreign
 from senet.support.files import atomic_write
@@ -34,6 +35,8 @@ DATA = (
     "skip_bad_images",
     "image_column",
     "label_column",
+    "label_separator",
+    "task",
     "shuffle_buffer",
     "bad_shards",
     "decode",
@@ -70,6 +73,7 @@ class RunConfig:
         channels: 1 or 3, what the network takes; None: what the images are.
         skip_bad_images: leave out images that cannot be read instead of stopping.
         image_column, label_column: of tables with several, see `senet.data.load_data`.
+        label_separator, task: what a table's labels are, likewise; None: found.
         shuffle_buffer: of shards and streams, see `senet.data.load_data`.
         bad_shards: "fail" or "skip", likewise.
         decode: "pillow" (None) or "turbo", likewise.
@@ -119,6 +123,8 @@ class RunConfig:
     skip_bad_images: bool = False
     image_column: str | None = None
     label_column: str | None = None
+    label_separator: str | None = None
+    task: TaskName | None = None
     shuffle_buffer: int | None = None
     bad_shards: BadShards | None = None
     decode: Decoder | None = None
@@ -139,7 +145,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "data_root", str(self.data_root))
-        for name in ("model", "data", "data_root", "out", "init", "image_column", "label_column"):
+        for name in ("model", "data", "data_root", "out", "init", "image_column", "label_column",
+                     "label_separator"):  # fmt: skip
             holdable(name, str(getattr(self, name)))
         for name in ("seed", "num_workers", "checkpoint_steps"):
             value = getattr(self, name)

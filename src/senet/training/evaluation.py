@@ -2,90 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.utilities import dim_zero_cat
+from torchmetrics import MaxMetric
 
 from senet.errors import UserError
 from senet.support.progress import Progress, Silent
+from senet.tasks.task import Objective
 from senet.training.fsdp import is_sharded, release, together
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Judgement(Protocol):
-    """What an evaluation measured."""
-
-    @property
-    def loss(self) -> float:
-        """Mean over the images."""
-        ...
-
-    def row(self) -> dict[str, float]:
-        """Its columns in metrics.csv."""
-        ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a network is worth on a validation set.
-
-    Attributes:
-        top1: images whose class has the highest logit, %.
-        top5: images whose class is among the `k` highest logits, %.
-        k: 5, or the number of classes where there are fewer (`top5` is 100 then).
-        loss: mean cross-entropy, nats, without label smoothing.
-        pairs: (M,2) int64, the pairs of true and predicted class that occurred.
-        counts: (M,) int64, how often each did.
-        classes: K, their number.
-        n: images, of all processes together.
-        images_per_second: with reading and preprocessing, of all processes together.
-    """
-
-    top1: float
-    top5: float
-    k: int
-    loss: float
-    pairs: Tensor
-    counts: Tensor
-    classes: int
-    n: int
-    images_per_second: float
-
-    def row(self) -> dict[str, float]:
-        """Its columns in metrics.csv."""
-        return {"val_loss": self.loss, "top1": self.top1, "top5": self.top5}
-
-    @property
-    def confusion(self) -> Tensor:
-        """(K,K) int64 counts by true class (row) and predicted class (column), made when asked."""
-        matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
-        matrix[self.pairs[:, 0], self.pairs[:, 1]] = self.counts
-        return matrix
-
-
-class _Pairs(Metric):
-    """True and predicted class of each image, of all processes: a matrix would have K² entries."""
-
-    pairs: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("pairs", default=[], dist_reduce_fx="cat")
-
-    def update(self, labels: Tensor, logits: Tensor) -> None:
-        """Add (N,) labels and (N,K) logits."""
-        self.pairs.append(torch.stack([labels, logits.argmax(1)], 1))
-
-    def compute(self) -> Tensor:
-        """(n,2) int64."""
-        return dim_zero_cat(self.pairs)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the answer to a stop request
@@ -94,67 +22,38 @@ class Stopped(Exception):  # noqa: N818 - not an error: the answer to a stop req
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    classes: Sequence[str],
+    loader: Iterable[tuple[Any, Any]],
+    task: Objective,
     *,
     mixed_precision: str = "no",
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Loss, top-1, top-5 and confusions of a network.
+) -> Any:
+    """What a network is worth on the images of a loader.
 
     In several processes each goes through its own part of the images; the result is that of all
     and the same in each.
 
     Args:
         model: evaluated where it is, in evaluation mode; its mode is restored.
-        loader: batches of images (N,C,H,W) and class numbers (N,).
-        classes: names in the order of the logits.
+        loader: batches of images (N,C,H,W) and targets.
+        task: what the outputs and targets are, and what is measured.
         mixed_precision: "no", "bf16" or "fp16" (autocast).
         progress: hears of each batch.
         stop: asked after each batch; True ends the evaluation. In one process only: the others
             would wait for this one.
 
+    Returns:
+        The `Judgement` of the task's meter: an `Evaluation` of classes, a `LabelEvaluation`, a
+        `NumberEvaluation`, ….
+
     Raises:
-        UserError: the network has another number of classes, or there are no images.
+        UserError: the network has another number of outputs, or there are no images.
         Stopped: `stop` answered True.
     """
-    classes_count = len(classes)
-    k = min(5, classes_count)
-    device = next(model.parameters()).device
-    loss_metric = MeanMetric(nan_strategy="disable").to(device)
-    judged = _Pairs().to(device)
-    judged.update(
-        torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, 1, device=device)
-    )
-    top_k = MulticlassAccuracy(classes_count, top_k=k, average="micro", validate_args=False)
-    top_k = top_k.to(device)
-
-    def take(logits: Tensor, labels: Tensor) -> None:
-        if logits.shape[1] != classes_count:
-            raise UserError(
-                f"the network has {logits.shape[1]} classes, the data {classes_count}; "
-                "evaluate it on the data it was trained on"
-            )
-        loss_metric.update(F.cross_entropy(logits, labels, reduction="none"))
-        judged.update(labels, logits)
-        top_k.update(logits, labels)
-
-    seconds = go_through(model, loader, take, mixed_precision, progress, stop)
-    outcomes = judged.compute().cpu()
-    n = len(outcomes)
-    pairs, counts = outcomes.unique(dim=0, return_counts=True)
-    return Evaluation(
-        top1=100 * int((outcomes[:, 0] == outcomes[:, 1]).sum()) / n,
-        top5=100 * round(float(top_k.compute()) * n) / n,  # the quotient of two counts, exactly
-        k=k,
-        loss=float(loss_metric.compute()),
-        pairs=pairs,
-        counts=counts,
-        classes=classes_count,
-        n=n,
-        images_per_second=n / seconds,
-    )
+    meter = task.meter(next(model.parameters()).device)
+    seconds = go_through(model, loader, meter.update, mixed_precision, progress, stop)
+    return meter.finished(seconds)
 
 
 def go_through(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,10 +9,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from senet.anatomy import excitations
 from senet.checkpoint.files import is_described, model_for_weights, open_checkpoint
 from senet.data import ImageData, Preprocessing
+from senet.data.labels import TaskName
 from senet.errors import UserError
 from senet.models import Network
 from senet.networks.anywhere import head_of, new_head
 from senet.nn.block import SqueezeExcitation
+from senet.tasks.classification import Classification
+from senet.tasks.kinds import AnyTask
+from senet.tasks.regression import Regression
 from senet.training.config import RunConfig, Trained
 
 
@@ -24,12 +27,14 @@ class Start:
     Attributes:
         model: the network with its weights.
         preprocessing: how an image becomes its input; None where the weights do not tell.
-        classes: how many it knows.
+        classes: how many outputs it has.
+        task: what they are.
     """
 
     model: Network
     preprocessing: Preprocessing | None
     classes: int
+    task: AnyTask
 
 
 def starting_checkpoint(config: RunConfig) -> Start:
@@ -42,7 +47,7 @@ def starting_checkpoint(config: RunConfig) -> Start:
     if is_described(config.init):
         opened = open_checkpoint(config.init)
         classes = opened.model.config["num_classes"]
-        start = Start(opened.model, opened.preprocessing, classes)
+        start = Start(opened.model, opened.preprocessing, classes, opened.task)
         name = start.model.config["name"]
         if name != config.model or config.model_options:
             raise UserError(
@@ -55,7 +60,9 @@ def starting_checkpoint(config: RunConfig) -> Start:
         )
         told = model.preprocessing
         images = None if told is None else Preprocessing.from_dict(told)
-        start = Start(model, images, model.config["num_classes"])
+        classes = model.config["num_classes"]
+        known = Classification(tuple(map(str, range(classes))))
+        start = Start(model, images, classes, known)
     if config.train in ("se", "se+head") and not excitations(start.model):
         raise UserError(
             f"init {config.init} has no SE blocks to train: put some in with senet insert"
@@ -86,23 +93,42 @@ def as_the_checkpoint_says(start: Start, data: ImageData, config: RunConfig) -> 
 
 
 def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
-    """The checkpoint's network in training mode, with a fresh classifier for other classes.
+    """The checkpoint's network in training mode, with a fresh classifier for other outputs.
 
     Raises:
-        UserError: other classes where the classifier is not trained.
+        UserError: other classes, labels or numbers where the classifier is not trained.
     """
     model, classes = start.model, len(data.classes)
-    if model.config["num_classes"] != classes:
+    if _other_outputs(start, data):
         if train == "se":
+            known, wanted = start.task, _plural(data.task)
             raise UserError(
-                f"init knows {model.config['num_classes']} classes, {data.name} has {classes}: "
-                "train the classifier too (se+head or all)"
+                f"init knows {start.classes} {_plural(known.name)}, {data.name} has {classes} "
+                f"{wanted}: train the classifier too (se+head or all)"
             )
         new_head(model, classes)
     return model.train()
 
 
-def new_parameters(start: Start, model: nn.Module) -> frozenset[str]:
+def _other_outputs(start: Start, data: ImageData) -> bool:
+    return start.classes != len(data.classes) or start.task.name != data.task
+
+
+def _plural(task: TaskName) -> str:
+    return {"classification": "classes", "multilabel": "labels", "regression": "numbers"}[task]
+
+
+def kept_scale(start: Start, task: AnyTask) -> AnyTask:
+    """The task of the data, with the checkpoint's mean and deviation where its numbers go on."""
+    before = start.task
+    if not (isinstance(task, Regression) and isinstance(before, Regression)):
+        return task
+    if len(task.names) != len(before.names):
+        return task
+    return dataclasses.replace(task, mean=before.mean, std=before.std)
+
+
+def new_parameters(start: Start, model: nn.Module, data: ImageData) -> frozenset[str]:
     """Names of the parameters that the weights to start from did not have.
 
     Those of a classifier for other classes, and of SE blocks as `senet.insert` puts them in: their
@@ -111,14 +137,14 @@ def new_parameters(start: Start, model: nn.Module) -> frozenset[str]:
     Args:
         start: what the network was made of.
         model: what `prepare_start` gave.
+        data: what it was given.
     """
     new = [
         name
         for name, module in model.named_modules()
         if isinstance(module, SqueezeExcitation) and not module.fc2.weight.any()
     ]
-    config: Any = model.config
-    if config["num_classes"] != start.classes:
+    if _other_outputs(start, data):
         new.append(head_of(model)[0])
     prefixes = tuple(f"{name}." for name in new)
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(prefixes))

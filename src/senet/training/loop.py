@@ -23,8 +23,9 @@ from senet.data import DATA_SETS, ImageStream, absolute_data
 from senet.errors import SenetError, UserError
 from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
+from senet.tasks.task import Judgement, Objective
 from senet.training.config import RUN_CONFIG, RunConfig, flatten
-from senet.training.evaluation import Judgement, Stopped
+from senet.training.evaluation import Stopped
 from senet.training.machine import environment
 from senet.training.material import Material, named_material
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
@@ -56,8 +57,11 @@ class RunResult:
         run: its folder.
         history: rows of metrics.csv; `lr` is the learning rate that the epoch ended with.
         best: row of metrics.csv of the best epoch, the first of equal ones.
-        judged: column that tells which is best: "top1" (%) for classes.
-        evaluation: of the last epoch; an `Evaluation` for classes.
+        judged: column that tells which is best: "top1" (%) for classes, "mean_ap" (%) for
+            labels, "r2" for numbers.
+        evaluation: of the last epoch; an `Evaluation` for classes, a `LabelEvaluation` or a
+            `NumberEvaluation`.
+        task: what was trained.
         images_per_second: training speed, median over the epochs.
         seconds: training and evaluation, over all parts of a run that was resumed.
     """
@@ -67,6 +71,7 @@ class RunResult:
     best: Mapping[str, float]
     judged: str
     evaluation: Judgement
+    task: Objective
     images_per_second: float
     seconds: float
 
@@ -79,6 +84,10 @@ class RunResult:
     def best_top1(self) -> float:
         """Highest top-1 of its epochs, %; of classes only."""
         return self.best["top1"]
+
+    def best_told(self) -> str:
+        """What the best epoch is best in, and how good it is."""
+        return f"{self.task.heading} {self.task.score(self.best[self.judged])}"
 
 
 def train(
@@ -242,7 +251,8 @@ def _epochs(
         content = session.state(at)
         for slot in slots if main else ():
             weights = session.judged_weights(content)
-            save_training_state(run, slot, weights, session.description(at), content)  # type: ignore[arg-type]
+            about = session.description(at, evaluation)
+            save_training_state(run, slot, weights, about, content)  # type: ignore[arg-type]
 
     def stop_here() -> Interrupted:
         save("last")
@@ -324,6 +334,7 @@ def _epochs(
         best=best,
         judged=session.task.judged,
         evaluation=evaluation or session.evaluate(progress, lambda: False),
+        task=session.task,
         images_per_second=statistics.median(row["images_per_second"] for row in at.timings),
         seconds=sum(row["train_seconds"] + row["evaluation_seconds"] for row in at.timings),
     )

@@ -20,18 +20,20 @@ from senet.errors import UserError
 from senet.fusion import fuse
 from senet.networks.anywhere import channels_of, is_foreign, open_source
 from senet.nn.sync_bn import convert
+from senet.tasks.task import Objective
 from senet.training.config import AUTO, RunConfig
 from senet.training.data import normalised, open_run_data
 from senet.training.drop_path import drop_branches
 from senet.training.finetuning import (
     as_the_checkpoint_says,
     freeze,
+    kept_scale,
     new_parameters,
     prepare_start,
     starting_checkpoint,
 )
 from senet.training.recipe import RECIPES, Recipe, fitting_batch, scaled_lr
-from senet.training.task import Task, classification
+from senet.training.task import fitting, task_of
 
 # What `senet train --data FOLDER` trains.
 SMALL_IMAGES, LARGE_IMAGES = "se_resnet20_cifar", "se_resnet18"
@@ -73,7 +75,7 @@ class Material:
 
     run: RunConfig
     model: nn.Module
-    task: Task
+    task: Objective
     train: Batches
     val: Iterable[tuple[Any, Any]]
     facts: Mapping[str, Any]
@@ -118,7 +120,9 @@ def named_material(
     # Grey images serve a network for colours as they are; of colours something would be lost.
     data = open_run_data(config, channels=3 if own == 3 else None)
     config, chosen = completed(config, data, accelerator.num_processes, adapt)
-    recipe = config.recipe
+    recipe, left = fitting(config.recipe, data.task)
+    config = dataclasses.replace(config, recipe=recipe)
+    task = task_of(recipe, data)
     if preprocessing is not None:
         data = dataclasses.replace(data, preprocessing=preprocessing)
     elif start is not None:
@@ -143,7 +147,8 @@ def named_material(
         )
     else:
         model = prepare_start(start, data, config.train)
-        new = new_parameters(start, model)
+        task = kept_scale(start, task)
+        new = new_parameters(start, model, data)
     example = torch.zeros(1, data.preprocessing.channels, size, size)
     frozen = prepared(model, config, example)
     if is_foreign(config.model):
@@ -151,18 +156,25 @@ def named_material(
     return Material(
         run=config,
         model=model,
-        task=classification(recipe, data),
+        task=task,
         train=training,
         val=validation,
-        facts={"train": len(data.train), "val": len(data.val), "classes": list(data.classes)},
+        facts=facts_of(data, task),
         config=model.config,
         preprocessing=data.preprocessing,
         classes=data.classes,
         data=data,
         frozen_norms=frozen,
         new=new,
-        notes=(*notes, *chosen, *_notes(config, data)),
+        notes=(*notes, *data.notes, *chosen, *left, *_notes(config, data)),
     )
+
+
+def facts_of(data: ImageData, task: Objective) -> dict[str, Any]:
+    """What tells data of `load_data` from others, see `Material`."""
+    facts: dict[str, Any] = {"train": len(data.train), "val": len(data.val)}
+    plain = task.to_dict()
+    return {**facts, "classes": list(data.classes), **({} if plain is None else {"task": plain})}
 
 
 def completed(
@@ -226,7 +238,7 @@ def _check_foreign(model: nn.Module, config: RunConfig, example: Tensor, classes
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(
             f"{config.model} gives {found} for an image where (1, {classes}) is needed, "
-            f"a number for each of the {classes} classes"
+            "a number for each class, label or number"
         )
     if config.fuse:
         fuse(model, (example,))
@@ -295,7 +307,7 @@ def _notes(config: RunConfig, data: ImageData) -> tuple[str, ...]:
     notes = []
     if data.skipped:
         notes.append(f"images that cannot be read and are left out: {len(data.skipped)}")
-    if (classes := len(data.classes)) < 5:
+    if (classes := len(data.classes)) < 5 and data.task == "classification":
         notes.append(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
     if config.init is not None:
         images = data.preprocessing

@@ -17,6 +17,7 @@ Normalisation = Literal["mean_std", "mean", "measured"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 ClassWeights = Literal["none", "balanced"]
 Sampler = Literal["shuffled", "balanced"]
+Loss = Literal["auto", "cross_entropy", "bce", "mse", "l1"]
 # Where a field stands in `senet train --help` and `senet recipes`.
 LENGTH, OPTIMIZER, REGULARISATION, INPUT = (
     {"group": name} for name in ("Length", "Optimizer", "Regularisation", "Input")
@@ -61,9 +62,13 @@ class Recipe:
             it (AdamW, LAMB).
         decay_norm_and_bias: whether it also acts on the weights of normalisation layers and on
             all biases (every parameter with one dimension).
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        loss: "auto" is the task's usual: "cross_entropy" of classes, "bce" (binary cross-entropy of
+            each label) of several labels, "mse" of numbers, whose other one is "l1".
+        label_smoothing: share of the target spread over all classes, of labels over yes and no, in
+            [0, 1).
         class_weights: "balanced" weighs each image's loss by images over (classes times images of
-            its class), so that rare classes count as much as frequent ones; "none".
+            its class), so that rare classes count as much as frequent ones; of several labels an
+            image that has it by those without over those with it; "none".
         sampler: "shuffled": each image once an epoch; "balanced": as many images, but each class
             as often as another, so that images of rare classes come several times.
         drop_path: probability that the last residual branch is left out for an image (stochastic
@@ -98,6 +103,7 @@ class Recipe:
     ema_decay: float | None = field(default=None, metadata=REGULARISATION | {"alias": "ema"})
     weight_decay: float = field(default=0.0, metadata=REGULARISATION)
     decay_norm_and_bias: bool = field(default=True, metadata=REGULARISATION)
+    loss: Loss = field(default="auto", metadata=REGULARISATION)
     label_smoothing: float = field(default=0.0, metadata=REGULARISATION)
     class_weights: ClassWeights = field(default="none", metadata=REGULARISATION)
     sampler: Sampler = field(default="shuffled", metadata=REGULARISATION)
@@ -131,6 +137,7 @@ class Recipe:
             ("schedule", Schedule),
             ("mixed_precision", MixedPrecision),
             ("class_weights", ClassWeights),
+            ("loss", Loss),
             ("sampler", Sampler),
             ("normalisation", Normalisation),
         ):

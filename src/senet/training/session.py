@@ -16,8 +16,9 @@ from torchmetrics import MeanMetric
 from senet.errors import SenetError, UserError
 from senet.models.description import describe
 from senet.support.progress import Progress
+from senet.tasks.task import Judgement
 from senet.training.config import RunConfig
-from senet.training.evaluation import Judgement, first_tensor, in_float32, like, moved
+from senet.training.evaluation import evaluate, first_tensor, in_float32, like, moved
 from senet.training.fsdp import (
     forward_of,
     gathered,
@@ -116,14 +117,21 @@ class Session:
         """The network that is evaluated and saved for use: the moving average if there is one."""
         return self.ema.module if self.ema else self.model
 
-    def description(self, position: Position) -> dict[str, Any]:
-        """What the metadata of model.safetensors say."""
-        images = self.material.preprocessing
+    def description(self, position: Position, judgement: Judgement | None) -> dict[str, Any]:
+        """What the metadata of model.safetensors say.
+
+        Args:
+            position: where the run is.
+            judgement: the last one; what it says counts as long as no step followed it.
+        """
+        images, fresh = self.material.preprocessing, position.history and not position.done
+        task = self.task.chosen(judgement) if judgement is not None and fresh else self.task
         return describe(
             self.material.config,
             None if images is None else images.to_dict(),
             self.material.classes,
-            metrics=position.history[-1] if position.history and not position.done else None,
+            metrics=position.history[-1] if fresh else None,
+            task=task.to_dict(),
             run={**self.config.result_options(), "data_root": self.config.data_root},
             step=position.step,
         )
@@ -138,8 +146,8 @@ class Session:
 
         Args:
             images: (N,C,H,W), this process's part of the batch, or what else the network takes.
-            targets: class numbers (N,), shares of the classes (N,K) where images are mixed, or
-                what else the task takes.
+            targets: class numbers (N,), shares of the classes (N,K) where images are mixed,
+                labels or numbers (N,K), or what else the task takes.
             step: number of the step, from 1.
 
         Returns:
@@ -187,7 +195,7 @@ class Session:
 
     def _outputs(self, x: Any) -> Any:
         found = self.wrapped(x)
-        if self.task.counts_hits and not isinstance(found, Tensor):
+        if self.task.one_tensor and not isinstance(found, Tensor):
             raise UserError(
                 f"{self.config.model} gives {type(found).__name__} in training, not logits alone: "
                 "write a FILE.py:FUNCTION that builds it without auxiliary outputs"
@@ -211,9 +219,10 @@ class Session:
             for buffer in self.judged.buffers():  # BN statistics differ; the saved ones count
                 torch.distributed.broadcast(buffer, 0)
         alone = self.accelerator.num_processes == 1  # the others would wait for this one
-        return self.task.evaluate(
+        return evaluate(
             self.judged,
             self.val_loader,
+            self.task,
             mixed_precision=self.recipe.mixed_precision,
             progress=progress,
             stop=stop if alone else lambda: False,

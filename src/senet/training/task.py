@@ -1,100 +1,104 @@
-"""What a network's outputs mean: the loss that is trained, and what an evaluation measures."""
+"""The task of a run: that of its data as its recipe says, or any loss and metrics."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from senet.data import ImageData
-from senet.data.loaders import class_numbers
+from senet.data.labels import TaskName
+from senet.data.loaders import class_numbers, known_targets
 from senet.errors import UserError
-from senet.support.progress import Progress
-from senet.training.evaluation import Evaluation, Judgement, evaluate, first_tensor, go_through
-from senet.training.recipe import Recipe
+from senet.tasks.classification import Classification
+from senet.tasks.kinds import AnyTask
+from senet.tasks.multilabel import MultiLabel
+from senet.tasks.regression import Error, Regression
+from senet.tasks.task import Judgement
+from senet.training.evaluation import first_tensor
+from senet.training.recipe import RECIPES, Recipe
+
+# What a recipe may ask for beside its default, by task; and which loss each task has.
+_LOSSES: Mapping[TaskName, tuple[str, ...]] = {
+    "classification": ("auto", "cross_entropy"),
+    "multilabel": ("auto", "bce"),
+    "regression": ("auto", "mse", "l1"),
+}
+_NOT_FOR: Mapping[TaskName, tuple[str, ...]] = {
+    "classification": (),
+    "multilabel": ("sampler",),
+    "regression": ("label_smoothing", "class_weights", "sampler", "cutmix"),
+}
+_PLAIN: Mapping[str, Any] = {
+    "label_smoothing": 0.0,
+    "class_weights": "none",
+    "sampler": "shuffled",
+    "cutmix": 0.0,
+}
+_LEAST_STD = 1e-6  # of a number, beside its mean, that is more than rounding
 
 
-class Task(Protocol):
-    """A kind of training."""
-
-    @property
-    def judged(self) -> str:
-        """Column of metrics.csv by which one epoch is better than another."""
-        ...
-
-    @property
-    def highest(self) -> bool:
-        """Whether the highest value of it is the best, or the lowest."""
-        ...
-
-    @property
-    def counts_hits(self) -> bool:
-        """Whether outputs are logits, of which the share of right ones is told while training."""
-        ...
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """(N,), or their mean, of the network's outputs in float32 and a batch's targets."""
-        ...
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        loader: Any,
-        *,
-        mixed_precision: str,
-        progress: Progress,
-        stop: Callable[[], bool],
-    ) -> Judgement:
-        """Measure a network on the validation images."""
-        ...
-
-
-@dataclass(frozen=True)
-class Classification:
-    """One class an image; cross-entropy, top-1 and top-5.
-
-    Attributes:
-        classes: names in the order of the logits.
-        label_smoothing: share of the target spread over all classes.
-        weights: (K,), what an image of each class counts; None: all the same.
-    """
-
-    classes: Sequence[str]
-    label_smoothing: float = 0.0
-    weights: Tensor | None = None
-    judged = "top1"
-    highest = True
-    counts_hits = True
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(N,) of logits (N,K) and class numbers (N,), or shares of the classes (N,K)."""
-        weights = None if self.weights is None else self.weights.to(outputs.device)
-        return F.cross_entropy(
-            outputs,
-            targets,
-            weight=weights,
-            label_smoothing=self.label_smoothing,
-            reduction="none",
-        )
-
-    def evaluate(self, model: nn.Module, loader: Any, **options: Any) -> Evaluation:
-        return evaluate(model, loader, self.classes, **options)
-
-
-def classification(recipe: Recipe, data: ImageData) -> Classification:
-    """The task of a recipe on images of classes.
+def fitting(recipe: Recipe, task: TaskName) -> tuple[Recipe, list[str]]:
+    """A recipe without what a task has no use for, and what was left out in words.
 
     Raises:
-        UserError: balanced weights where nobody knows the classes of the images before they come.
+        UserError: it was asked for beside the recipe's name.
+    """
+    if recipe.loss not in _LOSSES[task]:
+        raise UserError(
+            f"loss {recipe.loss!r} is not for {task}, which takes {', '.join(_LOSSES[task])}"
+        )
+    notes = []
+    for name in _NOT_FOR[task]:
+        value = _field(recipe, name)
+        if value == _PLAIN[name]:
+            continue
+        named = RECIPES.get(recipe.name)
+        if named is None or _field(named, name) != value:
+            raise UserError(f"{name} {value!r} is for classes, not for {task}: leave it out")
+        notes.append(f"{name} {value!r} of the recipe {recipe.name} is left out: not for {task}")
+        if name == "cutmix":
+            plain = dataclasses.replace(recipe.augmentation, cutmix=0.0)
+            recipe = dataclasses.replace(recipe, augmentation=plain)
+        else:
+            recipe = dataclasses.replace(recipe, **{name: _PLAIN[name]})
+    return recipe, notes
+
+
+def _field(recipe: Recipe, name: str) -> Any:
+    return getattr(recipe.augmentation if name == "cutmix" else recipe, name)
+
+
+def task_of(recipe: Recipe, data: ImageData) -> AnyTask:
+    """The task of a recipe (see `fitting`) on data of `load_data`.
+
+    Raises:
+        UserError: balanced weights, or numbers, where nobody knows the labels of the images before
+            they come; a number that is the same for all.
     """
     weights = None
-    if recipe.class_weights == "balanced":
+    if recipe.class_weights == "balanced" and data.task == "classification":
         targets = class_numbers(data, "class_weights='balanced'")
         weights = balanced_weights(targets, len(data.classes))
-    return Classification(data.classes, recipe.label_smoothing, weights)
+    if data.task == "classification":
+        return Classification(data.classes, recipe.label_smoothing, weights)
+    targets = known_targets(data, data.task)
+    if data.task == "multilabel":
+        if recipe.class_weights == "balanced":
+            weights = (len(targets) - targets.sum(0)) / targets.sum(0)
+            weights = torch.where(weights.isfinite(), weights, 1.0)
+        return MultiLabel(data.classes, None, recipe.label_smoothing, weights)
+    mean, std = targets.double().mean(0), targets.double().std(0, correction=0)
+    for name, m, s in zip(data.classes, mean.tolist(), std.tolist(), strict=True):
+        if s <= _LEAST_STD * abs(m):
+            raise UserError(
+                f"{name} is {m:g} for all training images of {data.name}: there is nothing to learn"
+            )
+    error: Error = "l1" if recipe.loss == "l1" else "mse"
+    return Regression(data.classes, tuple(mean.tolist()), tuple(std.tolist()), error)
 
 
 def balanced_weights(targets: Tensor, classes: int) -> Tensor:
@@ -146,6 +150,7 @@ class Measuring:
     metrics: Mapping[str, Metric]
     judged: str = "val_loss"
     counts_hits = False
+    one_tensor = False
 
     def __post_init__(self) -> None:
         known = {"val_loss", *self.metrics}
@@ -159,36 +164,46 @@ class Measuring:
             )
 
     @property
+    def heading(self) -> str:
+        return self.judged
+
+    @property
     def highest(self) -> bool:
         return self.judged != "val_loss" and bool(self.metrics[self.judged].higher_is_better)
+
+    def score(self, value: float) -> str:
+        return f"{value:.4g}"
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return self.function(outputs, targets)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        loader: Any,
-        *,
-        mixed_precision: str,
-        progress: Progress,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> Measured:
-        device = next(model.parameters()).device
-        mean = MeanMetric(nan_strategy="disable").to(device)
-        metrics = {name: metric.to(device) for name, metric in self.metrics.items()}
-        for metric in metrics.values():
+    def meter(self, device: torch.device) -> "_MeasuringMeter":
+        return _MeasuringMeter(self, device)
+
+    def chosen(self, judgement: Judgement) -> "Measuring":
+        return self
+
+    def to_dict(self) -> dict[str, Any] | None:
+        return None
+
+
+class _MeasuringMeter:
+    def __init__(self, task: Measuring, device: torch.device) -> None:
+        self.function = task.function
+        self.mean = MeanMetric(nan_strategy="disable").to(device)
+        self.metrics = {name: metric.to(device) for name, metric in task.metrics.items()}
+        for metric in self.metrics.values():
             metric.reset()
-        total = SumMetric().to(device)
+        self.total = SumMetric().to(device)
 
-        def take(outputs: Any, targets: Any) -> None:
-            images = len(first_tensor(targets))
-            mean.update(self.function(outputs, targets).mean(), images)
-            total.update(images)
-            for metric in metrics.values():
-                metric.update(outputs, targets)
+    def update(self, outputs: Any, targets: Any) -> None:
+        images = len(first_tensor(targets))
+        self.mean.update(self.function(outputs, targets).mean(), images)
+        self.total.update(images)
+        for metric in self.metrics.values():
+            metric.update(outputs, targets)
 
-        seconds = go_through(model, loader, take, mixed_precision, progress, stop)
-        values = {name: float(metric.compute()) for name, metric in metrics.items()}
-        n = int(total.compute())
-        return Measured(float(mean.compute()), values, n, n / seconds)
+    def finished(self, seconds: float) -> Measured:
+        values = {name: float(metric.compute()) for name, metric in self.metrics.items()}
+        n = int(self.total.compute())
+        return Measured(float(self.mean.compute()), values, n, n / seconds)

@@ -84,6 +84,11 @@ def write_shards(
     """
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
+    if data.task != "classification":
+        raise UserError(
+            f"shards hold one class an image, {data.name} holds {data.task}: train on the table "
+            "itself"
+        )
     plans = [
         (f"{split}-{number:06d}.tar", split, source, indices)
         for split, source in (
