@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cli_tools import run, train_flags
 
-from senet.reports.classes import as_csv, class_results, worst
+from senet.tasks.results import as_csv, class_results, worst
 
 
 def test_report_of_a_run(trained: Path) -> None:
@@ -40,7 +40,9 @@ def test_most_confident_errors(trained: Path, data: Path, tmp_path: Path) -> Non
     assert all(each.probability > 0.99 for each in errors)
     folder = tmp_path
     confusion = np.array([[0, 4, 0], [0, 4, 0], [0, 4, 0]])
-    page = write_run_page(folder, "<title>", [], confusion, checkpoint.classes, errors).read_text()
+    page = write_run_page(
+        folder, "<title>", [], class_results(confusion, checkpoint.classes), errors
+    ).read_text()
     assert page.count("data:image/png;base64,") == 8
     assert "&lt;title&gt;" in page
     assert "blue, taken for green" in page

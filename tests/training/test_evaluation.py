@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senet.errors import UserError
+from senet.tasks.classification import Classification
 from senet.training.evaluation import Stopped, evaluate, in_float32, moved
 from senet.training.session import split
 
@@ -41,6 +42,10 @@ def resource_limit(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def named(classes: int) -> Classification:
+    return Classification(tuple(str(c) for c in range(classes)))
+
+
 def batches(labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     images = torch.arange(len(labels), dtype=torch.float32).view(-1, 1, 1, 1)
     return list(zip(images.split(size), labels.split(size), strict=True))
@@ -51,7 +56,7 @@ def test_matches_counting(classes: int, k: int) -> None:
     n = 53
     logits, labels = torch.randn(n, classes), torch.randint(classes, (n,))
     model = Table(logits)
-    result = evaluate(model, batches(labels, 8), [str(c) for c in range(classes)])
+    result = evaluate(model, batches(labels, 8), named(classes))
     ranked = logits.argsort(dim=1, descending=True)
     top1 = sum(int(label == row[0]) for label, row in zip(labels, ranked, strict=True))
     top5 = sum(int(label in row[:k]) for label, row in zip(labels, ranked, strict=True))
@@ -70,26 +75,26 @@ def test_matches_counting(classes: int, k: int) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_restored(training: bool) -> None:
     model = Table(torch.randn(4, 3)).train(training)
-    evaluate(model, batches(torch.tensor([0, 1, 2, 0]), 2), "abc")
+    evaluate(model, batches(torch.tensor([0, 1, 2, 0]), 2), named(3))
     assert model.training == training
 
 
 def test_loss_that_is_nan_is_not_left_out() -> None:
     logits = torch.randn(4, 3)
     logits[2] = torch.nan
-    result = evaluate(Table(logits), batches(torch.tensor([0, 1, 2, 0]), 2), "abc")
+    result = evaluate(Table(logits), batches(torch.tensor([0, 1, 2, 0]), 2), named(3))
     assert result.loss != result.loss
 
 
 def test_other_number_of_classes() -> None:
     loader = batches(torch.tensor([0, 1]), 2)
     with pytest.raises(UserError, match="the network has 3 classes, the data 2"):
-        evaluate(Table(torch.randn(2, 3)), loader, "ab")
+        evaluate(Table(torch.randn(2, 3)), loader, named(2))
 
 
 def test_no_images() -> None:
     with pytest.raises(UserError, match="no validation images"):
-        evaluate(Table(torch.randn(2, 3)), [], "abc")
+        evaluate(Table(torch.randn(2, 3)), [], named(3))
 
 
 def test_stop() -> None:
@@ -102,7 +107,7 @@ def test_stop() -> None:
 
     model = Table(torch.randn(4, 3))
     with pytest.raises(Stopped):
-        evaluate(model, loader(), "abc", stop=lambda: len(seen) == 2)
+        evaluate(model, loader(), named(3), stop=lambda: len(seen) == 2)
     assert len(seen) == 2
     assert model.training
 
@@ -114,7 +119,7 @@ def test_thousands_of_classes_need_no_matrix_of_them() -> None:
     logits = torch.zeros(20, classes)
     logits[torch.arange(20), torch.arange(20) * 7 % 20] = 1
     with resource_limit(3 * 2**30):
-        result = evaluate(Table(logits), batches(labels, 8), [str(c) for c in range(classes)])
+        result = evaluate(Table(logits), batches(labels, 8), named(classes))
     assert result.top1 == 100 * sum(i * 7 % 20 == i for i in range(20)) / 20
     assert [*map(tuple, result.pairs.tolist())] == [(i, i * 7 % 20) for i in range(20)]
     assert result.counts.tolist() == [1] * 20

@@ -194,7 +194,9 @@ def _chosen(
         settings["out"] = _free_folder(flags.data)
         notes.append(f"run folder {settings['out']} (--out takes another)")
     config = RunConfig(recipe=recipe, model_options=options, **settings)
-    return config, {"batch_size", "lr"} - (changes.keys() | table.keys()), notes
+    adapt = {"batch_size", "lr", "grad_clip"} - (changes.keys() | table.keys())
+    # A file without grad_clip says that there is none.
+    return config, adapt - {"grad_clip"} if table else adapt, notes
 
 
 def _recipe(

@@ -186,8 +186,9 @@ def completed(
         config: the run; its model may be "auto".
         data: its data.
         processes: how many share a step.
-        adapt: which of "batch_size" and "lr" may be others than the recipe's: where the training
-            images make few batches, smaller ones are taken, and the rate that belongs to them.
+        adapt: which of "batch_size", "lr" and "grad_clip" may be others than the recipe's: where
+            the training images make few batches, smaller ones are taken, and the rate that belongs
+            to them; numbers are trained with gradients clipped, for a squared error has no bound.
     """
     recipe, notes = config.recipe, []
     if config.model == AUTO:
@@ -205,8 +206,10 @@ def completed(
                 "images (--batch-size and --lr take others)"
             )
             recipe = dataclasses.replace(recipe, batch_size=size, lr=lr)
-            config = dataclasses.replace(config, recipe=recipe)
-    return config, notes
+    if "grad_clip" in adapt and data.task == "regression" and recipe.grad_clip is None:
+        recipe = dataclasses.replace(recipe, grad_clip=1.0)
+        notes.append("gradients clipped to 1, for numbers (--grad-clip takes another, or none)")
+    return dataclasses.replace(config, recipe=recipe), notes
 
 
 def prepared(model: nn.Module, config: RunConfig, example: Any) -> list[nn.Module]:
