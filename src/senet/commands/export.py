@@ -126,12 +126,11 @@ def in_own_units(checkpoint: Checkpoint) -> tuple[nn.Module, AnyTask]:
         head = head_of(model)[1]
     except UserError:  # the file's metadata say mean and deviation then
         return checkpoint.model, task
-    if head.bias is None:
-        return checkpoint.model, task
+    bias: torch.Tensor | None = head.bias
     with torch.no_grad():
-        mean, std = head.bias.new_tensor(task.mean), head.bias.new_tensor(task.std)
+        mean, std = head.weight.new_tensor(task.mean), head.weight.new_tensor(task.std)
         head.weight.mul_(std[:, None])
-        head.bias.mul_(std).add_(mean)
+        head.bias = nn.Parameter(mean if bias is None else bias * std + mean)
     count = len(task.names)
     return model, dataclasses.replace(task, mean=(0.0,) * count, std=(1.0,) * count)
 
