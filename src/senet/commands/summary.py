@@ -190,10 +190,10 @@ def summarize_excitations(
     if input_shape is not None:
         options = {**options, "in_channels": input_shape[0]}
     count = num_classes or (10 if name.endswith("_cifar") else 1000)
-    model = open_source(name, num_classes=count, **options)
+    model: Any = open_source(name, num_classes=count, **options)
     name, options = model.config["name"], {**options, **model.config["options"]}
     shape = input_shape or model.input_size
-    return describe(model, torch.zeros(1, *shape), runs=TIMED_RUNS)  # type: ignore[misc]
+    return describe(model, torch.zeros(1, *shape), runs=TIMED_RUNS)
 
 
 def summarize_network(
