@@ -20,11 +20,11 @@ from timm.models._registry import _deprecated_models
 from torch import nn
 
 import senet
-from senet.checkpoint.files import open_checkpoint, open_weights
+from senet.checkpoint.files import model_for_weights, open_checkpoint, open_weights
 from senet.commands.network import open_network
 from senet.data import Preprocessing
 from senet.errors import UserError
-from senet.models.elsewhere import FORMER_TIMM_NAMES, TIMM_NAMES
+from senet.models.elsewhere import FORMER_TIMM_NAMES, TIMM_NAMES, split_tag
 from senet.training.config import RunConfig
 from senet.training.finetuning import starting_checkpoint
 from senet.training.recipe import get_recipe
@@ -159,6 +159,19 @@ def test_torchvisions_own_files_load_too(name: str) -> None:
     with torch.no_grad():
         expected, found = peer(x), model(x)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_tags_of_foreign_networks_are_their_own(tmp_path: Path) -> None:
+    """`timm:NAME.TAG` and `FILE.py:FUNCTION` have dots too."""
+    code = tmp_path / "mine.py"
+    code.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(2, 3))\n")
+    name = f"{code}:net"
+    assert split_tag(name) == (name, {}, None, None)
+    assert split_tag("timm:resnet50.a1_in1k").tag is None
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(save({"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}))
+    model = model_for_weights(name, file)
+    assert torch.equal(model[0].weight, torch.ones(3, 2))  # type: ignore[index]
 
 
 # --- the Hub -----------------------------------------------------------------------------------
@@ -379,7 +392,7 @@ def test_training_starts_from_pretrained(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub")
-def test_pretrained_in_the_place_of_a_checkpoint() -> None:
+def test_pretrained_in_the_place_of_a_checkpoint(tmp_path: Path) -> None:
     opened = open_weights(NETWORK, Path("pretrained"))
     assert opened.preprocessing.mean == (0.25, 0.5, 0.75)
     assert opened.classes[:2] == ("tench", "goldfish")
@@ -391,6 +404,11 @@ def test_pretrained_in_the_place_of_a_checkpoint() -> None:
     assert network.preprocessing.image_size == 40
     assert network.preprocessing.mean == (0.25, 0.5, 0.75)
     assert torch.equal(parameters(network.model), parameters(made(0)))
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(save(made(7).state_dict()))
+    for opened in (open_weights(f"{NETWORK}.other", file), open_network(f"{NETWORK}.other", file)):
+        assert torch.equal(parameters(opened.model), parameters(made(7)))
+        assert opened.preprocessing == other.preprocessing
     with pytest.raises(UserError, match=r"are for 1000 classes, not 3: .*--init pretrained"):
         open_network(NETWORK, Path("pretrained"), num_classes=3)
     with pytest.raises(UserError, match="which do not say of which network: give --model"):

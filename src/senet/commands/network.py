@@ -16,6 +16,7 @@ from senet.checkpoint.files import (
 from senet.data import Preprocessing
 from senet.errors import UserError
 from senet.models import Network
+from senet.models.elsewhere import split_tag
 from senet.networks.anywhere import TORCHVISION, open_source
 from senet.networks.preparation import imagenet, of_torchvision
 from senet.weights import read_state_dict
@@ -53,7 +54,7 @@ def open_network(
             raise UserError(f"{weights} knows its own classes and image size: leave them out")
         return checkpoint
     count = num_classes or (len(classes) if classes else None)
-    if weights is not None and is_pretrained(weights):
+    if weights is not None and (is_pretrained(weights) or split_tag(model).tag is not None):
         opened = open_weights(model, weights)
         if count not in (None, len(opened.classes)):
             raise UserError(

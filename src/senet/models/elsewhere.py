@@ -88,7 +88,12 @@ class Asked(NamedTuple):
 
 
 def split_tag(name: str) -> Asked:
-    """What a name asks for: `se_resnet50`, `seresnet50`, `legacy_senet154.in1k`, …."""
+    """What a name asks for: `se_resnet50`, `seresnet50`, `legacy_senet154.in1k`, ….
+
+    The dots of `timm:resnet50.a1_in1k` and `FILE.py:FUNCTION` are none of ours.
+    """
+    if ":" in name:
+        return Asked(name)
     network, _, tag = FORMER_TIMM_NAMES.get(name, name).partition(".")
     ours = TIMM_NAMES.get(network)
     if ours is None or ours.name == network:

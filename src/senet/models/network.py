@@ -193,8 +193,9 @@ class Network(NotScriptable, nn.Module, HubMixin, ABC):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep no maps within blocks for the backward pass, but compute them again there.
 
-        Training takes less memory and about a third more time; gradients, running statistics and
-        random numbers are the same. Stem and head are not part of it, nor passes without
+        Training takes less memory and a second forward pass of the blocks; gradients, running
+        statistics and random numbers are the same, eagerly and under torch.compile (whose compiler
+        decides there what it keeps). Stem and head are not part of it, nor passes without
         gradients.
         """
         self.grad_checkpointing = enable
