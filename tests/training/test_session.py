@@ -146,6 +146,8 @@ def test_every_option_of_the_data_reaches_them(
         "channels": 1,
         "image_column": "picture",
         "label_column": "kind",
+        "label_separator": ";",
+        "task": "multilabel",
     }
     seen: dict[str, Any] = {}
 
