@@ -124,6 +124,28 @@ def test_convolution_and_its_tail(name: str, tail: str) -> None:
     assert error(native(model, x), model, x) < TOLERANCE
 
 
+# channels in, channels out, kernel, stride, groups, side: sums of 1,000 to 4,000 products
+LONG = {
+    "1x1": (3000, 40, 1, 1, 1, 7),
+    "of a vector": (3000, 40, 1, 1, 1, 1),
+    "patches": (400, 40, 3, 2, 1, 7),
+    "F(2,3)": (1000, 40, 3, 1, 1, 4),
+    "sliding": (240, 120, 3, 2, 2, 9),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LONG)
+def test_long_sums_of_one_sign_are_summed_in_parts(name: str) -> None:
+    """One behind the other, each product is rounded to the size of the whole sum: 4e-7 to 8e-7."""
+    c, d, kernel, stride, groups, side = LONG[name]
+    conv = nn.Conv2d(c, d, kernel, stride, kernel // 2, 1, groups)
+    nn.init.uniform_(conv.weight, 0, 1)
+    x = torch.rand(1, c, side, side)
+    found, wanted = native(conv, x).double(), conv.double()(x.double())
+    assert ((found - wanted) / wanted).square().mean().sqrt() < 2e-7
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2])
