@@ -1,28 +1,28 @@
 """Many convolutional networks of timm and torchvision in `senet.optimize`: exactness and speed.
 
+    python scripts/inference_table.py --choose             # writes scripts/inference_table.txt
     python scripts/inference_table.py [--only PATTERN] [--out docs/inference_table.md]
     python scripts/inference_table.py --untimed            # on a busy machine
     python scripts/inference_table.py --again-below 1.0    # once it is quiet
 
-Which networks is a rule, and not a choice: of each file of timm's models the first, the last and
-the three at the quarters of its list by name, all classification networks of torchvision, and
-those of docs/deployment.md. Of these the convolutional ones count (convolutions do at least nine
-tenths of the multiply-adds) with at most 100 million parameters. They come in rounds, so that an
-interrupted run has seen every file: those named, the first of each file, all of torchvision, the
-last of each file, and those in between.
+Which networks is a rule, and not a choice: those of docs/deployment.md, all classification networks
+of torchvision, and of each file of timm's models one, the first that counts of these of its list
+by name: the first, the last, and those at the half and the quarters. A network counts if it is
+convolutional (convolutions do at least nine tenths of the multiply-adds) and has at most 100
+million parameters. `--choose` wrote them into inference_table.txt before any was examined.
 
 Each network runs in a process of its own: fresh weights with batch norm statistics and biases drawn
 at random (fresh ones hide mistakes), 224² (or its own size if it takes no other), batch 1. Its
 optimized form is compared with eager on that example and on another batch and size, and timed
-against eager with channels last, in turns. What was measured is kept in a file (`--results`), from
-which an interrupted run goes on: a network that has its row is not examined again, unless it
-failed, has no times yet (`--untimed`), or was less than `--again-below` times as fast as eager.
-Takes some hours on two cores; not a part of the test suite.
+against eager with channels last, in turns, with a pause before each. What was measured is kept in
+a file (`--results`), from which an interrupted run goes on: a network that has its row is not
+examined again, unless it failed. Of one that has no times yet (`--untimed`), or was less than
+`--again-below` times as fast as eager, only the times are taken: some 15 seconds a network, at most
+`--limit`. Not a part of the test suite.
 """
 
 import argparse
 import copy
-import itertools
 import json
 import platform
 import statistics
@@ -59,26 +59,36 @@ NAMED = (
     "timm:repvgg_a2",
 )
 LARGEST = 100_000_000
-SECONDS = 240  # for one network
-ROUNDS, PAUSE = 9, 0.05
+CHOSEN = Path(__file__).with_suffix(".txt")
+EXAMINATION = 240.0  # seconds for one network
+ROUNDS, FEWEST_ROUNDS, PAUSE = 9, 5, 0.05
+TURNS = 8.0  # seconds after which the fewest rounds are enough
 
 
-def candidates() -> list[str]:
-    """Names by the rule, before it is known which are convolutional."""
-    files = [sorted(timm.list_models(module=file)) for file in timm.list_modules()]
-    lasts = [(models, len(models) - 1) for models in files if models]
-    rounds = [
-        [f"timm:{models[0]}" for models, _ in lasts],
-        [
-            f"torchvision:{name}"
-            for name in torchvision.models.list_models(module=torchvision.models)
-        ],
-        [f"timm:{models[last]}" for models, last in lasts],
-        [f"timm:{models[last // 2]}" for models, last in lasts],
-        [f"timm:{models[last // 4]}" for models, last in lasts],
-        [f"timm:{models[last - last // 4]}" for models, last in lasts],
+def choose() -> dict[str, tuple[int, ...]]:
+    """The networks by the rule, with channels, height and width of their inputs."""
+    chosen: dict[str, tuple[int, ...]] = {}
+    names = [
+        f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models)
     ]
-    return list(dict.fromkeys((*NAMED, *itertools.chain(*rounds))))
+    groups = [[name] for name in (*NAMED, *names)]
+    for file in timm.list_modules():
+        models = [f"timm:{name}" for name in sorted(timm.list_models(module=file))]
+        last = len(models) - 1
+        groups.append([models[i] for i in (0, last, last // 2, last // 4, last - last // 4)])
+    for group in filter(None, groups):
+        for name in group:
+            shape = shape_or_obstacle(name)
+            if not isinstance(shape, str):
+                chosen[name] = shape
+                break
+    return chosen
+
+
+def chosen() -> dict[str, tuple[int, ...]]:
+    """What `choose` has written down."""
+    lines = [line.split() for line in CHOSEN.read_text().splitlines()]
+    return {name: tuple(map(int, shape)) for name, *shape in lines}
 
 
 def shape_or_obstacle(name: str) -> tuple[int, ...] | str:
@@ -129,43 +139,50 @@ def milliseconds(network: nn.Module, x: Tensor) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def examine(name: str, *, timed: bool = True) -> dict[str, Any]:
-    """A row of the table, with times or without."""
-    shape = shape_or_obstacle(name)
-    if isinstance(shape, str):
-        return {"name": name, "skipped": shape}
+def prepared(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network, its optimized form, and an example."""
     tune_allocator()
     torch.manual_seed(0)
     model = open_source(name).eval()
     randomise(model)
-    x = torch.randn(1, *shape)
-    optimized = optimize(model, x, measure=False)
+    x = torch.randn(1, *chosen()[name])
+    return model, optimize(model, x, measure=False), x
+
+
+def examine(name: str) -> dict[str, Any]:
+    """A row of the table, without times."""
+    model, optimized, x = prepared(name)
     with torch.inference_mode():
-        found = [distances(model, optimized, images) for images in (x, other_size(model, shape))]
-        times = times_of(model, optimized, x) if timed else {}
+        found = [distances(model, optimized, images) for images in (x, other_size(model, x))]
     blocks = optimized.report.blocks
     return {
         "name": name,
         "blocks": len(blocks),
         "fused": sum(what == FUSED for what in blocks.values()),
         **{key: max(each[key] for each in found) for key in found[0]},
-        **times,
         "outside": outside(optimized.network, x),
         "left": [list(each) for each in optimized.report.left],
         "isa": kernels.instruction_set(),
     }
 
 
-def times_of(model: nn.Module, optimized: nn.Module, x: Tensor) -> dict[str, float]:
-    """Median milliseconds of eager with channels last and of the optimized network."""
-    eager = copy.deepcopy(model)
-    for parameter in eager.parameters():
+@torch.inference_mode()
+def times_of(name: str) -> dict[str, Any]:
+    """Median milliseconds of eager with channels last and optimized, and what ran outside."""
+    model, optimized, x = prepared(name)
+    for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.contiguous(memory_format=torch.channels_last)
     images = x.contiguous(memory_format=torch.channels_last)
-    rounds = [(milliseconds(eager, images), milliseconds(optimized, x)) for _ in range(ROUNDS)]
+    rounds: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(rounds) < ROUNDS:
+        if len(rounds) >= FEWEST_ROUNDS and time.perf_counter() - began > TURNS:
+            break
+        rounds.append((milliseconds(model, images), milliseconds(optimized, x)))
     before, after = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return {"eager": before, "optimized": after}
+    shares = outside(optimized.network, x)
+    return {"eager": before, "optimized": after, "rounds": len(rounds), "outside": shares}
 
 
 def distances(model: nn.Module, optimized: nn.Module, x: Tensor) -> dict[str, float]:
@@ -178,35 +195,43 @@ def distances(model: nn.Module, optimized: nn.Module, x: Tensor) -> dict[str, fl
     return {"difference": difference(found, wanted), "own": own, "ours": ours}
 
 
-def other_size(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+def other_size(model: nn.Module, x: Tensor) -> Tensor:
     """Three images of another size; of the same where the network takes no other."""
-    _, height, width = shape
-    x = torch.randn(3, 3, height - 32, width + 32)
+    _, channels, height, width = x.shape
+    other = torch.randn(3, channels, height - 32, width + 32)
     try:
-        model(x)
+        model(other)
     except (RuntimeError, AssertionError, ValueError):
-        x = torch.randn(3, *shape)
-    return x
+        other = torch.randn(3, *x.shape[1:])
+    return other
 
 
-def in_process(name: str, timed: bool) -> dict[str, Any]:
-    """`examine` in a process that may take so long."""
-    command = [sys.executable, __file__, "--one", name, *([] if timed else ["--untimed"])]
+def in_process(name: str, what: str, limit: float) -> dict[str, Any]:
+    """What `--one` prints in a process that may take so many seconds, or why it "failed"."""
+    command = [sys.executable, __file__, "--one", name, "--what", what]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return {"name": name, "failed": f"took more than {SECONDS} s"}
+        return {"name": name, "failed": f"took more than {limit:.0f} s"}
     if done.returncode:
         last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"name": name, "failed": last[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def row_of(name: str, known: dict[str, Any], *, timed: bool, limit: float) -> dict[str, Any]:
+    """A row, of which the exactness may be known already."""
+    row = known if "difference" in known else in_process(name, "examine", EXAMINATION)
+    if not timed or "failed" in row:
+        return row
+    times = in_process(name, "times_of", limit)
+    return {**row, "late": times["failed"]} if "failed" in times else {**row, **times}
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """The page of all results."""
     good = [row for row in rows if "difference" in row]
     failed = [row for row in rows if "failed" in row]
-    skipped = [row for row in rows if "skipped" in row]
     exact = [row for row in good if row["difference"] <= 1e-5]
     explained = [r for r in good if r not in exact and r["difference"] <= 10 * r["own"]]
     wrong = [row["name"] for row in good if row not in exact and row not in explained]
@@ -222,10 +247,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads of {processor()} ({isa}), made by "
         "`scripts/inference_table.py`, which says how the networks were chosen: float32, 224², "
-        "batch 1, median of 9 rounds in turns, `measure=False`.",
+        f"batch 1, median of {FEWEST_ROUNDS} to {ROUNDS} rounds in turns, `measure=False`.",
         "",
-        f"- {len(good)} convolutional networks ({len(failed)} more failed; {len(skipped)} of the "
-        "candidates are not convolutional, or larger than 100 million parameters).",
+        f"- {len(good)} convolutional networks; {len(failed)} more failed.",
         f"- Outputs within 1e-5 of eager's (relative to the largest, at two sizes): {len(exact)}; "
         f"further off, but within ten times eager's own distance from float64: {len(explained)}; "
         f"beyond: {', '.join(wrong) or 'none'}.",
@@ -247,10 +271,9 @@ def page(rows: list[dict[str, Any]]) -> str:
             f"{row['own']:.1e} | {row['ours']:.1e} | {before} | {after} | {speed} | "
             f"{f'{share:.0%}: ' + ', '.join(most) if most else ''} |"
         )
-    for title, group, key in (("Failed", failed, "failed"), ("Left out", skipped, "skipped")):
-        if group:
-            lines += ["", f"## {title}", "", "| network | why |", "|---|---|"]
-            lines += [f"| {row['name']} | {row[key].replace('|', '/')} |" for row in group]
+    if failed:
+        lines += ["", "## Failed", "", "| network | why |", "|---|---|"]
+        lines += [f"| {row['name']} | {row['failed'].replace('|', '/')} |" for row in failed]
     return "\n".join(lines) + "\n"
 
 
@@ -275,22 +298,37 @@ def main() -> None:
         default=0.0,
         help="examine again what was less than so many times as fast as eager",
     )
-    parser.add_argument("--one", help="print the row of this network")
+    parser.add_argument("--limit", type=float, default=25.0, help="seconds of times a network")
+    parser.add_argument("--choose", action="store_true", help="write down which networks")
+    parser.add_argument("--one", help="print the row of this network, or what --what says")
+    parser.add_argument("--what", default="examine", choices=["examine", "times_of"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    if arguments.one:
-        print(json.dumps(examine(arguments.one, timed=not arguments.untimed)))
+    if arguments.choose:
+        lines = [" ".join((name, *map(str, shape))) for name, shape in choose().items()]
+        CHOSEN.write_text("\n".join(lines) + "\n")
         return
+    if arguments.one:
+        print(json.dumps({"examine": examine, "times_of": times_of}[arguments.what](arguments.one)))
+        return
+    known: dict[str, dict[str, Any]] = {}
+    if arguments.results.is_file():
+        lines = arguments.results.read_text().splitlines()
+        known = {row["name"]: row for row in map(json.loads, lines)}
 
     def stale(row: dict[str, Any]) -> bool:
-        if "failed" in row or "skipped" in row or arguments.untimed:
+        if "failed" in row or arguments.untimed:
             return "failed" in row
-        return "eager" not in row or row["eager"] / row["optimized"] < arguments.again_below
+        if "eager" not in row:
+            return "late" not in row
+        return row["eager"] / row["optimized"] < arguments.again_below
 
     rows = rows_of(
-        candidates(),
+        list(chosen()),
         arguments.results,
-        lambda name: in_process(name, timed=not arguments.untimed),
+        lambda name: row_of(
+            name, known.get(name, {}), timed=not arguments.untimed, limit=arguments.limit
+        ),
         only=arguments.only,
         seconds=arguments.seconds,
         stale=stale,
