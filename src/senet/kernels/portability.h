@@ -1,10 +1,40 @@
-// What depends on the compiler (GCC or Clang), the processor or the operating system.
+// What depends on the compiler, the processor or the operating system: nothing outside of this file
+// does, but the numbers of the register tiles, which follow from SENET_VECTOR_BYTES and
+// SENET_REGISTERS.
 #pragma once
 
-#include <sched.h>
-
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
+
+// Vectors are those of GCC and Clang, which cl.exe does not have (clang-cl does).
+#ifndef __GNUC__
+#error "senet's kernels need GCC or Clang"
+#endif
+
+// Of what the kernels call exp for float64 alone is newer than glibc 2.17; its older version computes
+// the same, and sets errno.
+#if defined(__GLIBC__) && defined(__x86_64__)
+asm(".symver exp, exp@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+asm(".symver exp, exp@GLIBC_2.17");
+#endif
+
+// The vector registers of the instruction set that is compiled for: their size and number.
+#ifdef __AVX512F__
+#define SENET_VECTOR_BYTES 64
+#define SENET_REGISTERS 32
+#elif defined(__AVX2__)
+#define SENET_VECTOR_BYTES 32
+#define SENET_REGISTERS 16
+#elif defined(__aarch64__)
+#define SENET_VECTOR_BYTES 16
+#define SENET_REGISTERS 32
+#else
+#define SENET_VECTOR_BYTES 16
+#define SENET_REGISTERS 16
+#endif
 
 #ifdef __x86_64__
 #define SENET_X86
@@ -46,6 +76,17 @@ inline bool processor_has_avx512() {
 #else
   return false;
 #endif
+}
+
+template <class A, int W>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(W * sizeof(A))));
+};
+
+// The lanes of a vector as other numbers, by value.
+template <class To, class V>
+SENET_INLINE To converted(V v) {
+  return __builtin_convertvector(v, To);
 }
 
 // Lanes `I` of a and, from the number of its lanes on, of b.
@@ -181,11 +222,13 @@ SENET_INLINE void finish_streams() {
 SENET_INLINE void wait_a_little(int64_t turns) {
   constexpr int64_t kPatience = 4096;
   if (turns >= kPatience) {
-    sched_yield();
+    std::this_thread::yield();
     return;
   }
 #ifdef SENET_X86
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 

@@ -5,14 +5,6 @@
 
 #include "portability.h"
 
-#ifdef __AVX512F__
-#define SENET_VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define SENET_VECTOR_BYTES 32
-#else
-#define SENET_VECTOR_BYTES 16
-#endif
-
 namespace senet {
 namespace {
 
@@ -41,10 +33,6 @@ SENET_INLINE float widen(bfloat16 v) {
   return f;
 }
 
-template <class A, int W>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(W * sizeof(A))));
-};
 template <class A, int W>
 using Vector = typename VectorOf<A, W>::type;
 
@@ -75,7 +63,7 @@ template <int W>
 SENET_INLINE Vector<float, W> load(const bfloat16* from) {
   Vector<uint16_t, W> half;
   std::memcpy(&half, from, sizeof half);
-  const auto bits = __builtin_convertvector(half, Vector<uint32_t, W>) << 16;
+  const auto bits = converted<Vector<uint32_t, W>>(half) << 16;
   Vector<float, W> v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
@@ -88,7 +76,7 @@ SENET_INLINE Vector<uint16_t, W> narrow(Vector<float, W> v) {
   std::memcpy(&bits, &v, sizeof bits);
   const Vector<uint32_t, W> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vector<uint32_t, W> quiet_nan = Vector<uint32_t, W>{} + 0x7fc0u;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, Vector<uint16_t, W>);
+  return converted<Vector<uint16_t, W>>(v == v ? rounded : quiet_nan);
 }
 
 template <class T, class V>
@@ -143,7 +131,7 @@ SENET_INLINE Vector<float, W> exponential(Vector<float, W> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
+  const I exponent = (converted<I>(n) + 127) << 23;
   V power;
   std::memcpy(&power, &exponent, sizeof power);
   return x == x ? p * power : x;

@@ -136,7 +136,7 @@ AddOuterProducts outer_products_of(int64_t rows) {
 template <class F>
 auto with_tile(int64_t outputs, const F& f) {
   using std::integral_constant;
-#ifdef __AVX512F__
+#if SENET_REGISTERS == 32
   if (outputs <= kWidth) return f(integral_constant<int, 12>{}, integral_constant<int, 1>{});
   if (outputs <= 2 * kWidth) return f(integral_constant<int, 12>{}, integral_constant<int, 2>{});
   return f(integral_constant<int, 6>{}, integral_constant<int, 4>{});

@@ -387,7 +387,7 @@ struct WinogradWeights {
 };
 
 inline int weights_gradient(const ConvolutionArguments& a) {
-#ifdef __AVX512F__
+#if SENET_REGISTERS == 32
   if (a.K <= kWidth) return WinogradWeights<16, 1>(a).run();
   if (a.K <= 2 * kWidth) return WinogradWeights<8, 2>(a).run();
   return WinogradWeights<4, 4>(a).run();

@@ -89,7 +89,7 @@ SENET_INLINE void window(const Row& r, int64_t left, V bias) {
 // Widths of windows; maps of 112, 56, 28, 14 and 7 have no remainder. A remainder is computed together
 // with outputs before it, once more.
 constexpr int kFewOutputs = 4, kSomeOutputs = 7;
-constexpr int kManyOutputs = SENET_VECTOR_BYTES == 64 ? 14 : 7;  // as there are registers
+constexpr int kManyOutputs = SENET_REGISTERS == 32 ? 14 : 7;  // as there are registers
 
 template <int kKernel, int kStride, int kOutputs>
 SENET_INLINE void window_of_width(const Row& r, int64_t o, V bias) {

@@ -15,7 +15,7 @@ constexpr int kHalf = kWidth / 2;
 using D = Vector<double, kHalf>;
 
 SENET_INLINE D widen(const float* from) {
-  return __builtin_convertvector(load<kHalf>(from), D);
+  return converted<D>(load<kHalf>(from));
 }
 
 // Rows [0, kRows) of x times the first kParts parts of a panel, plus the bias. Several sums of each
@@ -40,7 +40,7 @@ void excitation_rows(const Step& s, const float* x, const float* weights, const 
     for (int v = 0; v < kParts; ++v) {
       D total = widen(bias + v * kHalf);
       for (int u = 0; u < kSums; ++u) total += sum[u][r][v];
-      store(row + v * kHalf, __builtin_convertvector(total, Vector<float, kHalf>));
+      store(row + v * kHalf, converted<Vector<float, kHalf>>(total));
     }
     copy(y + r * s.y_ld, row, columns);
   }

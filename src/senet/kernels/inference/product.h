@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kPanel = 2 * kWidth;
 // As many sums as there are registers beside those of a panel and a broadcast.
-constexpr int kTileRows = SENET_VECTOR_BYTES == 64 ? 14 : SENET_VECTOR_BYTES == 32 ? 6 : 5;
+constexpr int kTileRows = SENET_REGISTERS == 32 ? 14 : SENET_VECTOR_BYTES == 32 ? 6 : 5;
 // Products that are added one behind the other; the sums of as many are added to each other then. A
 // single sum rounds with its length where its products have one sign.
 constexpr int64_t kRun = 256;

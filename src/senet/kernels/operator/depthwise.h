@@ -212,7 +212,7 @@ SENET_INLINE void weights_of_lanes(const DepthwiseArguments& a, const float* x, 
                                    const float* zeros, int64_t begin, int64_t end, int64_t c,
                                    float* dw) {
   // As many sums as there are registers for.
-  constexpr int kRegisters = SENET_VECTOR_BYTES == 64 ? 28 : 12;
+  constexpr int kRegisters = SENET_REGISTERS == 32 ? 28 : 12;
   constexpr int G = std::min(K, std::max(1, kRegisters / K));
   int64_t ky = 0;
   for (; ky + G <= K; ky += G) weights_of_band<K, G, W>(a, x, g, zeros, begin, end, ky, c, dw);

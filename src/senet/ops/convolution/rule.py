@@ -107,7 +107,7 @@ def _passes(
     N, K, height, width = output_size(x, weight, stride, padding)
     fewer, more = sorted((x[1], K))
     tiles = N * ((height + 1) // 2) * ((width + 1) // 2)
-    if isa == "baseline" or tiles < _LEAST_TILES:  # baseline: not measured
+    if isa not in ("avx512", "avx2") or tiles < _LEAST_TILES:  # others: not measured
         return Passes()
     # The transforms take a share that falls with the channels, and a smaller one where vectors are
     # half as wide. Of more than 256 channels the transformed weights leave the caches.
