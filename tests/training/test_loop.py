@@ -157,7 +157,7 @@ def test_checkpoint_evaluates_to_its_metrics(tiny_config: Make) -> None:
     data = load_data(config.data)
     assert last.classes == data.classes == ("ant", "bee", "cow")
     assert last.preprocessing == data.preprocessing
-    judged = evaluate(last.model, val_loader(data, batch_size=12, num_workers=0), last.classes)
+    judged = evaluate(last.model, val_loader(data, batch_size=12, num_workers=0), last.task)
     assert judged.top1 == result.evaluation.top1
     assert judged.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
     state = torch.load(result.run / "checkpoints" / "last" / "training_state.pt", weights_only=True)
