@@ -153,8 +153,11 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
 
 
 def test_channels_are_validated(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="channels must be 1 or 3, not 4"):
-        load_image(saved(picture(0), tmp_path / "a.png"), 4)
+    path = saved(picture(0), tmp_path / "a.png")
+    with pytest.raises(ValueError, match="channels must be at least 1, not 0"):
+        load_image(path, 0)
+    with pytest.raises(BadImageError, match="it has 3 channels, where 4 are needed"):
+        load_image(path, 4)
 
 
 def test_to_mode_keeps_what_is_right_already() -> None:
@@ -174,7 +177,7 @@ def test_the_error_is_one_line_and_survives_pickling() -> None:
 
 def test_header(tmp_path: Path) -> None:
     grey = saved(picture(0, (5, 7), mode="L"), tmp_path / "grey.png")
-    assert read_header(grey) == read_header(grey.read_bytes()) == (True, (5, 7))
+    assert read_header(grey) == read_header(grey.read_bytes()) == (1, "8", (5, 7))
     assert not read_header(saved(picture(0), tmp_path / "colour.png")).grey
     palette = saved(picture(0, mode="L").convert("P"), tmp_path / "palette.png")
     assert not read_header(palette).grey
@@ -221,7 +224,7 @@ def test_subsets(tmp_path: Path) -> None:
 
 def test_sources_validate() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        MemoryImages(torch.zeros(2, 1, 4, 4), torch.zeros(2))
+        MemoryImages(torch.zeros(2, 1, 4, 4, dtype=torch.int16), torch.zeros(2))
     with pytest.raises(ValueError, match="as many targets"):
         MemoryImages(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3))
     with pytest.raises(ValueError, match="as many targets"):

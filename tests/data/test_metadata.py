@@ -50,7 +50,7 @@ PNGS: dict[str, Callable[[bool], bytes]] = {
 def test_texts_and_profiles_of_a_png(what: str, before: bool) -> None:
     content = PNGS[what](before)
     assert decode_image(content, "x", 3).tobytes() == PICTURE.tobytes()
-    assert read_header(content) == (False, PICTURE.size)
+    assert read_header(content) == (3, "8", PICTURE.size)
 
 
 def exif(orientation: object, **others: object) -> bytes:

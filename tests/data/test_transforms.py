@@ -161,7 +161,9 @@ def test_checkpoints_from_before_are_rgb_and_0_to_1() -> None:
         ({"mean": (0.5,)}, "need 3 values"),
         ({"std": (0.2, 0.0, 0.2)}, "std positive"),
         ({"mean": (0.5, math.nan, 0.5)}, "mean must be finite"),
-        ({"channels": 4}, "channels must be 1 or 3, not 4"),
+        ({"channels": 0}, "channels must be a whole number from 1, not 0"),
+        ({"channels": 4}, "mean and std need 4 values"),
+        ({"depth": "32"}, "depth must be one of .*'float'.*, not '32'"),
         ({"channel_order": "rbg"}, "channel_order must be rgb or bgr, not 'rbg'"),
         ({"value_range": 256}, "value_range must be 1 or 255, not 256.0"),
         (

@@ -120,7 +120,7 @@ def _in_one_thread(run: Callable[[], object]) -> Callable[[], object]:
     return alone
 
 
-def _sizes(pairs: Sequence[tuple[Image.Image, int]]) -> list[tuple[int, int]]:
+def _sizes(pairs: Sequence[tuple[Any, int]]) -> list[tuple[int, int]]:
     """What a worker hands over of the decoded images: next to nothing."""
     return [image.size for image, _ in pairs]
 

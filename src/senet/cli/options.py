@@ -93,9 +93,11 @@ class DataFlags:
     """Share of the images held out for validation, for data without a split of their own."""
     image_size: OptionalWhole = None
     """Side of the network's input in pixels (default: that of the data set)."""
-    channels: Literal[1, 3] | None = None
-    """Channels of the network's input, such as 3 for grey images and a network for colours
-    (default: those of the images, or of the network of --init)."""
+    channels: OptionalWhole = None
+    """Channels of the network's input, such as 3 for grey images and a network for colours, or 4
+    for RGBA whose fourth is no transparency (default: those of the images)."""
+    depth: Literal["8", "16", "float"] | None = None
+    """Bits of a pixel; 8 reads 16-bit images as 8-bit (default: those of the images)."""
     image_column: str | None = None
     """Column of the images, where a table has several (of WebDataset's tars: their ending)."""
     label_column: str | None = None

@@ -20,7 +20,8 @@ def stats(data: str, /, *, flags: DataFlags = NO_DATA, json: Switch = False) -> 
     """Measure the training images: pixels, sizes and classes.
 
     Mean and deviation are of each channel, of images resized and cropped as for an evaluation, in
-    units of full intensity; of more than 10,000 images so many are opened, evenly spread.
+    units of full intensity (255 or 65535; floating-point pixels as they are); of more than 10,000
+    images so many are opened, evenly spread.
     `senet train --normalisation measured` trains with them.
 
     Args:
@@ -37,15 +38,21 @@ def stats(data: str, /, *, flags: DataFlags = NO_DATA, json: Switch = False) -> 
         return
     print_table(_pixels(found))
     smallest, largest = (f"{size[0]}×{size[1]}" for size in (found.smallest, found.largest))
-    print(f"{found.measured:,} of {found.images:,} training images, {smallest} to {largest} pixels")
+    pixels = {"8": "8-bit pixels", "16": "16-bit pixels", "float": "floating-point pixels"}
+    print(
+        f"{found.measured:,} of {found.images:,} training images, {smallest} to {largest} pixels, "
+        f"{len(found.mean)} channel{'s' * (len(found.mean) > 1)} of {pixels[found.depth]}"
+    )
     print_table(_classes(found))
 
 
 def _pixels(found: "Statistics") -> Table:
     table = new_table("channel", right=("mean", "std"))
-    names = ("red", "green", "blue") if len(found.mean) == 3 else ("grey",)
+    digits = "5g" if found.depth == "float" else "4f"
+    known = {1: ("grey",), 3: ("red", "green", "blue")}
+    names = known.get(len(found.mean)) or tuple(str(n + 1) for n in range(len(found.mean)))
     for name, mean, std in zip(names, found.mean, found.std, strict=True):
-        table.add_row(name, f"{mean:.4f}", f"{std:.4f}")
+        table.add_row(name, *(f"{value:.{digits}}" for value in (mean, std)))
     return table
 
 

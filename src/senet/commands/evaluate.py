@@ -96,7 +96,7 @@ def evaluate_checkpoint(
 
 _OF_THE_TRAINING = (
     "val_fraction", "skip_bad_images", "bad_shards", "decode", "image_column", "label_column",
-    "label_separator", "channels", "data_root",
+    "label_separator", "channels", "depth", "data_root",
 )  # fmt: skip
 
 
@@ -139,6 +139,9 @@ def open_data(
             )
     else:
         options["whole"] = whole
+    if checkpoint is not None:
+        options.setdefault("channels", checkpoint.preprocessing.channels)
+        options.setdefault("depth", checkpoint.preprocessing.depth)
     if checkpoint is not None and checkpoint.model.classes is not None:
         names = (unicodedata.normalize("NFC", name) for name in checkpoint.classes)
         options["classes"] = tuple(names)

@@ -19,6 +19,7 @@ from senet.commands.evaluate import check_classes, open_data
 from senet.commands.network import open_network
 from senet.commands.report import gate_batches
 from senet.data import ImageData, map_style, val_loader
+from senet.data.images import displayed
 from senet.data.labels import Target
 from senet.errors import UserError
 from senet.gates.record import record_gates
@@ -193,7 +194,7 @@ def _write(explanation: Explanation, picked: list[int], images: int) -> None:
 
 def _image(explanation: Explanation, position: int) -> tuple[Image.Image, str]:
     picture, target = map_style(explanation.data.val, "senet explain")[position]
-    return picture, explanation.truth(target)
+    return displayed(picture), explanation.truth(target)
 
 
 def _evenly(statistics: GateStatistics, count: int = 4) -> list[int]:

@@ -23,6 +23,8 @@ from senet.data import (
     map_style,
     val_loader,
 )
+from senet.data.arrays import is_picture
+from senet.data.images import MemoryImages
 from senet.data.sources.embedded import read_embedded
 from senet.errors import UserError
 from senet.networks.anywhere import head_of
@@ -82,7 +84,7 @@ def export_checkpoint(
         if side < least:
             raise UserError(f"--image-size must be at least {least} for this network, got {side}")
         preprocessing = preprocessing.resized(side)
-    pictures: ImageSource = read_embedded()[1]
+    pictures: ImageSource = _embedded(preprocessing)
     calibration: list[Tensor] | None = None
     evaluation: Batches | None = None
     if int8 or data_name is not None:
@@ -135,6 +137,24 @@ def in_own_units(checkpoint: Checkpoint) -> tuple[nn.Module, AnyTask]:
     return model, dataclasses.replace(task, mean=(0.0,) * count, std=(1.0,) * count)
 
 
+def _embedded(preprocessing: Preprocessing) -> ImageSource:
+    """Pictures of the embedded data set; for images of another kind each channel is one of them."""
+    pictures = read_embedded()[1]
+    channels, depth = preprocessing.channels, preprocessing.depth
+    if is_picture(channels, depth):
+        return pictures
+    places = torch.arange(CALIBRATION_IMAGES)[:, None] + torch.arange(channels)
+    images = pictures.images[places % len(pictures), 0]
+    if depth == "16":
+        images = (images.to(torch.int32) * 257).to(torch.uint16)
+    elif depth == "float":  # about as the training's
+        mean, std = (
+            torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
+        )
+        images = mean + std * (images.float() / 128 - 1)
+    return MemoryImages(images, torch.zeros(len(images), dtype=torch.int64))
+
+
 def _open_images(
     checkpoint: Checkpoint, data_name: str | None, data_options: Mapping[str, Any]
 ) -> tuple[ImageSource, ImageData | None]:
@@ -145,8 +165,8 @@ def _open_images(
             paths = [str(path) for path in find_images([folder])]
             labels = torch.zeros(len(paths), dtype=torch.int64)
             decoder = check_decoder(data_options.get("decode", "pillow"))
-            channels = checkpoint.preprocessing.channels
-            return FileImages(paths, labels, channels, decoder), None
+            images = checkpoint.preprocessing
+            return FileImages(paths, labels, images.channels, decoder, images.depth), None
     data = open_data(checkpoint, data_name, data_options, whole=False)
     check_classes(checkpoint, data)
     return map_style(data.train, "senet export"), data

@@ -19,6 +19,7 @@ from senet.data import (
     image_files,
     load_image,
 )
+from senet.data.arrays import is_picture
 from senet.errors import UserError
 from senet.inference import optimize
 from senet.runtimes.export import export
@@ -211,7 +212,7 @@ def predict_images(
 
     def read(path: Path) -> Tensor | BadImageError:
         try:
-            return pixels(load_image(path, preprocessing.channels, decoder))
+            return pixels(load_image(path, preprocessing.channels, decoder, preprocessing.depth))
         except BadImageError as error:
             return error
 
@@ -292,6 +293,12 @@ def predict(
     if top is not None and predictor.task.name != "classification":
         raise UserError(
             f"--top is for classes, {checkpoint_path} is for {predictor.task.name}: leave it out"
+        )
+    images_as = predictor.preprocessing
+    if decoder == "turbo" and not is_picture(images_as.channels, images_as.depth):
+        raise UserError(
+            f"decode 'turbo' is for JPEG, 8-bit grey or RGB: leave it out for a network for images "
+            f"of {images_as.channels} channels and depth {images_as.depth}"
         )
     predictions: list[Prediction] = []
     broken: list[BadImageError] = []

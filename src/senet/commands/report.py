@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import ImageData, ImageStream, val_loader
+from senet.data.images import displayed
 from senet.models.cost import count_parameters
 from senet.reports.run import ConfidentError, write_run_page
 from senet.support.device import choose_device
@@ -91,6 +92,8 @@ def confident_errors(
     go_through(model, loader, take, config.recipe.mixed_precision, progress)
     values, targets = (torch.cat(part) for part in zip(*found, strict=True))
     return [
-        ConfidentError(data.val[each.image][0], each.truth, each.taken_for, each.probability)
+        ConfidentError(
+            displayed(data.val[each.image][0]), each.truth, each.taken_for, each.probability
+        )
         for each in task.mistakes(values, targets, ERRORS)
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from senet.support import lazy
 
 if TYPE_CHECKING:
+    from senet.data.arrays import Depth as Depth
     from senet.data.augmentation import Augmentation as Augmentation
     from senet.data.decoders import Decoder as Decoder
     from senet.data.decoders import check_decoder as check_decoder
@@ -48,6 +49,7 @@ _HOMES = {
     "BadShards": "shards.read",
     "Batch": "loaders",
     "Decoder": "decoders",
+    "Depth": "arrays",
     "EpochBatchSampler": "samplers",
     "FileImages": "images",
     "ImageData": "image_data",

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from PIL import Image
-
+from senet.data.arrays import Depth
 from senet.data.decoders import Decoder
 from senet.data.images import ImageSource
 from senet.data.labels import Target, TaskName
-from senet.data.probe import SMALL
+from senet.data.probe import SMALL, Kind
 from senet.data.samplers import EpochBatchSampler
 from senet.data.splits import Split
 from senet.data.transforms import Preprocessing
@@ -26,7 +25,9 @@ class Reading:
     Attributes:
         val_fraction: part of each class set aside, where there is no split of its own.
         image_size: side of the network's input; None: that of the data.
-        channels: 1 or 3; None: those of the data.
+        channels: of the network's input; None: those of the data.
+        depth: of its pixels; None: that of the data.
+        colours: grey images are for a network for colours, where `channels` is None.
         skip_bad_images: decode all now and leave out the broken ones.
         image_column, label_column: of tables with several; several of labels with commas.
         label_separator: between several labels in a cell; None: found.
@@ -43,6 +44,8 @@ class Reading:
     val_fraction: float | None = None
     image_size: int | None = None
     channels: int | None = None
+    depth: Depth | None = None
+    colours: bool = False
     skip_bad_images: bool = False
     image_column: str | None = None
     label_column: str | None = None
@@ -54,6 +57,11 @@ class Reading:
     decode: Decoder = "pillow"
     seed: int = 0
     download: bool = False
+
+    def as_asked(self, kind: Kind) -> tuple[int, Depth]:
+        """Channels and depth for images of a kind."""
+        channels = 3 if self.colours and kind.channels == 1 else kind.channels
+        return self.channels or channels, self.depth or kind.depth
 
 
 class KeyBatches(Protocol):
@@ -77,7 +85,7 @@ class ImageStream(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, key: Any) -> tuple[Image.Image, Target]:
+    def open(self, key: Any) -> tuple[Any, Target]:
         """The decoded image of a key, and its class."""
         ...
 
@@ -98,7 +106,7 @@ class ImageData:
 
     Attributes:
         name: what was asked for (`load_data`'s `data`).
-        train: training images, a map-style data set of (PIL image, target), or a stream.
+        train: training images, a map-style data set of (decoded image, target), or a stream.
         val: evaluation images, likewise.
         classes: name of each class, label or number: of each output of a network.
         preprocessing: how its images become the network's input.
@@ -117,19 +125,41 @@ class ImageData:
     notes: tuple[str, ...] = ()
 
 
-def preprocessing_for(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
+def preprocessing_for(
+    size: int, mean: tuple[float, ...], std: tuple[float, ...], depth: Depth = "8"
+) -> Preprocessing:
     """Small images whole; large ones resized in ImageNet's proportion (256 for 224) and cropped."""
     resize = size if size <= SMALL else round(size * _IMAGENET_RESIZE / IMAGENET_SIZE)
-    return Preprocessing(image_size=size, resize=resize, mean=mean, std=std, channels=len(mean))
+    return Preprocessing(
+        image_size=size, resize=resize, mean=mean, std=std, channels=len(mean), depth=depth
+    )
 
 
-def natural_preprocessing(size: int, channels: int) -> Preprocessing:
-    """`preprocessing_for` with ImageNet's statistics, of a grey image their mean."""
+def natural_preprocessing(size: int, channels: int, depth: Depth = "8") -> Preprocessing:
+    """`preprocessing_for` with ImageNet's statistics, of a grey image their mean.
+
+    Of images that are not 8-bit colours they say little: see `is_unmeasured`. Floating-point
+    pixels stay as they are.
+    """
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    if channels == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return preprocessing_for(size, mean, std)
+    if depth == "float":
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    elif channels != 3:
+        mean, std = (sum(mean) / 3,) * channels, (sum(std) / 3,) * channels
+    return preprocessing_for(size, mean, std, depth)
+
+
+def is_other_kind(preprocessing: Preprocessing) -> bool:
+    """Whether images are not 8-bit colours, of which ImageNet's statistics say little."""
+    return (preprocessing.channels, preprocessing.depth) != (3, "8")
+
+
+def is_unmeasured(preprocessing: Preprocessing) -> bool:
+    """Whether mean and deviation are those of `natural_preprocessing`, and no 8-bit colours."""
+    natural = natural_preprocessing(224, preprocessing.channels, preprocessing.depth)
+    same = (natural.mean, natural.std) == (preprocessing.mean, preprocessing.std)
+    return same and is_other_kind(preprocessing)
 
 
 def map_style(source: ImageSource | ImageStream, what: str) -> ImageSource:

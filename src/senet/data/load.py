@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torchvision import datasets
 
+from senet.data.arrays import Depth, is_picture
 from senet.data.decoders import Decoder, check_decoder
 from senet.data.image_data import (
     IMAGENET_MEAN,
@@ -127,6 +128,8 @@ def load_data(
     val_fraction: float | None = None,
     image_size: int | None = None,
     channels: int | None = None,
+    depth: Depth | None = None,
+    colours: bool = False,
     skip_bad_images: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -160,7 +163,9 @@ def load_data(
     size for square images of up to 64 pixels (of a folder or table: in memory), otherwise 224
     (resized to 256 and cropped). Grey data stays one channel: a folder, table, `hf:` set or tars
     are grey if all images are, or all of 10,000 at random; a stream if the first images of up to 16
-    of its files are.
+    of its files are. Images of other numbers of channels keep them (transparency is laid on white),
+    16-bit and floating-point pixels their depth, where all images are of that kind; mean and
+    deviation of such are unknown (`senet.data.image_data.is_unmeasured`): training measures them.
 
     Args:
         data: one of `DATA_SETS`, a folder, FILE.csv, FILE.parquet, shards:PLACE, hf:NAME or
@@ -170,8 +175,10 @@ def load_data(
         val_fraction: part of each class set aside for evaluation, between 0 and 1; only for data
             without a split of their own.
         image_size: height and width of the network's input in pixels, instead of the default.
-        channels: 1 or 3, what the network takes, instead of what the images are: grey images for a
-            network for colours.
+        channels: what the network takes, instead of what the images are: 3 of grey images for a
+            network for colours, 4 of RGBA whose fourth is no transparency.
+        depth: "8", "16" or "float", likewise: "8" reads 16-bit images as 8-bit.
+        colours: grey images are for a network for colours, where `channels` is None.
         skip_bad_images: decode every image of a folder or table now, leave out the broken ones and
             list them in `ImageData.skipped`.
         image_column, label_column: of an hf: set, a stream or a table with several columns that
@@ -208,14 +215,18 @@ def load_data(
         raise UserError(f"image_size must be at least 1 pixel, not {image_size}")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction must be between 0 and 1, not {val_fraction}")
-    if channels not in (None, 1, 3):
-        raise UserError(f"channels must be 1 or 3, not {channels}")
+    if channels is not None and channels < 1:
+        raise UserError(f"channels must be at least 1, not {channels}")
+    if depth not in (None, *get_args(Depth)):
+        raise UserError(f"depth must be one of {', '.join(get_args(Depth))}, not {depth!r}")
     if task not in (None, *get_args(TaskName)):
         raise UserError(f"task must be one of {', '.join(get_args(TaskName))}, got {task!r}")
     reading = Reading(
         val_fraction=val_fraction,
         image_size=image_size,
         channels=channels,
+        depth=depth,
+        colours=colours,
         skip_bad_images=skip_bad_images,
         image_column=image_column,
         label_column=label_column,
@@ -269,6 +280,8 @@ def load_data(
             raise UserError(f"skip_bad_images is for folders of images, not for {data}")
         if decode is not None and (data == "embedded" or _REMOTE[data].pixels):
             raise UserError(f"decode is for image files, {data} comes as pixels: leave it out")
+        if depth not in (None, "8"):
+            raise UserError(f"{data} has 8-bit pixels: leave out depth {depth}")
         found = _load_embedded(reading) if data == "embedded" else _load_remote(data, root, reading)
         if split is not None and split not in get_args(Split):
             raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
@@ -289,7 +302,16 @@ def load_data(
             f"{found.name} has the class {', '.join(map(repr, found.classes))} alone, so there is "
             "nothing to tell apart: give data of two classes or more"
         )
-    return _with_channels(found, channels)
+    if channels is None and colours and found.preprocessing.channels == 1:
+        channels = 3
+    found = _with_channels(found, channels)
+    images = found.preprocessing
+    if decode == "turbo" and not is_picture(images.channels, images.depth):
+        raise UserError(
+            f"decode 'turbo' is for JPEG, 8-bit grey or RGB: leave it out for {found.name}, of "
+            f"{images.channels} channels and depth {images.depth}"
+        )
+    return found
 
 
 def absolute_data(data: str) -> str:
@@ -335,8 +357,13 @@ def _refuse_for(data: str, **options: object) -> None:
 def _with_channels(data: ImageData, channels: int | None) -> ImageData:
     """The same images as input of another number of channels."""
     before = data.preprocessing
-    if channels in (None, before.channels):
+    if channels is None or channels == before.channels:
         return data
+    if {channels, before.channels} != {1, 3}:
+        raise UserError(
+            f"{data.name} has images of {before.channels} channels, not {channels}: leave out "
+            "channels"
+        )
     mean, std = (
         values * 3 if channels == 3 else (sum(values) / 3,) for values in (before.mean, before.std)
     )

@@ -114,7 +114,7 @@ class _TrainBatches(Dataset[Batch | BadImageError]):
 
 
 def _opened(source: ImageSource | ImageStream, key: Any, image: int) -> tuple[Any, Target]:
-    """An image (PIL) and its target: of a stream by its key, otherwise by its number."""
+    """A decoded image and its target: of a stream by its key, otherwise by its number."""
     return source.open(key) if isinstance(source, ImageStream) else source[image]
 
 
@@ -145,6 +145,7 @@ def _fits(source: ImageSource | ImageStream, preprocessing: Preprocessing) -> bo
     return (
         type(source) is MemoryImages  # a subclass may change its images on access
         and source.images.shape[1:] == (preprocessing.channels, size, size)
+        and (source.images.dtype == torch.uint8) == (preprocessing.depth == "8")
         and preprocessing.resize in (None, size)
     )
 

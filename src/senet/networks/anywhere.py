@@ -18,7 +18,8 @@ from senet.anatomy.recording import evaluating
 from senet.errors import UserError
 from senet.insertion.replace import take_out
 from senet.models import build_model
-from senet.networks.preparation import imagenet, of_timm, of_torchvision
+from senet.networks.preparation import imagenet, of_timm, of_torchvision, with_channels
+from senet.networks.stem import adapt_stem
 from senet.support.extras import optional
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def is_foreign(name: str) -> bool:
 
 
 def channels_of(name: str) -> int | None:
-    """How many channels the images of a foreign network must have; None where it is asked."""
+    """How many channels a foreign network is made for; None where it is asked."""
     return 3 if is_foreign(name) and not name.startswith(TIMM) else None
 
 
@@ -53,14 +54,16 @@ def open_source(
 
     Args:
         name: one of `list_models()`, `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a
-            function that returns a module; it is given num_classes if it has such a parameter.
+            function that returns a module; it is given num_classes and in_channels if it has such
+            parameters.
             Only name files you trust: they are run.
         named_by_user: False where the name comes from a file that may be a stranger's: then a
             `FILE.py` is run only if its content was named by this user before (kept by SHA-256 in
             `~/.cache/senet/trusted_files`), or if SENET_TRUST_CODE is 1.
         num_classes: classes of the head; by default 1000, and of a `FILE.py:FUNCTION` as many as
             the function gives by itself, 1000 where it has to be told.
-        in_channels: channels of the images; 3 for torchvision and files.
+        in_channels: channels of the images; other than 3, the first convolution of networks of
+            torchvision and of files that do not take them is made for so many (`adapt_stem`).
         **options: for networks of this package, see `create_model`; for others `without_se`: True
             takes the SE blocks out that it is built with. The other weights start as with them.
 
@@ -80,12 +83,10 @@ def open_source(
         )
     if is_foreign(name):
         check_options(name, options)
-        if in_channels != (channels_of(name) or in_channels):
-            raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
         model, preparation = _foreign(name, num_classes, in_channels, named_by_user)
         size = preparation.image_size
         if num_classes is None:
-            num_classes = 1000 if name.startswith(PREFIXES) else _outputs(model, size)
+            num_classes = 1000 if name.startswith(PREFIXES) else _outputs(model, in_channels, size)
         if options.get(WITHOUT_SE):  # of a file nobody knows the size
             known = name.startswith(PREFIXES)
             take_out(model, torch.zeros(1, in_channels, size, size) if known else None)
@@ -117,10 +118,14 @@ def _foreign(
 ) -> tuple[nn.Module, Preprocessing]:
     if name.startswith(TORCHVISION):
         name = name.removeprefix(TORCHVISION)
-        return _torchvision(name, num_classes or 1000), of_torchvision(name)
+        model, preparation = _torchvision(name, num_classes or 1000), of_torchvision(name)
+        if in_channels != 3:
+            adapt_stem(model, in_channels, fresh=True)
+        return model, with_channels(preparation, in_channels)
     if name.startswith(TIMM):
         return _timm(name.removeprefix(TIMM), num_classes or 1000, in_channels)
-    return _from_file(name, num_classes, named_by_user), imagenet()
+    model = _from_file(name, num_classes, in_channels, named_by_user)
+    return model, with_channels(imagenet(), in_channels)
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
@@ -170,7 +175,9 @@ def _trust(path: Path, named_by_user: bool) -> None:
             file.write(f"{digest}\n")
 
 
-def _from_file(name: str, num_classes: int | None, named_by_user: bool) -> nn.Module:
+def _from_file(
+    name: str, num_classes: int | None, in_channels: int, named_by_user: bool
+) -> nn.Module:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"model {name}: no such file: {path}")
@@ -183,22 +190,27 @@ def _from_file(name: str, num_classes: int | None, named_by_user: bool) -> nn.Mo
     factory: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(factory):
         raise UserError(f"model {name}: {path} has no function {function!r}")
-    asked = inspect.signature(factory).parameters.get("num_classes")
+    parameters = inspect.signature(factory).parameters
+    asked = parameters.get("num_classes")
     if num_classes is None and asked is not None and asked.default is asked.empty:
         num_classes = 1000
-    takes = asked is not None and num_classes is not None
-    model = factory(num_classes=num_classes) if takes else factory()
+    given = {} if asked is None or num_classes is None else {"num_classes": num_classes}
+    if knows := "in_channels" in parameters:
+        given["in_channels"] = in_channels
+    model = factory(**given)
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name}: {function} returns {type(model).__name__}, not a module")
+    if in_channels != 3 and not knows:
+        adapt_stem(model, in_channels, fresh=True)
     return model
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, size: int) -> int:
+def _outputs(model: nn.Module, channels: int, size: int) -> int:
     """Logits that a network gives, 1000 where it says nothing of the kind for images of a size."""
     try:
         with evaluating(model):
-            logits = model(torch.zeros(1, 3, size, size))
+            logits = model(torch.zeros(1, channels, size, size))
     except (RuntimeError, ValueError, TypeError):  # other inputs are expected
         return 1000
     plain = isinstance(logits, torch.Tensor) and logits.ndim == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,25 @@ def of_timm(model: nn.Module, channels: int) -> data.Preprocessing:
     said = resolve_model_data_config(model)
     side = int(said["input_size"][1])
     mean, std = (tuple(said[name]) for name in ("mean", "std"))
-    if channels == 1 and len(mean) == 3:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return data.Preprocessing(
+    said_for = data.Preprocessing(
         image_size=side,
         resize=max(side, int(side / said["crop_pct"])),  # rounded down, as timm does
         mean=mean,
         std=std,
-        channels=channels,
+        channels=len(mean),
         interpolation="bilinear" if said["interpolation"] == "bilinear" else "bicubic",
     )
+    return with_channels(said_for, channels)
+
+
+def with_channels(preparation: data.Preprocessing, channels: int) -> data.Preprocessing:
+    """The same for another number of channels, each with the mean of their means and deviations."""
+    if channels == preparation.channels:
+        return preparation
+    mean, std = (
+        (sum(values) / len(values),) * channels for values in (preparation.mean, preparation.std)
+    )
+    return dataclasses.replace(preparation, mean=mean, std=std, channels=channels)
 
 
 def of_torchvision(name: str, weights: Path | None = None) -> data.Preprocessing:

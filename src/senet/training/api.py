@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from senet.anatomy.recording import evaluating
 from senet.checkpoint.files import load_own
 from senet.data import Augmentation, ImageData, val_loader
+from senet.data.image_data import is_unmeasured
 from senet.data.items import items_loader, items_val_loader
 from senet.data.transforms import batch_transform
 from senet.errors import UserError
@@ -26,6 +27,7 @@ from senet.support.progress import Progress, Several
 from senet.tasks.classification import Classification
 from senet.tasks.task import Objective
 from senet.training.config import MACHINE, RUN_CONFIG, RunConfig, flatten
+from senet.training.data import normalised
 from senet.training.given import ReplayedLoader
 from senet.training.loop import RunResult
 from senet.training.loop import resume as resume_run
@@ -185,6 +187,8 @@ class _Given:
         if data is not None:
             if self.loss is None and self.metrics is None:
                 recipe, notes = fitting(recipe, data.task)
+            if is_unmeasured(data.preprocessing):
+                data = normalised(data, "mean_std")
             fitted = dataclasses.replace(config, recipe=recipe)
             training: Any = training_batches(fitted, data, **share)
             validation: Iterable[Any] = val_loader(data, **share)

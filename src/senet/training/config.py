@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
-from senet.data import BadShards, Decoder, absolute_data
+from senet.data import BadShards, Decoder, Depth, absolute_data
 from senet.data.labels import TaskName
 from senet.errors import UserError
 from senet.networks.anywhere import WITHOUT_SE, check_options, is_foreign
@@ -32,6 +32,7 @@ DATA = (
     "val_fraction",
     "image_size",
     "channels",
+    "depth",
     "skip_bad_images",
     "image_column",
     "label_column",
@@ -70,7 +71,8 @@ class RunConfig:
         download: fetch a named data set that is missing.
         val_fraction: share of the training images kept for validation, for data without any.
         image_size: height and width of the network's input, pixels; None: the data's own.
-        channels: 1 or 3, what the network takes; None: what the images are.
+        channels: what the network takes; None: what the images are.
+        depth: "8", "16" or "float", what images are decoded to; None: what they are.
         skip_bad_images: leave out images that cannot be read instead of stopping.
         image_column, label_column: of tables with several, see `senet.data.load_data`.
         label_separator, task: what a table's labels are, likewise; None: found.
@@ -120,6 +122,7 @@ class RunConfig:
     val_fraction: float | None = None
     image_size: int | None = None
     channels: int | None = None
+    depth: Depth | None = None
     skip_bad_images: bool = False
     image_column: str | None = None
     label_column: str | None = None

@@ -9,15 +9,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from senet.anatomy import excitations
 from senet.checkpoint.files import is_described, model_for_weights, open_checkpoint
 from senet.data import ImageData, Preprocessing
+from senet.data.image_data import IMAGENET_STD
 from senet.data.labels import TaskName
 from senet.errors import UserError
 from senet.models import Network
 from senet.networks.anywhere import head_of, new_head
+from senet.networks.stem import adapt_stem
 from senet.nn.block import SqueezeExcitation
 from senet.tasks.classification import Classification
 from senet.tasks.kinds import AnyTask
 from senet.tasks.regression import Regression
 from senet.training.config import RunConfig, Trained
+from senet.training.data import normalised
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,54 @@ def as_the_checkpoint_says(start: Start, data: ImageData, config: RunConfig) -> 
 
     Its side, resize, mean, deviation and order of colours hold, not those of the data set;
     `config.image_size`, and a `normalisation` that is not the recipe's own, go before them. Where
-    the weights do not tell, the data set's hold.
-
-    Raises:
-        UserError: images of other channels.
+    the weights do not tell, the data set's hold. Of images of other channels or depth mean and
+    deviation are the data's own.
     """
-    channels = start.model.config["in_channels"]
-    if channels != data.preprocessing.channels:
-        raise UserError(
-            f"init takes images of {channels} channels, {data.name} has "
-            f"{data.preprocessing.channels}: use data of the same kind, or --channels {channels}"
-        )
-    preprocessing = start.preprocessing or data.preprocessing
+    preprocessing = start.preprocessing or normalised(data, "mean_std").preprocessing
+    if is_for_others(start, data):
+        preprocessing = _for_other_images(preprocessing, data)
     if config.image_size is not None:
         preprocessing = preprocessing.resized(config.image_size)
     return dataclasses.replace(data, preprocessing=preprocessing)
+
+
+def is_for_others(start: Start, data: ImageData) -> bool:
+    """Whether a checkpoint is known to prepare images of other channels or depth."""
+    known, images = start.preprocessing, data.preprocessing
+    return known is not None and (known.channels, known.depth) != (images.channels, images.depth)
+
+
+def _for_other_images(known: Preprocessing, data: ImageData) -> Preprocessing:
+    """A checkpoint's side and resize, with the statistics of images of other channels or depth.
+
+    What the network gets is spread out as it was in its training, where that was not by 1.
+    """
+    own = normalised(data, "mean_std").preprocessing
+    spread = 1.0
+    if known.depth == "8":
+        deviation = sum(IMAGENET_STD) / 3 * known.value_range
+        spread = deviation / (sum(known.std) / known.channels)
+    return dataclasses.replace(
+        own,
+        std=tuple(value / spread for value in own.std),
+        image_size=known.image_size,
+        resize=known.resize,
+        interpolation=known.interpolation,
+    )
+
+
+def fit_stem(start: Start, data: ImageData) -> tuple[str, ...]:
+    """Adapt a network to the channels of the data, in place; what was done, in words.
+
+    Raises:
+        UserError: its first convolution cannot be adapted.
+    """
+    given, channels = start.model.config["in_channels"], data.preprocessing.channels
+    if given == channels:
+        return ()
+    name = adapt_stem(start.model, channels, given=given)
+    how = "summed" if channels == 1 else f"repeated, times {given}/{channels}"
+    return (f"weights of {name} for {given} channels are {how} for the {channels} of the images",)
 
 
 def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:

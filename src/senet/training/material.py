@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from senet.anatomy.example import attempt
 from senet.anatomy.recording import run
 from senet.data import ImageData, Preprocessing, TrainLoader, train_loader, val_loader
+from senet.data.arrays import is_picture
+from senet.data.image_data import is_other_kind
 from senet.data.probe import SMALL
+from senet.data.transforms import check_augmentation
 from senet.errors import UserError
 from senet.fusion import fuse
 from senet.networks.anywhere import channels_of, is_foreign, open_source
@@ -26,7 +29,9 @@ from senet.training.data import normalised, open_run_data
 from senet.training.drop_path import drop_branches
 from senet.training.finetuning import (
     as_the_checkpoint_says,
+    fit_stem,
     freeze,
+    is_for_others,
     kept_scale,
     new_parameters,
     prepare_start,
@@ -118,17 +123,24 @@ def named_material(
             outline: Any = open_source(config.model, num_classes=1000, **config.model_options)
         least, own = outline.min_input_size, channels_of(config.model)
     # Grey images serve a network for colours as they are; of colours something would be lost.
-    data = open_run_data(config, channels=3 if own == 3 else None)
+    data = open_run_data(config, colours=own == 3)
     config, chosen = completed(config, data, accelerator.num_processes, adapt)
     recipe, left = fitting(config.recipe, data.task)
     config = dataclasses.replace(config, recipe=recipe)
     task = task_of(recipe, data)
+    images = data.preprocessing
+    check_augmentation(recipe.augmentation, images.channels, images.depth)
+    measured = start is None or is_for_others(start, data)
+    if start is not None:
+        chosen = [*chosen, *fit_stem(start, data)]
     if preprocessing is not None:
         data = dataclasses.replace(data, preprocessing=preprocessing)
     elif start is not None:
         data = as_the_checkpoint_says(start, data, config)
         if recipe.normalisation != "mean_std" and _asked_for(recipe):
             data = normalised(data, recipe.normalisation)
+    else:
+        data = normalised(data, recipe.normalisation)
     size = data.preprocessing.image_size
     if size < least:
         raise UserError(
@@ -166,7 +178,7 @@ def named_material(
         data=data,
         frozen_norms=frozen,
         new=new,
-        notes=(*notes, *data.notes, *chosen, *left, *_notes(config, data)),
+        notes=(*notes, *data.notes, *chosen, *left, *_notes(config, data, measured)),
     )
 
 
@@ -306,19 +318,29 @@ def _asked_for(recipe: Recipe) -> bool:
     return named is None or recipe.normalisation != named.normalisation
 
 
-def _notes(config: RunConfig, data: ImageData) -> tuple[str, ...]:
+def _notes(config: RunConfig, data: ImageData, measured: bool) -> tuple[str, ...]:
     notes = []
     if data.skipped:
         notes.append(f"images that cannot be read and are left out: {len(data.skipped)}")
     if (classes := len(data.classes)) < 5 and data.task == "classification":
         notes.append(f"there are {classes} classes: top-5 counts the top {classes}, always 100%")
+    images = data.preprocessing
+    mean, std = (
+        " ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std)
+    )
+    if not is_picture(images.channels, images.depth):
+        pixels = {
+            "8": "8-bit pixels, divided by 255",
+            "16": "16-bit pixels, divided by 65535",
+            "float": "floating-point pixels, as they are",
+        }[images.depth]
+        notes.append(f"images of {images.channels} channels, {pixels}")
+    if measured and is_other_kind(images):
+        notes.append(f"measured on the training images: mean {mean}, std {std}")
     if config.init is not None:
-        images = data.preprocessing
-        mean, std = (
-            " ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std)
-        )
+        kept = "" if measured else f", mean {mean}, std {std}"
         notes.append(
-            f"images are prepared as init says: {images.image_size}×{images.image_size} pixels, "
-            f"mean {mean}, std {std}"
+            f"images are prepared as init says: {images.image_size}×{images.image_size} "
+            f"pixels{kept}"
         )
     return tuple(notes)

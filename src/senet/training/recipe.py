@@ -73,7 +73,8 @@ class Recipe:
             as often as another, so that images of rare classes come several times.
         drop_path: probability that the last residual branch is left out for an image (stochastic
             depth, arXiv 1603.09382), less in proportion for those before.
-        normalisation: "mean_std" as the data set gives it; "measured" on its training images (see
+        normalisation: "mean_std" as the data set gives it, and measured where it gives none (images
+            that are not 8-bit colours); "measured" on its training images (see
             `senet stats`); "mean" subtracts the channel means only. A first convolution without
             bias that is followed by BN gives the same network function with the mean alone up to
             eps, where the channels share one std.

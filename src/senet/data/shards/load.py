@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from senet.data.image_data import ImageData, Reading, preprocessing_for
+from senet.data.image_data import ImageData, Reading, natural_preprocessing, preprocessing_for
+from senet.data.probe import Kind
 from senet.data.shards.index import INDEX, PLAN
 from senet.data.shards.read import PREFIX, SHUFFLE_BUFFER, BadShards, open_shards, shard_names
 from senet.data.shards.tars import find_tars, load_tars
@@ -63,7 +64,12 @@ def load_shards(
     )
     preprocessing, size = index.preprocessing, reading.image_size
     if size is not None and size != preprocessing.image_size:
-        preprocessing = preprocessing_for(size, preprocessing.mean, preprocessing.std)
-    if reading.channels is not None:
-        train.channels = val.channels = reading.channels
+        mean, std = preprocessing.mean, preprocessing.std
+        preprocessing = preprocessing_for(size, mean, std, preprocessing.depth)
+    channels, depth = reading.as_asked(Kind(preprocessing.channels, None, preprocessing.depth))
+    for part in (train, val):
+        part.channels, part.depth = channels, depth
+    written = preprocessing.channels, preprocessing.depth
+    if (channels, depth) != written and not ({channels, written[0]} == {1, 3} and depth == "8"):
+        preprocessing = natural_preprocessing(preprocessing.image_size, channels, depth)
     return ImageData(data, train, val, index.classes, preprocessing, skipped)

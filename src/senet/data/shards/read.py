@@ -25,10 +25,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from senet.data.arrays import Depth
 from senet.data.decoders import Decoder
 from senet.data.images import BadImageError, decode_image
 from senet.data.shards.index import INDEX, Shard, ShardIndex, Table
@@ -42,16 +42,16 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _INDEX_LIMIT = 2**28  # bytes of a JSON file that are read at most
 
 
-class ShardImages(Dataset[tuple[Image.Image, int]]):
+class ShardImages(Dataset[tuple[Any, int]]):
     """The images of some shards, each read at its place in its tar file.
 
     Args:
         place: where the shards are.
         shards: those of one split.
         tables: one for each of them.
-        channels: 1 (grey) or 3 (RGB).
+        channels: as for `load_image`.
         buffer: images within which the order of an epoch is shuffled, see `epoch_order`.
-        decoder: as for `load_image`.
+        decoder, depth: as for `load_image`.
 
     Raises:
         BadImageError: on access, names shard and image: cut short, changed or no image.
@@ -65,12 +65,13 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
         channels: int,
         buffer: int,
         decoder: Decoder = "pillow",
+        depth: Depth = "8",
     ) -> None:
         self.place = place
         self.shards = tuple(shards)
         self.channels = channels
         self.buffer = buffer
-        self.decoder = decoder
+        self.decoder, self.depth = decoder, depth
         counts = np.array([shard.images for shard in shards], dtype=np.int64)
         self.starts = np.concatenate(([0], np.cumsum(counts)))
         self.offsets = np.concatenate([table.offsets for table in tables])
@@ -91,9 +92,10 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         name, data = self.content(index)
-        return decode_image(data, name, self.channels, self.decoder), int(self.targets[index])
+        decoded = decode_image(data, name, self.channels, self.decoder, self.depth)
+        return decoded, int(self.targets[index])
 
     def content(self, index: int) -> tuple[str, bytes]:
         """What errors call an image, and its file.
@@ -308,8 +310,8 @@ def open_shards(
             content = place.read(shard.index_name, shard.index_sha256)
             where = place.text(shard.index_name)
             tables.append(Table.from_json(content, shard, len(index.classes), where))
-        channels = index.preprocessing.channels
-        splits.append(ShardImages(place, own, tables, channels, buffer, decoder))
+        channels, depth = index.preprocessing.channels, index.preprocessing.depth
+        splits.append(ShardImages(place, own, tables, channels, buffer, decoder, depth))
     return index, splits[0], splits[1], tuple(skipped)
 
 

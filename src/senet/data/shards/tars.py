@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from senet.data.arrays import Header
 from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
-from senet.data.images import BadImageError, Header, endings, read_header
+from senet.data.images import BadImageError, endings, read_header
 from senet.data.probe import kind_of, probed
 from senet.data.shards.index import Shard, Table
 from senet.data.shards.read import Place, ShardImages
@@ -119,12 +120,12 @@ def load_tars(
     classes = (None if own else reading.classes) or tuple(sorted(labels, key=natural_order))
     place = Place(str(folder), folder)
     source = _source(place, train, classes, buffer, reading)
-    kind = kind_of(_headers(source))
-    channels = reading.channels or kind.channels
-    source.channels = channels
+    kind = kind_of(_headers(source), reading.channels)
+    channels, depth = reading.as_asked(kind)
+    source.channels, source.depth = channels, depth
     if val is not None:
         judged = _source(place, val, classes, buffer, reading)
-        judged.channels = channels
+        judged.channels, judged.depth = channels, depth
     elif reading.val_fraction is not None:
         fraction = reading.val_fraction
         kept, aside = stratified_split(source.targets, classes, fraction, reading.seed)
@@ -132,7 +133,7 @@ def load_tars(
     else:
         judged = source
     size = reading.image_size or kind.side or IMAGENET_SIZE
-    preprocessing = natural_preprocessing(size, channels)
+    preprocessing = natural_preprocessing(size, channels, depth)
     return ImageData(data, source, judged, classes, preprocessing, tuple(skipped))
 
 

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from senet.data.arrays import channel_axis
 from senet.data.image_data import ImageData, map_style
 from senet.data.images import FileImages, ImageSource, MemoryImages
 from senet.data.shards.index import INDEX, PLAN, Shard, ShardIndex
@@ -66,7 +69,8 @@ def write_shards(
 ) -> Sharded:
     """Write both splits of a data set as shards.
 
-    Image files go in byte by byte; images in memory as PNG, without loss. Training images are
+    Image files go in byte by byte; images in memory as PNG, or where they are not 8-bit grey or RGB
+    as .npy, without loss. Training images are
     shuffled once, so that each shard holds all classes. A shard is written as a whole or not at
     all; where a former call was stopped, the shards that it finished are kept.
 
@@ -141,7 +145,7 @@ def _bytes_of(source: ImageSource, index: int) -> int:
     if isinstance(source, FileImages):
         return Path(source.path(index)).stat().st_size
     if isinstance(source, MemoryImages):
-        return int(source.images[0].numel()) + 1024  # a PNG is hardly larger than its pixels
+        return source.images[0].nbytes + 1024  # a PNG is hardly larger than its pixels
     return len(_content(source, index)[0])
 
 
@@ -150,8 +154,13 @@ def _content(source: ImageSource, index: int) -> tuple[bytes, str]:
     if isinstance(source, FileImages):
         path = Path(source.path(index))
         return path.read_bytes(), path.suffix.lower().lstrip(".")
-    buffer = io.BytesIO()
-    source[index][0].save(buffer, "png")
+    buffer, image = io.BytesIO(), source[index][0]
+    if isinstance(image, Tensor):
+        # Channels last, unless they are more than the pixels of a side: as `channel_axis` sees it.
+        last = image.permute(1, 2, 0).numpy()
+        np.save(buffer, last if channel_axis(last.shape) == 2 else image.numpy())
+        return buffer.getvalue(), "npy"
+    image.save(buffer, "png")
     return buffer.getvalue(), "png"
 
 

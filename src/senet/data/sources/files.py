@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from senet.data.arrays import Header
 from senet.data.image_data import (
     IMAGENET_SIZE,
     ImageData,
@@ -15,14 +17,13 @@ from senet.data.image_data import (
 )
 from senet.data.images import (
     FileImages,
-    Header,
     MemoryImages,
     endings,
     read_all,
     read_header,
 )
 from senet.data.labels import Label, TaskName, images_of_each, targets_of
-from senet.data.probe import SMALL, probed
+from senet.data.probe import SMALL, Kind, kind_of, probed
 from senet.data.splits import divided
 from senet.errors import UserError
 
@@ -73,12 +74,13 @@ def load_files(
             f"{name} has no train/ with a val/ (or test/): make them, or set aside a part of its "
             "images with --val-fraction 0.1"
         )
-    channels = reading.channels or _channels(train, val, skip=reading.skip_bad_images)
-    source, skipped = _read(train, classes, targets, channels, reading)
+    channels, depth = reading.as_asked(_kind(train, val, reading))
+    reading = replace(reading, channels=channels, depth=depth)
+    source, skipped = _read(train, classes, targets, reading)
     if val is not None:
         val_targets = _numbers(val, classes)
         _tell_missing(val, classes, val_targets)
-        val_source, more = _read(val, classes, val_targets, channels, reading)
+        val_source, more = _read(val, classes, val_targets, reading)
         skipped = (*skipped, *more)
     elif reading.val_fraction is not None:
         fraction, seed = reading.val_fraction, reading.seed
@@ -88,7 +90,7 @@ def load_files(
         val_source = source
     own = _own_size(source)
     size = reading.image_size or (own if own == _own_size(val_source) else IMAGENET_SIZE)
-    preprocessing = natural_preprocessing(size, channels)
+    preprocessing = natural_preprocessing(size, channels, depth)
     return ImageData(
         name, source, val_source, tuple(classes), preprocessing, skipped, task=train.task
     )
@@ -105,8 +107,10 @@ def _numbers(part: Labelled, classes: Sequence[str]) -> Tensor:
     return targets
 
 
-def _channels(train: Labelled, val: Labelled | None, *, skip: bool) -> int:
-    """1 if all images are grey, of many looked at; a bad one raises unless `skip`."""
+def _kind(train: Labelled, val: Labelled | None, reading: Reading) -> Kind:
+    """What the images are, by many looked at; a bad one raises, unless it may be skipped."""
+    if reading.channels is not None and reading.depth is not None:
+        return Kind(reading.channels, None, reading.depth)
     paths = train.paths + (val.paths if val else [])
 
     def headers() -> Iterator[Header]:
@@ -114,15 +118,10 @@ def _channels(train: Labelled, val: Labelled | None, *, skip: bool) -> int:
             try:
                 yield read_header(paths[index])
             except UserError:
-                if not skip:
+                if not reading.skip_bad_images:
                     raise
 
-    found = False
-    for header in headers():
-        found = True
-        if not header.grey:
-            return 3
-    return 1 if found else 3
+    return kind_of(headers(), reading.channels, side=False)
 
 
 def _own_size(source: MemoryImages | FileImages) -> int:
@@ -172,13 +171,16 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def _read(
-    part: Labelled, classes: Sequence[str], targets: Tensor, channels: int, reading: Reading
+    part: Labelled, classes: Sequence[str], targets: Tensor, reading: Reading
 ) -> tuple[MemoryImages | FileImages, tuple[str, ...]]:
     """One split, in memory if it is small, and a line for each image that was skipped."""
     paths, skip, decode = part.paths, reading.skip_bad_images, reading.decode
+    channels, depth = reading.channels, reading.depth
+    assert channels is not None
+    assert depth is not None
     if not skip and not _files_within(paths, CHECKED_LIMIT):
-        return FileImages(paths, targets, channels, decode), ()
-    images, bad = read_all(paths, channels, memory_limit=MEMORY_LIMIT, decoder=decode)
+        return FileImages(paths, targets, channels, decode, depth), ()
+    images, bad = read_all(paths, channels, memory_limit=MEMORY_LIMIT, decoder=decode, depth=depth)
     if bad and not skip:
         raise next(iter(bad.values()))
     good = [i for i in range(len(paths)) if i not in bad]
@@ -193,7 +195,7 @@ def _read(
     skipped = tuple(str(error) for error in bad.values())
     if images is not None:
         return MemoryImages(images, targets), skipped
-    return FileImages([paths[i] for i in good], targets, channels, decode), skipped
+    return FileImages([paths[i] for i in good], targets, channels, decode, depth), skipped
 
 
 def _files_within(paths: Sequence[str], limit: int) -> bool:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from senet.data.arrays import Depth, Header
 from senet.data.decoders import Decoder
 from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
-from senet.data.images import BadImageError, Header, decode_image, read_header
+from senet.data.images import BadImageError, decode_image, read_header
 from senet.data.labels import Target, TaskName, distinct, held, read_labels, target_at, targets_of
 from senet.data.probe import Kind, kind_of, probed
 from senet.data.splits import LABELS, Split, divided, evaluated, known_splits
@@ -46,7 +46,7 @@ class Labels:
         return value if value is not None and 0 <= value < len(self.names) else -1
 
 
-class HuggingFaceImages(Dataset[tuple[Image.Image, Target]]):
+class HuggingFaceImages(Dataset[tuple[Any, Target]]):
     """One split, read from its Arrow files at each access.
 
     Args:
@@ -54,8 +54,7 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, Target]]):
         image: name of the image column.
         targets: (N,) classes, or (N,K) labels or numbers.
         name: what errors call it.
-        channels: 1 (grey) or 3 (RGB).
-        decoder: as for `senet.data.load_image`.
+        channels, decoder, depth: as for `senet.data.load_image`.
 
     Raises:
         BadImageError: on access, names the row that cannot be read.
@@ -69,18 +68,19 @@ class HuggingFaceImages(Dataset[tuple[Image.Image, Target]]):
         name: str,
         channels: int,
         decoder: Decoder = "pillow",
+        depth: Depth = "8",
     ) -> None:
         self.rows, self.image, self.name, self.channels = rows, image, name, channels
-        self.decoder = decoder
+        self.decoder, self.depth = decoder, depth
         self.targets = held(targets)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+    def __getitem__(self, index: int) -> tuple[Any, Target]:
         name = f"{self.name}, row {index}"
         data = content_of(self.rows[index][self.image], name)
-        image = decode_image(data, name, self.channels, self.decoder)
+        image = decode_image(data, name, self.channels, self.decoder, self.depth)
         return image, target_at(self.targets, index)
 
     def subset(self, indices: Sequence[int]) -> "HuggingFaceImages":
@@ -155,10 +155,10 @@ def load_hugging_face(data: str, reading: Reading) -> ImageData:
     parts = [part for part in (train, val) if part is not None]
     found = _labelled(parts, columns, data, reading)
     raw = [undecoded(part, image) for part in parts]
-    kind = kind_of(_headers(raw[0], image)) if len(raw[0]) else Kind(3, None)
-    channels = reading.channels or kind.channels
+    kind = kind_of(_headers(raw[0], image), reading.channels) if len(raw[0]) else Kind(3, None)
+    channels, depth = reading.as_asked(kind)
     train, *others = (
-        HuggingFaceImages(part, image, targets, data, channels, reading.decode)
+        HuggingFaceImages(part, image, targets, data, channels, reading.decode, depth)
         for part, targets in zip(raw, found.targets, strict=True)
     )
     if others:
@@ -175,7 +175,7 @@ def load_hugging_face(data: str, reading: Reading) -> ImageData:
         train,
         val,
         found.names,
-        natural_preprocessing(size, channels),
+        natural_preprocessing(size, channels, depth),
         task=found.task,
         notes=(found.note,) if found.note else (),
     )

@@ -16,11 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from senet.data.arrays import Depth, Header
 from senet.data.decoders import Decoder
 from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
-from senet.data.images import BadImageError, Header, decode_image, read_header
+from senet.data.images import BadImageError, decode_image, read_header
 from senet.data.probe import kind_of
 from senet.data.samplers import EpochBatchSampler
 from senet.data.sources.hugging_face import (
@@ -67,10 +66,10 @@ class StreamedImages:
         label: name of the class column.
         labels: its classes.
         name: what errors call it.
-        channels: 1 (grey) or 3 (RGB).
+        channels: as for `senet.data.load_image`.
         images: how many there are, or how many make an epoch; None: not known.
         buffer: images in the shuffle buffer.
-        decoder: as for `senet.data.load_image`.
+        decoder: as for `senet.data.load_image`; `depth` likewise, set later.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class StreamedImages:
         self.stream, self.image, self.label, self.name = rows, image, label, name
         self.channels, self.images, self.buffer = channels, images, buffer
         self.decoder = decoder
+        self.depth: Depth = "8"
         self.labels = labels
         self.guessed = False  # grey, as the first images of some files are
 
@@ -171,7 +171,7 @@ class StreamedImages:
                 content = file.read()
         return Row(label, content, path)
 
-    def open(self, key: StreamKey) -> tuple[Image.Image, int]:
+    def open(self, key: StreamKey) -> tuple[Any, int]:
         """The decoded image of a key, and its class.
 
         Raises:
@@ -194,7 +194,8 @@ class StreamedImages:
                 stacklevel=2,
             )
             self.guessed = False
-        return decode_image(content, name, self.channels, self.decoder), key.row.label
+        decoded = decode_image(content, name, self.channels, self.decoder, self.depth)
+        return decoded, key.row.label
 
     def headers(self) -> Iterator[Header]:
         """Of the first images of several files; a broken one is named when it is used."""
@@ -269,12 +270,13 @@ def load_stream(
         val.images = sum(1 for _ in classes_only)
     if val.images == 0:
         raise UserError(f"{data} has no images in its split validation")
-    kind = kind_of(train.headers())
-    if reading.channels is None and kind.channels == 1:
-        train.channels = val.channels = 1
-        train.guessed = val.guessed = True
+    kind = kind_of(train.headers(), reading.channels)
+    channels, depth = reading.as_asked(kind)
+    for stream in (train, val):
+        stream.channels, stream.depth = channels, depth
+        stream.guessed = reading.channels is None and channels == 1
     size = reading.image_size or kind.side or IMAGENET_SIZE
-    preprocessing = natural_preprocessing(size, train.channels)
+    preprocessing = natural_preprocessing(size, channels, depth)
     return ImageData(data, train, val, labels.names, preprocessing)
 
 
