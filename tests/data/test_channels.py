@@ -106,6 +106,8 @@ def test_rgba_is_transparency_unless_four_channels_are_asked_for(tmp_path: Path)
     assert read_header(tmp_path / "a.png").channels == 3
     assert (load_image(tmp_path / "a.png", 4).numpy() == pixels.transpose(2, 0, 1)).all()
     deep = png16(pixels.astype(np.uint16) * 257)
+    with pytest.warns(UserWarning, match="laid on white"):
+        decode_image(deep, "x", 3, depth="16")
     laid = decode_image(deep, "x", 3, depth="16")
     assert laid.flatten(1).T.tolist() == [[65535, 0, 0], [65535, 65535, 65535]]
     assert decode_image(deep, "x", 1, depth="16").tolist() == [[[19595, 65535]]]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import struct
 import threading
@@ -133,6 +134,8 @@ _told: list[str] = []
 def formats() -> tuple[str, ...]:
     """Those of `FORMATS` that can be read here."""
     Image.init()
+    # Its remarks on TIFFs that tifffile reads, and on damaged ones, would go to stderr.
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     with contextlib.suppress(ImportError):
         import pillow_heif
 

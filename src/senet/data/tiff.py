@@ -7,6 +7,7 @@ dialects; Pillow reads four bands of 8 bits, or one.
 import contextlib
 import io
 import logging
+import math
 import struct
 import warnings
 import zlib
@@ -32,7 +33,8 @@ MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 INSTALL = "pip install 'senet[tiff]'"
 _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32773: "PackBits", 32946: "deflate"}
 _DEFLATE = (8, 32946)
-_MOST_DEFLATED = 1032  # what a byte can become (zlib's documentation)
+_MOST_DEFLATED = 1032  # bytes that a byte can become (zlib's documentation)
+_MOST = {1: 1, 5: 2731, 8: _MOST_DEFLATED, 32773: 64, 32946: _MOST_DEFLATED}
 _RGB = 2
 _PHOTOMETRICS = (1, _RGB, 5)  # black is zero, RGB, separated
 _MOST_PAGES = 4096
@@ -113,6 +115,9 @@ def read_tiff(data: bytes) -> Stored:
     """
     with _opened(data) as file:
         form = _form(file)
+        promised = math.prod(form.shape) * form.dtype.itemsize
+        if promised > len(data) * _MOST[int(file.pages[0].compression)]:
+            raise ValueError(f"it is cut short: it has no {promised:,} bytes of pixels")
         pages = file.pages if form.stack else file.pages[:1]
         for page in pages:
             _check_segments(page, data)
