@@ -169,9 +169,8 @@ def of_picture(image: Image.Image, again: Callable[[], Image.Image], channels: i
 
 def deep_png(image: Image.Image) -> bool:
     """Whether a picture is a PNG with 16-bit colours, of which Pillow gives 8 bits."""
-    return (
-        image.format == "PNG" and bool(image.tile) and image.tile[0].args in ("RGB;16B", "RGBA;16B")
-    )
+    tiles: Any = getattr(image, "tile", None) if image.format == "PNG" else None
+    return bool(tiles) and tiles[0].args in ("RGB;16B", "RGBA;16B")
 
 
 def within_16_bits(pixels: Array) -> Array:

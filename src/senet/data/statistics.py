@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from senet.data.arrays import FULL, Depth
 from senet.data.image_data import ImageData, ImageStream, map_style
+from senet.data.labels import Target, batched, images_of_each
 
 SAMPLE = 10_000  # images that are looked at, evenly spread over the data
 _LEAST_DEVIATION = {"8": 1 / 255, "16": 1 / FULL}  # of a channel that is the same everywhere
@@ -68,15 +69,15 @@ def measure_first(data: ImageData, limit: int) -> Statistics:
     return _measured(data, map(stream.open, itertools.islice(keys, limit)))
 
 
-def _measured(data: ImageData, images: Iterable[tuple[Any, int]]) -> Statistics:
+def _measured(data: ImageData, images: Iterable[tuple[Any, Target]]) -> Statistics:
     pixels = data.preprocessing.pixels()
     channels, depth = data.preprocessing.channels, data.preprocessing.depth
     total, squares, n = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
-    sizes, counts = [], [0] * len(data.classes)
-    for image, label in images:
+    sizes, targets = [], []
+    for image, target in images:
         height, width = F.get_size(image)
         sizes.append((width, height))
-        counts[label] += 1
+        targets.append(target)
         prepared = pixels(image)
         scale = prepared.dtype == torch.uint8  # others are in their units already
         values = F.to_dtype(prepared, torch.float64, scale=scale).flatten(1)
@@ -89,6 +90,7 @@ def _measured(data: ImageData, images: Iterable[tuple[Any, int]]) -> Statistics:
         std = torch.where(std > _SAME * mean.abs(), std, 1.0)
     else:
         std = std.clamp(min=_LEAST_DEVIATION[depth])
+    counts = images_of_each(batched(targets), data.task, len(data.classes))
     by_area = sorted(sizes, key=lambda size: size[0] * size[1])
     return Statistics(
         images=len(data.train),
@@ -97,6 +99,6 @@ def _measured(data: ImageData, images: Iterable[tuple[Any, int]]) -> Statistics:
         std=tuple(std.tolist()),
         smallest=by_area[0],
         largest=by_area[-1],
-        counts=dict(zip(data.classes, counts, strict=True)),
+        counts=dict(zip(data.classes, counts.tolist(), strict=True)),
         depth=depth,
     )
