@@ -63,19 +63,31 @@ def _all_pointers(structure: type[ctypes.Structure], size: int) -> Iterator[int]
     )
 
 
-def _memory() -> list[tuple[int, int]]:
-    """Address and size of the memory of all tensors."""
-    found = {
-        (storage.data_ptr(), storage.nbytes())
-        for each in gc.get_objects()
-        if issubclass(type(each), torch.Tensor)
-        and each.device.type == "cpu"
+_old: list[torch.Tensor] = []  # those that were there before the tests
+
+
+def _tensors() -> list[torch.Tensor]:
+    found = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    return [
+        each
+        for each in found
+        if each.device.type == "cpu"
         and each.layout is torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(each)
-        and type(each) in (torch.Tensor, torch.nn.Parameter)
-        for storage in [each.untyped_storage()]
-    }
-    return sorted(found)
+    ]
+
+
+def _memory() -> list[tuple[int, int]]:
+    """Address and size of the memory of all tensors."""
+    storages = (each.untyped_storage() for each in [*_old, *_tensors()])
+    return sorted({(each.data_ptr(), each.nbytes()) for each in storages})
+
+
+def pytest_collection_finish() -> None:
+    """Look no more at the objects of all imported modules, which are many, at each call."""
+    _old.extend(_tensors())
+    gc.collect()
+    gc.freeze()
 
 
 class RemoteLibrary:
