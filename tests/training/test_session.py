@@ -144,6 +144,7 @@ def test_every_option_of_the_data_reaches_them(
         "decode": "scaled",
         "epoch_size": 55,
         "channels": 1,
+        "depth": "16",
         "image_column": "picture",
         "label_column": "kind",
         "label_separator": ";",
@@ -160,4 +161,4 @@ def test_every_option_of_the_data_reaches_them(
         Session(tiny_config(data="somewhere", data_root="elsewhere", **options))
     places = {"source": seen.pop("source"), "root": seen.pop("root")}
     assert [Path(place).name for place in places.values()] == ["somewhere", "elsewhere"]
-    assert seen == options
+    assert seen == {**options, "colours": False}

@@ -5,9 +5,12 @@ import fnmatch
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from senet.errors import UserError
-from senet.weights.released import Released, all_released
+
+if TYPE_CHECKING:
+    from senet.weights.released import Released
 
 # Counted by scripts/network_sizes.py.
 TABLE = Path(__file__).with_name("networks.csv")
@@ -52,7 +55,7 @@ def network_sizes(pattern: str = "*") -> list[NetworkSize]:
     ]
 
 
-def released_weights(pattern: str = "*") -> list[Released]:
+def released_weights(pattern: str = "*") -> "list[Released]":
     """The released weights that a shell pattern matches, by network, the best ones first.
 
     Args:
@@ -61,6 +64,8 @@ def released_weights(pattern: str = "*") -> list[Released]:
     Raises:
         UserError: no name matches.
     """
+    from senet.weights.released import all_released  # PyTorch, which the table of networks need not
+
     found = [
         each
         for each in all_released()
