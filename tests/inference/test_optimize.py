@@ -30,6 +30,9 @@ NETWORKS = [
     and (name.startswith(("se_", "senet154")) or name in PLAIN)
 ]
 
+# 10 s each, of parts that smaller ones have too.
+LARGE = ("senet154", "se_shake_even29_2x4x64d_cifar")
+
 
 @torch.no_grad()
 def trained(name: str, size: int | None = None, **options: object) -> tuple[nn.Module, Tensor]:
@@ -64,7 +67,10 @@ def allowed(model: nn.Module, x: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.soak] * (name in LARGE)) for name in NETWORKS],
+)
 def test_every_network_gives_the_same(name: str) -> None:
     model, x = trained(name)
     limit, wanted = allowed(model, x), model(x)

@@ -132,12 +132,21 @@ def test_in_the_interpreter(name: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is built for Linux only")
-@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.soak)])
-def test_kernels_compile_for_gpus_that_are_not_here(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sm_90", "--first"),
+        pytest.param(("sm_90",), marks=pytest.mark.soak),
+        pytest.param(("gfx942",), marks=pytest.mark.soak),
+    ],
+)
+def test_kernels_compile_for_gpus_that_are_not_here(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
     """The interpreter takes what the compiler may refuse: types, layouts, sizes of a product."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(HERE / "triton_compile.py"), target],
+        [sys.executable, str(HERE / "triton_compile.py"), *arguments],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
