@@ -33,7 +33,7 @@ def _without_data(tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter):
         return copy.deepcopy(tensor)  # a class that need not know tensors without data
     if tensor.dtype == torch.int64 and tensor.ndim <= 1 and tensor.numel() <= _FEW:
-        return tensor.detach().cpu()
+        return tensor.detach().cpu().clone()
     empty = tensor.detach().to("meta")
     return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
