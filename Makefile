@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_FOLDER ?= runs/quick-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports unit soak mutants dist test-gpu bench-gpu clean
+.PHONY: help run test lint types imports unit soak mutants dist docs test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,14 @@ dist: $(VENV)/.dev  ## source distribution and manylinux wheel into dist/, both 
 LIMIT ?= 20
 mutants: $(VENV)/.dev  ## small faults that the tests let pass, LIMIT a module, see docs/reliability.md
 	$(BIN)/python scripts/mutants.py --limit $(LIMIT)
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+# The notice is about the end of Material's life in 2027; Zensical, its successor, reads mkdocs.yml.
+docs: $(VENV)/.docs  ## the documentation as a site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-gpu: $(VENV)/.dev  ## the Triton kernels and CUDA graphs on a GPU
 	SENET_TEST_TRITON=1 SENET_TEST_DEVICE=cuda $(BIN)/pytest -rs tests/ops/test_ops_parity.py tests/ops/test_ops_numerics.py tests/ops/triton_cases.py tests/ops/test_ops_join.py tests/ops/test_ops_bn_act_se.py tests/inference/test_replay.py

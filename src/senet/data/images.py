@@ -282,7 +282,9 @@ def decode_image(
     Args:
         data: content of an image file.
         name: what an error calls it.
-        channels, decoder, depth: as for `load_image`.
+        channels: as for `load_image`.
+        decoder: likewise.
+        depth: likewise.
 
     Raises:
         BadImageError: as for `load_image`.
@@ -460,7 +462,9 @@ class FileImages(Dataset[tuple[Any, Target]]):
     Args:
         paths: image files.
         targets: (N,) class indices, or (N,K) labels or numbers.
-        channels, decoder, depth: as for `load_image`.
+        channels: as for `load_image`.
+        decoder: likewise.
+        depth: likewise.
 
     Raises:
         BadImageError: on access, names the file that cannot be read.
@@ -515,7 +519,9 @@ def read_all(
     Args:
         paths: image files.
         memory_limit: bytes of decoded pixels that may be kept.
-        channels, decoder, depth: as for `load_image`.
+        channels: as for `load_image`.
+        decoder: likewise.
+        depth: likewise.
 
     Returns:
         The readable images, (N - bad,C,H,W) of the dtype that `depth` says, in the order of

@@ -181,9 +181,9 @@ def load_data(
         colours: grey images are for a network for colours, where `channels` is None.
         skip_bad_images: decode every image of a folder or table now, leave out the broken ones and
             list them in `ImageData.skipped`.
-        image_column, label_column: of an hf: set, a stream or a table with several columns that
-            may be meant. Several columns of labels, separated by commas, of a table or hf: set are
-            labels that an image has (1) or not (0), or numbers.
+        image_column: of an hf: set, a stream or a table with several columns that may be meant.
+        label_column: likewise. Several columns of labels, separated by commas, of a table or hf:
+            set are labels that an image has (1) or not (0), or numbers.
         label_separator: between several labels in a cell of one column, such as ";"; found
             where labels separated by ; or | occur on their own too.
         task: what a table's labels are: "classification" (one class an image), "multilabel" (any

@@ -142,7 +142,8 @@ def resume(
         options: options of `RunConfig`, `Recipe` or the network that a user gave once more;
             `parallel` may be another than the run's own, and `data` where its images lie now.
         machine: fields of `RunConfig` that change no result (`MACHINE`) and are others from now on.
-        progress, make: see `train`.
+        progress: see `train`.
+        make: see `train`.
 
     Raises:
         UserError: it is no run folder, another process works on it, or an option differs from

@@ -127,7 +127,8 @@ class StreamedImages:
         """A rank's part of the stream, once through it.
 
         Args:
-            rank, world_size: whose part.
+            rank: whose part.
+            world_size: of how many.
             seed: of the shuffling; None: in the order of the files.
             epoch: each has its own order.
 
