@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tomllib
 import types
+from pathlib import Path
 
 import senet
 
@@ -11,6 +13,15 @@ def test_every_public_name_is_there() -> None:
     for name in senet.__all__:
         found = getattr(senet, name)
         assert callable(found) or isinstance(found, types.ModuleType | str), name
+
+
+def test_one_version_everywhere() -> None:
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == senet.__version__
+    changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = next(line for line in changes.splitlines() if line.startswith("## "))
+    assert newest.split()[1] == senet.__version__
 
 
 def test_names_of_backbones_and_weights() -> None:

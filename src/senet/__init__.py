@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from senet.weights import load_weights as load_weights
     from senet.weights import save_weights as save_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives; imported on first use, so that `import senet` loads no PyTorch.
 _HOMES = {
