@@ -265,6 +265,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Activation]] = {
         Activation("hardswish"),
     ),
     "hard sigmoid": (lambda x: F.relu6(x + 3.0) / 6.0, Activation("hardsigmoid")),
+    "hard sigmoid of an ONNX file": (  # its slope is a sixth in float32
+        lambda x: torch.clip(x * 0.1666666716337204 + 0.5, min=0.0, max=1.0),
+        Activation("hardsigmoid"),
+    ),
     "mish": (lambda x: x * torch.tanh(F.softplus(x)), Activation("mish")),
     "gelu": (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), Activation("gelu")),
     "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), Activation("gelu_tanh")),
@@ -292,6 +296,7 @@ def test_prelu_becomes_slopes(slopes: int) -> None:
 
 STAY: dict[str, Callable[[Tensor], Tensor]] = {
     "unknown": lambda x: torch.sigmoid(2 * x),
+    "nearly a hard sigmoid": lambda x: torch.clip(x * 0.1667 + 0.5, 0.0, 1.0),
     "of two maps": lambda x: x * torch.sigmoid(x.flip(1)),
     "of a part that is read elsewhere": lambda x: (lambda s: x * s + s)(torch.sigmoid(x)),
     "hard swish of another": lambda x: (x + 1) * F.relu6(x + 3.0) / 6.0,
@@ -318,6 +323,23 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_what_was_changed_in_place_is_read_changed(name: str) -> None:
     rewritten(Net(lambda m, x: IN_PLACE[name](m.conv(x)), conv=nn.Conv2d(8, 4, 3)))
+
+
+def test_copies_go() -> None:
+    graph = rewritten(Net(lambda m, x: m.conv(x).clone().relu(), conv=nn.Conv2d(8, 4, 3)))
+    assert operations(graph) == ["FusedConv"]
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of what is written into": lambda y: (lambda z: z * y.mul_(2.0))(y.clone()),
+    "that are written into": lambda y: (lambda z: z + y)(y.clone().add_(1.0)),
+    "that are returned": lambda y: y.clone(),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_that_something_is_written_into(name: str) -> None:
+    rewritten(Net(lambda m, x: COPIES[name](m.conv(x)), conv=nn.Conv2d(8, 4, 3)))
 
 
 def gate(

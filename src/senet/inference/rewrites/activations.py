@@ -33,6 +33,8 @@ _LAYERS = {
     *(nn.Softsign, nn.Threshold),
 }
 _LONGEST = 12  # operations of one activation
+# Numbers of a network that came from ONNX were rounded to float32: 0.16666667 of a hard sigmoid.
+_ROUNDING = 3e-7
 _NAMES = {"relu": "ReLU"}
 
 
@@ -193,7 +195,7 @@ def _known(edit: Editor, region: _Region) -> Activation | None:
     for name, function in ACTIVATIONS.items():
         number = numbers.get(name, 0.0)
         possible = name != "linear" and number >= 0 and not (name == "leaky_relu" and number == 1)
-        if possible and torch.allclose(found, function(grid, number), rtol=1e-9, atol=1e-9):
+        if possible and torch.allclose(found, function(grid, number), _ROUNDING, _ROUNDING):
             return Activation(name, number)
     return None
 

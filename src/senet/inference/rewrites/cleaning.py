@@ -39,6 +39,7 @@ def clean(edit: Editor) -> None:
         _drop_neutral(edit, node)
     for node in list(edit.graph.nodes):
         _out_of_place(edit, node)
+    _drop_clones(edit)
     _fold_ranks(edit)
     for node in list(edit.graph.nodes):
         _drop_whole_slices(edit, node)
@@ -98,6 +99,26 @@ def _out_of_place(edit: Editor, node: fx.Node) -> None:
         module = copy.copy(module)  # the model itself stays as it is
         module.inplace = False  # type: ignore[assignment]
         edit.insert_in_place_of(node, module, node.args)
+
+
+def _drop_clones(edit: Editor) -> None:
+    """Copies, where nothing writes into a tensor any more, and nobody is given one."""
+    if any(_writes(edit, node) for node in edit.graph.nodes):
+        return
+    for node in list(edit.graph.nodes):
+        source = node.args[0] if node.args else None
+        handed_out = any(user.op == "output" for user in node.users)
+        if edit.operation(node) == "clone" and isinstance(source, fx.Node) and not handed_out:
+            edit.replace(node, source)
+
+
+def _writes(edit: Editor, node: fx.Node) -> bool:
+    """Whether a node may write into a tensor that it is given."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op in ("call_function", "call_method"):
+        own = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+        return own or "out" in node.kwargs or _without_writing(node) is not None
+    return node.op == "call_module" and str(node.target) in edit.closed
 
 
 def _without_writing(node: fx.Node) -> Any:
