@@ -102,6 +102,7 @@ def _plain(each: "AnyResult") -> dict[str, Any]:
 
 
 def _parts_table(evaluation: "CheckpointEvaluation") -> Table:
+    from senet.data.labels import OUTPUTS
     from senet.tasks.results import worst
 
     results, headings = evaluation.result.parts, evaluation.result.parts[0].HEADINGS
@@ -114,7 +115,7 @@ def _parts_table(evaluation: "CheckpointEvaluation") -> Table:
     for each in shown:
         table.add_row(*each.cells())
     if len(shown) < len(results):
-        kind = "classes" if name == "class" else f"{name}s"
+        kind = OUTPUTS[evaluation.checkpoint.task.name]
         table.caption = f"the worst {len(shown)} of {len(results)} {kind}; all by --csv FILE"
     return table
 

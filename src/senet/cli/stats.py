@@ -28,6 +28,7 @@ def stats(data: str, /, *, flags: DataFlags = NO_DATA, json: Switch = False) -> 
         data: what senet train --data takes.
         json: print JSON instead of tables.
     """
+    from senet.data.arrays import WORDS
     from senet.data.statistics import measure
     from senet.training.data import open_named
 
@@ -38,10 +39,9 @@ def stats(data: str, /, *, flags: DataFlags = NO_DATA, json: Switch = False) -> 
         return
     print_table(_pixels(found))
     smallest, largest = (f"{size[0]}×{size[1]}" for size in (found.smallest, found.largest))
-    pixels = {"8": "8-bit pixels", "16": "16-bit pixels", "float": "floating-point pixels"}
     print(
         f"{found.measured:,} of {found.images:,} training images, {smallest} to {largest} pixels, "
-        f"{len(found.mean)} channel{'s' * (len(found.mean) > 1)} of {pixels[found.depth]}"
+        f"{len(found.mean)} channel{'s' * (len(found.mean) > 1)} of {WORDS[found.depth]}"
     )
     print_table(_classes(found))
 

@@ -17,7 +17,7 @@ from senet.checkpoint.files import Checkpoint
 from senet.checkpoint.write import check_new
 from senet.commands.evaluate import check_classes, open_data
 from senet.commands.network import open_network
-from senet.commands.report import gate_batches
+from senet.commands.report import gate_batches, gate_classes
 from senet.data import ImageData, map_style, val_loader
 from senet.data.images import displayed
 from senet.data.labels import Target
@@ -151,13 +151,15 @@ def explain(
     )
     map_style(data.val, "senet explain")
     loader = val_loader(data, batch_size=batch_size, num_workers=workers)
-    batches, names = gate_batches(loader, data)
+    names = gate_classes(data)
     named = GateStatistics({}, names, 0)
     picked = [named.class_number(name) for name in classes]
     network = checkpoint.model.to(choose_device(device))
     progress = progress or Silent()
     progress.begin_evaluation(len(loader))
-    statistics = record_gates(network, batches, classes=names, top=top, seen=progress.evaluated)
+    statistics = record_gates(
+        network, gate_batches(loader, data), classes=names, top=top, seen=progress.evaluated
+    )
     explanation = Explanation(out, statistics, data, checkpoint)
     _write(explanation, picked, images)
     return explanation

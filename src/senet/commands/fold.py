@@ -8,7 +8,7 @@ from typing import Any
 from senet.checkpoint.write import check_new, write_checkpoint
 from senet.commands.explain import open_for_gates
 from senet.data import val_loader
-from senet.errors import UserError
+from senet.data.image_data import only_classes
 from senet.gates.fold import FoldReport, fold_gates
 from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
@@ -75,11 +75,8 @@ def fold_checkpoint(
     checkpoint, data = open_for_gates(
         path, data_name, options, options.get("image_size"), model=model
     )
-    if data.task != "classification":
-        raise UserError(
-            f"senet fold judges by top-1 of classes, {data.name} holds {data.task}: fold in Python "
-            "by senet.fold_gates, without max_drop"
-        )
+    instead = "fold in Python by senet.fold_gates, without max_drop"
+    only_classes(data, "senet fold judges by top-1 of classes", instead)
     loader = val_loader(data, batch_size=batch_size, num_workers=workers)
     network = checkpoint.model.to(choose_device(device))
     progress = progress or Silent()

@@ -19,7 +19,7 @@ from senet.data import (
     image_files,
     load_image,
 )
-from senet.data.arrays import is_picture
+from senet.data.arrays import check_turbo
 from senet.errors import UserError
 from senet.inference import optimize
 from senet.runtimes.export import export
@@ -295,11 +295,7 @@ def predict(
             f"--top is for classes, {checkpoint_path} is for {predictor.task.name}: leave it out"
         )
     images_as = predictor.preprocessing
-    if decoder == "turbo" and not is_picture(images_as.channels, images_as.depth):
-        raise UserError(
-            f"decode 'turbo' is for JPEG, 8-bit grey or RGB: leave it out for a network for images "
-            f"of {images_as.channels} channels and depth {images_as.depth}"
-        )
+    check_turbo(decoder, "a network for images", images_as.channels, images_as.depth)
     predictions: list[Prediction] = []
     broken: list[BadImageError] = []
     began = time.perf_counter()

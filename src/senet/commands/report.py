@@ -16,6 +16,7 @@ from senet.reports.run import ConfidentError, write_run_page
 from senet.support.device import choose_device
 from senet.support.progress import Progress
 from senet.support.text import duration
+from senet.tasks.kinds import AnyTask
 from senet.tasks.task import NamedJudgement
 from senet.training.config import RUN_CONFIG, RunConfig
 from senet.training.evaluation import go_through
@@ -34,16 +35,32 @@ def ready(
     return model, loader
 
 
-def gate_batches(
-    loader: Iterable[tuple[Tensor, Tensor]], data: ImageData
-) -> tuple[Iterable[Any], tuple[str, ...]]:
-    """What `record_gates` takes of a loader, and the names of its classes.
+def gate_classes(data: ImageData) -> tuple[str, ...]:
+    """The classes that gates are told apart by; where an image has not one class, all are one."""
+    return data.classes if data.task == "classification" else ("all",)
 
-    Where an image has not one class, these are images alone, all of one class.
-    """
-    if data.task == "classification":
-        return loader, data.classes
-    return (images for images, _ in loader), ("all",)
+
+def gate_batches(loader: Iterable[tuple[Tensor, Tensor]], data: ImageData) -> Iterable[Any]:
+    """What `record_gates` takes of a loader: with classes, or images alone where all are one."""
+    return loader if data.task == "classification" else (images for images, _ in loader)
+
+
+def readings(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    task: AnyTask,
+    mixed_precision: str = "no",
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a task reads from the outputs for all images of a loader, and their targets."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def take(outputs: Tensor, targets: Tensor) -> None:
+        found.append((task.read(outputs).cpu(), targets.cpu()))
+
+    go_through(model, loader, take, mixed_precision, progress)
+    values, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    return values, targets
 
 
 def report_run(result: RunResult, data: ImageData, progress: Progress | None = None) -> Path:
@@ -82,15 +99,8 @@ def confident_errors(
     if isinstance(data.val, ImageStream):
         return []
     model, loader = ready(checkpoint, data, config)
-    found: list[tuple[Tensor, Tensor]] = []
-
     task = checkpoint.task
-
-    def take(outputs: Tensor, targets: Tensor) -> None:
-        found.append((task.read(outputs).cpu(), targets.cpu()))
-
-    go_through(model, loader, take, config.recipe.mixed_precision, progress)
-    values, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    values, targets = readings(model, loader, task, config.recipe.mixed_precision, progress)
     return [
         ConfidentError(
             displayed(data.val[each.image][0]), each.truth, each.taken_for, each.probability

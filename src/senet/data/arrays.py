@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from senet.data.metadata import upright
+from senet.errors import UserError
 
 Depth = Literal["8", "16", "float"]
 """What a pixel is: uint8, uint16, or float32 with a range of its own."""
@@ -17,7 +18,7 @@ Meaning = Literal["", "alpha", "rgb"]
 MODES = {1: "L", 3: "RGB"}
 FULL = 65535  # 16-bit white
 _DTYPES: dict[Depth, Any] = {"8": np.uint8, "16": np.uint16, "float": np.float32}
-_WORDS: dict[Depth, str] = {
+WORDS: dict[Depth, str] = {
     "8": "8-bit pixels",
     "16": "16-bit pixels",
     "float": "floating-point pixels",
@@ -60,6 +61,25 @@ class Stored(NamedTuple):
 def is_picture(channels: int, depth: Depth) -> bool:
     """Whether images are 8-bit grey or RGB, which Pillow holds and its operations know."""
     return depth == "8" and channels in MODES
+
+
+def check_turbo(decoder: str | None, what: str, channels: int, depth: Depth) -> None:
+    """Refuse the decoder "turbo" for images that no JPEG file holds.
+
+    Args:
+        decoder: the one that was asked for, or None.
+        what: the images are, for the error.
+        channels: of the images.
+        depth: of their pixels.
+
+    Raises:
+        UserError: it is "turbo", and they are not 8-bit grey or RGB.
+    """
+    if decoder == "turbo" and not is_picture(channels, depth):
+        raise UserError(
+            f"decode 'turbo' is for JPEG, 8-bit grey or RGB: leave it out for {what} of "
+            f"{channels} channels and depth {depth}"
+        )
 
 
 def most_bytes() -> int:
@@ -228,7 +248,7 @@ def _with_depth(array: Array, depth: Depth) -> Array:
         return array
     if "float" in (stored, depth):
         raise ValueError(
-            f"it has {_WORDS[stored]}, where {_WORDS[depth]} are needed; the one has a range of "
+            f"it has {WORDS[stored]}, where {WORDS[depth]} are needed; the one has a range of "
             "its own, the other not"
         )
     if depth == "16":

@@ -141,13 +141,9 @@ def natural_preprocessing(size: int, channels: int, depth: Depth = "8") -> Prepr
     Of images that are not 8-bit colours they say little: see `is_unmeasured`. Floating-point
     pixels stay as they are.
     """
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
     if depth == "float":
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    elif channels != 3:
-        mean, std = (sum(mean) / 3,) * channels, (sum(std) / 3,) * channels
-    return preprocessing_for(size, mean, std, depth)
+        return preprocessing_for(size, (0.0,) * channels, (1.0,) * channels, depth)
+    return preprocessing_for(size, IMAGENET_MEAN, IMAGENET_STD, depth).with_channels(channels)
 
 
 def is_other_kind(preprocessing: Preprocessing) -> bool:
@@ -160,6 +156,21 @@ def is_unmeasured(preprocessing: Preprocessing) -> bool:
     natural = natural_preprocessing(224, preprocessing.channels, preprocessing.depth)
     same = (natural.mean, natural.std) == (preprocessing.mean, preprocessing.std)
     return same and is_other_kind(preprocessing)
+
+
+def only_classes(data: ImageData, needs: str, instead: str) -> None:
+    """Refuse data of another task than one class an image.
+
+    Args:
+        data: the data.
+        needs: who needs classes and why, for the error.
+        instead: what can be done, likewise.
+
+    Raises:
+        UserError: they hold labels or numbers.
+    """
+    if data.task != "classification":
+        raise UserError(f"{needs}, {data.name} holds {data.task}: {instead}")
 
 
 def map_style(source: ImageSource | ImageStream, what: str) -> ImageSource:

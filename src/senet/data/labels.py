@@ -10,6 +10,12 @@ from torch import Tensor
 from senet.errors import UserError
 
 TaskName = Literal["classification", "multilabel", "regression"]
+OUTPUTS: dict[TaskName, str] = {
+    "classification": "classes",
+    "multilabel": "labels",
+    "regression": "numbers",
+}
+"""What a network's outputs are called."""
 Label = str | tuple[str, ...] | tuple[float, ...]
 """Of one image: its class, the labels that it has, or its numbers."""
 Target = int | Tensor

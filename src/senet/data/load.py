@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torchvision import datasets
 
-from senet.data.arrays import Depth, is_picture
+from senet.data.arrays import Depth, check_turbo
 from senet.data.decoders import Decoder, check_decoder
 from senet.data.image_data import (
     IMAGENET_MEAN,
@@ -23,6 +23,7 @@ from senet.data.image_data import (
 )
 from senet.data.images import FileImages, ImageSource, MemoryImages
 from senet.data.labels import TaskName
+from senet.data.probe import Kind
 from senet.data.shards.load import load_shards
 from senet.data.shards.read import PREFIX as SHARDS
 from senet.data.shards.read import BadShards
@@ -302,15 +303,9 @@ def load_data(
             f"{found.name} has the class {', '.join(map(repr, found.classes))} alone, so there is "
             "nothing to tell apart: give data of two classes or more"
         )
-    if channels is None and colours and found.preprocessing.channels == 1:
-        channels = 3
-    found = _with_channels(found, channels)
-    images = found.preprocessing
-    if decode == "turbo" and not is_picture(images.channels, images.depth):
-        raise UserError(
-            f"decode 'turbo' is for JPEG, 8-bit grey or RGB: leave it out for {found.name}, of "
-            f"{images.channels} channels and depth {images.depth}"
-        )
+    own = found.preprocessing
+    found = _with_channels(found, reading.as_asked(Kind(own.channels, None, own.depth))[0])
+    check_turbo(decode, f"{found.name},", found.preprocessing.channels, found.preprocessing.depth)
     return found
 
 
@@ -354,21 +349,17 @@ def _refuse_for(data: str, **options: object) -> None:
             raise UserError(f"{name} is not for {data}: leave it out")
 
 
-def _with_channels(data: ImageData, channels: int | None) -> ImageData:
+def _with_channels(data: ImageData, channels: int) -> ImageData:
     """The same images as input of another number of channels."""
     before = data.preprocessing
-    if channels is None or channels == before.channels:
+    if channels == before.channels:
         return data
     if {channels, before.channels} != {1, 3}:
         raise UserError(
             f"{data.name} has images of {before.channels} channels, not {channels}: leave out "
             "channels"
         )
-    mean, std = (
-        values * 3 if channels == 3 else (sum(values) / 3,) for values in (before.mean, before.std)
-    )
-    after = dataclasses.replace(before, mean=mean, std=std, channels=channels)
-    return dataclasses.replace(data, preprocessing=after)
+    return dataclasses.replace(data, preprocessing=before.with_channels(channels))
 
 
 def _load_embedded(reading: Reading) -> ImageData:

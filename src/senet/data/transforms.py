@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -173,6 +173,13 @@ class Preprocessing:
         (paper, section 5: resize to 256, centre crop 224).
         """
         return v2.Compose([*self._fit(self.resize), _as_tensor, self.finish])
+
+    def with_channels(self, channels: int) -> Self:
+        """The same for another number of channels: each has the mean of their means, deviations."""
+        if channels == self.channels:
+            return self
+        mean, std = ((sum(values) / len(values),) * channels for values in (self.mean, self.std))
+        return dataclasses.replace(self, mean=mean, std=std, channels=channels)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or TOML, without the fields that are None (TOML has no None).

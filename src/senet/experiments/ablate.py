@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from senet.checkpoint.files import open_checkpoint
+from senet.data.image_data import only_classes
 from senet.errors import UserError
 from senet.experiments.compare import (
+    TRAIN_BOTH,
     CompareConfig,
     Watch,
     make_folder,
-    only_classes,
     train_all,
 )
 from senet.experiments.runs import read_rows
@@ -171,7 +172,8 @@ def run_ablation(
         SenetError: a run failed.
     """
     # Bad data are found before anything is written.
-    only_classes(open_run_data(config.order[0]), "senet ablate")
+    data = open_run_data(config.order[0])
+    only_classes(data, "senet ablate compares top-1 of classes", TRAIN_BOTH)
     if not continued:
         make_folder(config)
     train_all(

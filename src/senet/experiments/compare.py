@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import Augmentation, ImageData, absolute_data
+from senet.data.image_data import only_classes
 from senet.errors import UserError
 from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
@@ -41,6 +42,8 @@ from senet.training.recipe import Recipe, get_recipe
 # a hidden layer of more than a few units, and epochs that leave the demo under five minutes.
 QUICK_SE_OPTIONS: Mapping[str, Any] = {"reduction": 4, "gate": "identity_sigmoid"}
 QUICK_EPOCHS = 5
+# What to do with data of other tasks.
+TRAIN_BOTH = "train with and without SE by senet train"
 
 # Label, and how many of how many runs are done.
 Watch = Callable[[str, int, int], AbstractContextManager[Progress]]
@@ -259,7 +262,7 @@ def run_comparison(
     """
     runs = config.runs()
     data = open_run_data(runs["plain"][0])  # bad data are found before anything is written
-    only_classes(data, "senet compare")
+    only_classes(data, "senet compare compares top-1 of classes", TRAIN_BOTH)
     if config.foreign and not resume:
         _check_twins(config)
     if not resume:
@@ -269,19 +272,6 @@ def run_comparison(
     comparison = gather(config, data)
     write_report(comparison, config.out)
     return comparison
-
-
-def only_classes(data: ImageData, what: str) -> None:
-    """Refuse data of another task.
-
-    Raises:
-        UserError: likewise.
-    """
-    if data.task != "classification":
-        raise UserError(
-            f"{what} compares top-1 of classes, {data.name} holds {data.task}: train with and "
-            "without SE by senet train"
-        )
 
 
 def _check_twins(config: CompareConfig) -> None:

@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
-from senet.commands.report import gate_batches, ready
+from senet.commands.report import gate_batches, gate_classes, readings, ready
 from senet.data import ImageData
 from senet.gates.record import record_gates
 from senet.reports.figures import (
@@ -27,7 +26,7 @@ from senet.reports.figures import (
 from senet.tasks.classification import Evaluation
 from senet.tasks.regression import Regression
 from senet.training.config import RUN_CONFIG, RunConfig
-from senet.training.evaluation import evaluate, go_through
+from senet.training.evaluation import evaluate
 from senet.training.loop import RunResult
 
 
@@ -64,19 +63,9 @@ def _mean_gates(
     """
     if not excitations(model):
         return {}
-    batches, names = gate_batches(loader, data)
-    blocks = record_gates(model, batches, classes=names).blocks
+    batches = gate_batches(loader, data)
+    blocks = record_gates(model, batches, classes=gate_classes(data)).blocks
     return {name: block.class_mean.nan_to_num(0.0).numpy() for name, block in blocks.items()}
-
-
-def _numbers(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], task: Regression
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N,K) numbers of the validation images, and what the network gives for them."""
-    found: list[tuple[Tensor, Tensor]] = []
-    go_through(model, loader, lambda x, y: found.append((y.cpu(), task.read(x).cpu())))
-    truth, given = (torch.cat(part).double().numpy() for part in zip(*found, strict=True))
-    return truth, given
 
 
 def draw_run(result: RunResult, data: ImageData) -> None:
@@ -94,11 +83,9 @@ def draw_run(result: RunResult, data: ImageData) -> None:
     folder = run / "figures"
     label = config.label
     checkpoint = open_checkpoint(run / "checkpoints" / "last")
-    gates: Gates = {}
     task = checkpoint.task
-    if excitations(checkpoint.model):
-        model, loader = ready(checkpoint, data, config)
-        gates = _mean_gates(model, loader, data)
+    model, loader = ready(checkpoint, data, config)
+    gates = _mean_gates(model, loader, data)
     with themed():
         histories = {label: [read_rows(run / "metrics.csv")]}
         figure = learning_curves(histories, task.judged, task.heading, task.loss_unit)
@@ -107,11 +94,10 @@ def draw_run(result: RunResult, data: ImageData) -> None:
             figure = confusion_matrix({label: evaluation.confusion.numpy()}, checkpoint.classes)
             save_figure(figure, folder, "confusion_matrix")
         if isinstance(task, Regression):
-            model, loader = ready(checkpoint, data, config)
-            figure = predictions(*_numbers(model, loader, task), task.names)
+            given, truth = (each.double().numpy() for each in readings(model, loader, task))
+            figure = predictions(truth, given, task.names)
             save_figure(figure, folder, "predictions")
         if gates:
             gate = config.model_options.get("gate", "sigmoid")
-            names = gate_batches((), data)[1]
-            figure = gates_per_stage(gates, names, neutral=neutral_gate(gate))
+            figure = gates_per_stage(gates, gate_classes(data), neutral=neutral_gate(gate))
             save_figure(figure, folder, "gates_per_stage")

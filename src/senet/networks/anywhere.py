@@ -18,7 +18,7 @@ from senet.anatomy.recording import evaluating
 from senet.errors import UserError
 from senet.insertion.replace import take_out
 from senet.models import build_model
-from senet.networks.preparation import imagenet, of_timm, of_torchvision, with_channels
+from senet.networks.preparation import imagenet, of_timm, of_torchvision
 from senet.networks.stem import adapt_stem
 from senet.support.extras import optional
 
@@ -121,11 +121,11 @@ def _foreign(
         model, preparation = _torchvision(name, num_classes or 1000), of_torchvision(name)
         if in_channels != 3:
             adapt_stem(model, in_channels, fresh=True)
-        return model, with_channels(preparation, in_channels)
+        return model, preparation.with_channels(in_channels)
     if name.startswith(TIMM):
         return _timm(name.removeprefix(TIMM), num_classes or 1000, in_channels)
     model = _from_file(name, num_classes, in_channels, named_by_user)
-    return model, with_channels(imagenet(), in_channels)
+    return model, imagenet().with_channels(in_channels)
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,7 @@ def of_timm(model: nn.Module, channels: int) -> data.Preprocessing:
         channels=len(mean),
         interpolation="bilinear" if said["interpolation"] == "bilinear" else "bicubic",
     )
-    return with_channels(said_for, channels)
-
-
-def with_channels(preparation: data.Preprocessing, channels: int) -> data.Preprocessing:
-    """The same for another number of channels, each with the mean of their means and deviations."""
-    if channels == preparation.channels:
-        return preparation
-    mean, std = (
-        (sum(values) / len(values),) * channels for values in (preparation.mean, preparation.std)
-    )
-    return dataclasses.replace(preparation, mean=mean, std=std, channels=channels)
+    return said_for.with_channels(channels)
 
 
 def of_torchvision(name: str, weights: Path | None = None) -> data.Preprocessing:
@@ -84,6 +73,5 @@ def imagenet() -> data.Preprocessing:
 
 def imagenet_classes() -> tuple[str, ...]:
     """The names of ImageNet's 1,000 classes in the order of the logits, as torchvision has them."""
-    from torchvision.models import ResNet18_Weights
-
-    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    weights = optional("torchvision.models").ResNet18_Weights
+    return tuple(weights.IMAGENET1K_V1.meta["categories"])

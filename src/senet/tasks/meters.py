@@ -28,19 +28,13 @@ if TYPE_CHECKING:
 
 
 class Kept(Metric):
-    """Rows of numbers, of all batches and processes.
-
-    Args:
-        width: numbers of a row.
-        dtype: theirs.
-    """
+    """Rows of numbers, of all batches and processes."""
 
     rows: list[Tensor]
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self.empty = torch.empty(0, width, dtype=dtype)
 
     def update(self, rows: Tensor) -> None:
         """Add (N,width)."""
@@ -53,7 +47,7 @@ class Kept(Metric):
 
 def _kept(width: int, dtype: torch.dtype, device: torch.device) -> Kept:
     """Holds something already: a process without images would have no rows to give."""
-    kept = Kept(width, dtype).to(device)
+    kept = Kept().to(device)
     kept.update(torch.empty(0, width, dtype=dtype, device=device))
     return kept
 

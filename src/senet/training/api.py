@@ -32,7 +32,7 @@ from senet.training.given import ReplayedLoader
 from senet.training.loop import RunResult
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
-from senet.training.material import Material, prepared, share_of_a_step, training_batches
+from senet.training.material import Material, facts_of, prepared, share_of_a_step, training_batches
 from senet.training.recipe import Recipe, get_recipe
 from senet.training.task import Measuring, fitting, task_of
 
@@ -213,7 +213,6 @@ class _Given:
         unnamed = {"name": config.model, "num_classes": len(names), "in_channels": None}
         unnamed["options"] = {}
         task, more = self._task(recipe, data, names)
-        plain = task.to_dict()
         frozen = prepared(self.model, config, example)
         return Material(
             run=config,
@@ -221,7 +220,7 @@ class _Given:
             task=task,
             train=training,
             val=validation,
-            facts={**counts, "classes": list(names), **({} if plain is None else {"task": plain})},
+            facts=facts_of(counts, names, task),
             config=unnamed if config.model.startswith(PYTHON) else known,
             preprocessing=None if data is None else data.preprocessing,
             classes=names,

@@ -10,7 +10,7 @@ from senet.anatomy import excitations
 from senet.checkpoint.files import is_described, model_for_weights, open_checkpoint
 from senet.data import ImageData, Preprocessing
 from senet.data.image_data import IMAGENET_STD
-from senet.data.labels import TaskName
+from senet.data.labels import OUTPUTS
 from senet.errors import UserError
 from senet.models import Network
 from senet.networks.anywhere import head_of, new_head
@@ -137,9 +137,9 @@ def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
     model, classes = start.model, len(data.classes)
     if _other_outputs(start, data):
         if train == "se":
-            known, wanted = start.task, _plural(data.task)
+            known, wanted = OUTPUTS[start.task.name], OUTPUTS[data.task]
             raise UserError(
-                f"init knows {start.classes} {_plural(known.name)}, {data.name} has {classes} "
+                f"init knows {start.classes} {known}, {data.name} has {classes} "
                 f"{wanted}: train the classifier too (se+head or all)"
             )
         new_head(model, classes)
@@ -148,10 +148,6 @@ def prepare_start(start: Start, data: ImageData, train: Trained) -> Network:
 
 def _other_outputs(start: Start, data: ImageData) -> bool:
     return start.classes != len(data.classes) or start.task.name != data.task
-
-
-def _plural(task: TaskName) -> str:
-    return {"classification": "classes", "multilabel": "labels", "regression": "numbers"}[task]
 
 
 def kept_scale(start: Start, task: AnyTask) -> AnyTask:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from senet.anatomy.example import attempt
 from senet.anatomy.recording import run
 from senet.data import ImageData, Preprocessing, TrainLoader, train_loader, val_loader
-from senet.data.arrays import is_picture
+from senet.data.arrays import WORDS, is_picture
 from senet.data.image_data import is_other_kind
 from senet.data.probe import SMALL
 from senet.data.transforms import check_augmentation
@@ -171,7 +171,7 @@ def named_material(
         task=task,
         train=training,
         val=validation,
-        facts=facts_of(data, task),
+        facts=facts_of({"train": len(data.train), "val": len(data.val)}, data.classes, task),
         config=model.config,
         preprocessing=data.preprocessing,
         classes=data.classes,
@@ -182,11 +182,10 @@ def named_material(
     )
 
 
-def facts_of(data: ImageData, task: Objective) -> dict[str, Any]:
-    """What tells data of `load_data` from others, see `Material`."""
-    facts: dict[str, Any] = {"train": len(data.train), "val": len(data.val)}
+def facts_of(counts: Mapping[str, int], names: Sequence[str], task: Objective) -> dict[str, Any]:
+    """What tells the data of a run from others: numbers of images, names, task; see `Material`."""
     plain = task.to_dict()
-    return {**facts, "classes": list(data.classes), **({} if plain is None else {"task": plain})}
+    return {**counts, "classes": list(names), **({} if plain is None else {"task": plain})}
 
 
 def completed(
@@ -329,11 +328,8 @@ def _notes(config: RunConfig, data: ImageData, measured: bool) -> tuple[str, ...
         " ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std)
     )
     if not is_picture(images.channels, images.depth):
-        pixels = {
-            "8": "8-bit pixels, divided by 255",
-            "16": "16-bit pixels, divided by 65535",
-            "float": "floating-point pixels, as they are",
-        }[images.depth]
+        how = {"8": "divided by 255", "16": "divided by 65535", "float": "as they are"}
+        pixels = f"{WORDS[images.depth]}, {how[images.depth]}"
         notes.append(f"images of {images.channels} channels, {pixels}")
     if measured and is_other_kind(images):
         notes.append(f"measured on the training images: mean {mean}, std {std}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from senet.data.arrays import channel_axis
-from senet.data.image_data import ImageData, map_style
+from senet.data.image_data import ImageData, map_style, only_classes
 from senet.data.images import FileImages, ImageSource, MemoryImages
 from senet.data.shards.index import INDEX, PLAN, Shard, ShardIndex
 from senet.errors import UserError
@@ -88,11 +88,7 @@ def write_shards(
     """
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    if data.task != "classification":
-        raise UserError(
-            f"shards hold one class an image, {data.name} holds {data.task}: train on the table "
-            "itself"
-        )
+    only_classes(data, "shards hold one class an image", "train on the table itself")
     plans = [
         (f"{split}-{number:06d}.tar", split, source, indices)
         for split, source in (

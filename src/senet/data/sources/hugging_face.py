@@ -15,7 +15,16 @@ from senet.data.arrays import Depth, Header
 from senet.data.decoders import Decoder
 from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
 from senet.data.images import BadImageError, decode_image, read_header
-from senet.data.labels import Target, TaskName, distinct, held, read_labels, target_at, targets_of
+from senet.data.labels import (
+    Labelling,
+    Target,
+    TaskName,
+    distinct,
+    held,
+    read_labels,
+    target_at,
+    targets_of,
+)
 from senet.data.probe import Kind, kind_of, probed
 from senet.data.splits import LABELS, Split, divided, evaluated, known_splits
 from senet.errors import UserError
@@ -201,29 +210,17 @@ def _labelled(
     """
     import datasets
 
-    kinds = [parts[0].features[column] for column in columns]
-    plain = isinstance(kinds[0], datasets.ClassLabel) or not _may_be_other(kinds[0])
-    if len(columns) == 1 and plain and reading.task in (None, "classification"):
-        labels = find_labels(parts[0], columns[0], where, reading)
-        targets = [_class_targets(part, columns[0], labels, where) for part in parts]
-        return _Labelled(targets, "classification", labels.names)
-    spots = [
-        f"{where}, split {p.split or 'unnamed'}, row {n}" for p in parts for n in range(len(p))
-    ]
-    cells = [
-        list(row)
-        for part in parts
-        for row in zip(*(_cells(part, column) for column in columns), strict=True)
-    ]
-    read = read_labels(
-        columns, cells, spots.__getitem__, f"data {where}", reading.task, reading.label_separator
-    )
-    if read.task == "classification":
+    kind = parts[0].features[columns[0]]
+    plain = isinstance(kind, datasets.ClassLabel) or not _may_be_other(kind)
+    read = None
+    if len(columns) > 1 or not plain or reading.task not in (None, "classification"):
+        read = _read(parts, columns, where, reading)
+    if read is None or read.task == "classification":
         labels = find_labels(parts[0], columns[0], where, reading)
         targets = [_class_targets(part, columns[0], labels, where) for part in parts]
         return _Labelled(targets, "classification", labels.names)
     own = read.labels[: len(parts[0])]
-    inner = getattr(kinds[0], "feature", kinds[0])
+    inner = getattr(kind, "feature", kind)
     if read.names is not None:
         names = read.names
     elif isinstance(inner, datasets.ClassLabel):
@@ -241,6 +238,21 @@ def _labelled(
         targets.append(values)
         start += len(part)
     return _Labelled(targets, read.task, names, read.note)
+
+
+def _read(parts: Sequence[Any], columns: Sequence[str], where: str, reading: Reading) -> Labelling:
+    """The cells of all parts, one behind the other, as `read_labels` takes them."""
+    spots = [
+        f"{where}, split {p.split or 'unnamed'}, row {n}" for p in parts for n in range(len(p))
+    ]
+    cells = [
+        list(row)
+        for part in parts
+        for row in zip(*(_cells(part, column) for column in columns), strict=True)
+    ]
+    return read_labels(
+        columns, cells, spots.__getitem__, f"data {where}", reading.task, reading.label_separator
+    )
 
 
 def _may_be_other(kind: Any) -> bool:
