@@ -1,5 +1,6 @@
 """Optimized networks in threads, with many shapes, and with weights that are edited."""
 
+import os
 import pickle
 import sys
 import threading
@@ -14,6 +15,7 @@ from senet import create_model, kernels
 from senet.errors import UserError
 from senet.inference import OptimizedModel, optimize, plans, workspaces
 from senet.inference.builder import TorchStep
+from senet.inference.kernels import allocate
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
 from senet.inference.workspaces import Workspace, Workspaces
@@ -375,3 +377,15 @@ def test_parameters_that_the_graph_reads_itself() -> None:
     norm.w = nn.Parameter(torch.rand(7))
     fast.network.graph_module.get_submodule("1").w = norm.w
     torch.testing.assert_close(fast(x), model(x))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_works_in_memory_of_its_own() -> None:
+    """A server that forks its workers after the first run: their maps are not this process's."""
+    memory = allocate(1 << 20)
+    child = os.fork()
+    if not child:
+        memory[0] = memory[-1] = 1
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory[0] == memory[-1] == 0

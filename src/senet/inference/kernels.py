@@ -19,8 +19,8 @@ STEP_FLOATS = 0 if LIBRARY is None else int(LIBRARY.senet_step_floats())
 STRIDES = frozenset(name for name, *_ in Step._fields_ if name.endswith("_ld"))
 # A vector may be read behind the last channel of the last pixel.
 SLACK = 64
-# Memory from here on gets huge pages: a panel of weights spans many small ones.
-_HUGE = 1 << 20
+# Bytes of a huge page. A panel of weights spans many small ones.
+_HUGE = 2 << 20
 
 
 def run(steps: ctypes.Array[Step], threads: int, scratch: Tensor) -> None:
@@ -31,10 +31,13 @@ def run(steps: ctypes.Array[Step], threads: int, scratch: Tensor) -> None:
 
 
 def allocate(count: int) -> Tensor:
-    """Zeros, float32, (count + slack,): on huge pages where there are many."""
+    """Zeros, float32, (count + slack,): on huge pages where they fill one."""
     size = 4 * (count + SLACK)
     if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(count + SLACK)
-    memory = mmap.mmap(-1, size)
+    # Shared memory, which is Python's default, would be that of forked processes too, whose runs
+    # would write into each other's maps; and it gets no huge pages.
+    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32)
+    before = -torch.frombuffer(memory, dtype=torch.float32).data_ptr() % _HUGE
+    return torch.frombuffer(memory, dtype=torch.float32, count=count + SLACK, offset=before)
