@@ -346,6 +346,70 @@ def test_a_hook_on_a_block_does_not_open_it(calls: list[str]) -> None:
     assert calls.count("bn_act_se") == 3
 
 
+class Plain(nn.Module):
+    """Residual blocks without SE, a linear bottleneck among them, and a container that ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block1, self.block2 = Bottleneck(3, 12), Bottleneck(12, 12)
+        self.block1.se = self.block2.se = nn.Identity()
+        self.block1.drop_path = self.block2.drop_path = nn.Identity()
+        self.expand = nn.Sequential(nn.Conv2d(12, 24, 1), timm.layers.BatchNormAct2d(24))
+        self.project, self.norm = nn.Conv2d(24, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(self.block1(x))
+        x = x + self.norm(self.project(self.expand(x)))
+        return self.head(x.mean((2, 3)))
+
+
+PLACES = ["block1.bn2", "block2.bn2", "expand", "norm"]
+
+
+def inserted() -> nn.Module:
+    """`Plain` with SE blocks whose gates are not 1."""
+    torch.manual_seed(0)
+    model = Plain()
+    senet.insert(model, where=PLACES, reduction=4, example_input=torch.zeros(1, 3, 8, 8))
+    for name, parameter in model.named_parameters():
+        if ".fc2." in name or "_fc2." in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_inserted_blocks_join_their_tails(calls: list[str]) -> None:
+    plain, fused = pair(inserted())
+    forms = Counter(part.form for part in senet.fuse(fused, images()).fused)
+    tails = {"norm → se → add → relu": 2, "norm → se → add": 1, "norm → relu → se": 1}
+    assert forms == {**tails, "norm → relu": 2}
+    wanted = step(copy.deepcopy(plain))
+    calls.clear()
+    for model in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_same(step(model), wanted)
+    assert calls.count("squeeze_excite") == 0
+    step(plain)
+    torch.testing.assert_close(fused.eval()(images()), plain.eval()(images()))
+
+
+def test_what_happens_to_inserted_blocks_counts() -> None:
+    plain, fused = pair(inserted())
+    for model in (plain, fused):
+        model.block2.bn2.register_forward_hook(lambda _, x, y: y * 2)
+        model.norm.register_forward_pre_hook(lambda _, x: (x[0] * 2,))
+    with pytest.warns(UserWarning, match=r"hooks \(BatchNorm2d\)"):
+        assert_same(step(fused), step(plain))
+    plain, fused = pair(inserted())
+    for model in (plain, fused):
+        senet.remove(model)
+    with pytest.warns(UserWarning, match="with a replaced"):
+        assert_same(step(fused), step(plain))
+    with pytest.raises(UserError, match=r"model is fused; senet\.unfuse\(model\) first"):
+        senet.insert(fused, where=PLACES, reduction=4, example_input=images())
+
+
 def test_gates_are_recorded_of_a_fused_network() -> None:
     plain, fused = pair()
     batches = [images()]

@@ -18,6 +18,7 @@ from senet.errors import UserError
 from senet.fusion.modules import is_norm
 from senet.fusion.rewriting import Plan, Rewritten, Unreadable, plain_numbers, rewrite
 from senet.nn.block import hooked, leaves_process
+from senet.nn.hooks import scaling_block
 from senet.ops import choice
 
 _said: set[str] = set()
@@ -106,12 +107,13 @@ class FusedForward:
 def _obstacle(owner: nn.Module, rewritten: Rewritten) -> str | None:
     """Why the modules have to run each for itself; None where they have not."""
     for path, kind in rewritten.touched:
-        module: nn.Module | None = owner
-        for name in path:
-            module = None if module is None else module._modules.get(name)
+        module = _found(owner, path)
         if module is None or (type(module) is not kind and not is_norm(module)):
             return f"{type(owner).__name__} with a replaced {'.'.join(path)}"
-        if path and (why := hooked(module)):
+        if path and (why := hooked(module)) and path not in rewritten.scaled:
+            return why
+    for path, block in rewritten.scaled.items():
+        if why := _hooked_otherwise(_found(owner, path), _found(owner, block)):
             return why
     for path in rewritten.modal:
         if owner.get_submodule(".".join(path)).training != owner.training:
@@ -125,6 +127,24 @@ def _obstacle(owner: nn.Module, rewritten: Rewritten) -> str | None:
         if plain_numbers(module) != numbers:
             return f"{type(module).__name__} with attributes that have changed"
     return None
+
+
+def _found(owner: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    module: nn.Module | None = owner
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _hooked_otherwise(module: nn.Module | None, block: nn.Module | None) -> str | None:
+    """Which module has hooks beside that of its SE block, or another block; None for none."""
+    if module is None or block is None:
+        return "modules with a replaced SE block"
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if others or len(module._forward_hooks) > 1:
+        return hooked(module)
+    same = scaling_block(module) is block
+    return None if same else f"{type(module).__name__} with a replaced SE block"
 
 
 def fused_forwards(model: nn.Module) -> Iterator[tuple[str, nn.Module, FusedForward]]:

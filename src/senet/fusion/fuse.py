@@ -24,6 +24,7 @@ from senet.fusion.forward import FusedForward, fused_forwards
 from senet.fusion.modules import Gate, gate_of, is_depthwise, is_norm, is_three_by_three
 from senet.fusion.rewriting import ALONE, DEPTHWISE, THREE_BY_THREE, Part, Plan, Unreadable
 from senet.nn.block import SqueezeExcitation
+from senet.nn.hooks import scaling_block
 
 # Passes over a map, forward and backward, of the modules one by one: docs/fusion.md.
 _PASSES = {"norm": 8, "act": 5, "se": 12, "add": 3}
@@ -225,6 +226,10 @@ def _plans(
         while any(chain[depth - 1] is not chains[0][depth - 1] for chain in chains):
             depth -= 1
         owner = chains[0][depth - 1]
+        squeezed = any(step.kind == "se" for step in _steps(tail, gates))
+        if squeezed and depth > 1 and scaling_block(owner.module) is not None:  # by its hook
+            depth -= 1
+            owner = chains[0][depth - 1]
         if type(owner.module).__module__.startswith("senet.") and len(chains) > 1:
             unread[tail.name] = _OURS
             continue

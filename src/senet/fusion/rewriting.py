@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,15 @@ from senet.fusion.modules import (
     normalizes_and_activates,
     own_activation,
 )
+from senet.nn.hooks import scaling_block
 from senet.ops import Activation
 
 DEPTHWISE, THREE_BY_THREE = "depthwise", "3×3 convolution"
 ALONE = "a batch norm alone, at which PyTorch is as fast"
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _LINEAR = Activation("linear")
+# Of a node that calls an inserted SE block: the module whose hook does it.
+_SCALED = "scaled"
 # What reading a forward with stand-ins for tensors may raise.
 _UNREADABLE = (
     *(RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, KeyError),
@@ -85,6 +88,7 @@ class Rewritten:
         touched: paths of the modules that it passes by, with the class each had.
         numbers: plain attributes of the modules that were read, on which their code may depend.
         modal: paths of those that have to be in the module's own mode, training or evaluation.
+        scaled: paths of modules whose results an inserted SE block scales, with the block's.
     """
 
     function: Callable[[nn.Module, Tensor], Any]
@@ -92,10 +96,11 @@ class Rewritten:
     touched: tuple[tuple[tuple[str, ...], type], ...]
     numbers: tuple[tuple[tuple[str, ...], tuple[tuple[str, object], ...]], ...]
     modal: tuple[tuple[str, ...], ...] = ()
+    scaled: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
 
 
 class _Tracer(fx.Tracer):
-    """Opens the modules it is told to, and calls no hooks."""
+    """Opens the modules it is told to, and calls no hooks but those of inserted SE blocks."""
 
     def __init__(self, opened: frozenset[str]) -> None:
         super().__init__()
@@ -105,9 +110,18 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self.opened
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if not self.is_leaf_module(m, self.path_of_module(m)):
-            return type(m).forward(m, *args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        name = self.path_of_module(m)
+        leaf = self.is_leaf_module(m, name)
+        if leaf:
+            result = super().call_module(m, forward, args, kwargs)
+        else:
+            result = type(m).forward(m, *args, **kwargs)
+        block = scaling_block(m) if is_norm(m) or not leaf else None
+        if block is None:
+            return result
+        scaled = self.create_proxy("call_module", self.path_of_module(block), (result,), {})
+        scaled.node.meta[_SCALED] = name
+        return scaled
 
 
 def plain_numbers(module: nn.Module) -> tuple[tuple[str, object], ...]:
@@ -203,8 +217,9 @@ def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
     if is_norm(module) or convolves or "" in plan.gates or plan.reads:
         return _whole(module, plan)
     graphs = _traced(module, plan.opened)
-    (parts, touched), *others = [_Replacement(module, plan, graph).run() for graph in graphs]
-    if any(other != (parts, touched) for other in others):
+    first, *others = [_Replacement(module, plan, graph).run() for graph in graphs]
+    parts, touched, scaled = first
+    if any(other != first for other in others):
         raise Unreadable("its tails differ between training and evaluation")
     if not parts:
         raise Unreadable("no part of it has the form that the operator computes")
@@ -217,6 +232,7 @@ def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
         tuple((path, type(m)) for path, m in sorted(passed.items())),
         tuple((path, plain_numbers(m)) for path, m in sorted(read.items())),
         tuple(path for path in sorted(read) if path) if len(functions) > 1 else (),
+        {tuple(name.split(".")): tuple(block.split(".")) for name, block in scaled.items()},
     )
 
 
@@ -241,15 +257,19 @@ class _Replacement:
         self.module, self.plan, self.graph = module, plan, graph
         self.parts: list[Part] = []
         self.touched: set[str] = set()
+        self.scaled: dict[str, str] = {}
 
-    def run(self) -> tuple[list[Part], set[str]]:
+    def run(self) -> tuple[list[Part], set[str], dict[str, str]]:
         for node in list(self.graph.nodes):
             if self.norm(node) and not self.is_shortcut(node):
                 self.replace(node)
         for node in list(self.graph.nodes):
+            if _SCALED in node.meta:
+                self.leave_or_note(node)
+        for node in list(self.graph.nodes):
             if node.op == "call_module" and node.target in self.plan.gates:
                 self.replace_block(node)
-        return self.parts, self.touched
+        return self.parts, self.touched, self.scaled
 
     def submodule(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -395,6 +415,16 @@ class _Replacement:
             return None
         return shortcut if own_activation(self.submodule(shortcut)) == _LINEAR else None
 
+    def leave_or_note(self, node: fx.Node) -> None:
+        """Of an inserted SE block: gone where its module is called, whose hook calls it."""
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        if source.op == "call_module" and source.target == node.meta[_SCALED]:
+            node.replace_all_uses_with(source)
+            self.graph.erase_node(node)
+        else:
+            self.scaled[node.meta[_SCALED]] = str(node.target)
+
     def replace_block(self, node: fx.Node) -> None:
         if len(node.args) != 1 or node.kwargs:
             return
@@ -428,6 +458,8 @@ class _Replacement:
         for node in reversed(nodes):
             if node.op == "call_module":
                 self.touch(str(node.target), self.plan.gates.get(str(node.target)))
+            if _SCALED in node.meta:
+                self.scaled[node.meta[_SCALED]] = str(node.target)
             self.graph.erase_node(node)
         block = None if tail.block is None else str(tail.block.target)
         squeezed = [] if gate is None else ["se"]

@@ -4,7 +4,6 @@ import copy
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,6 +32,7 @@ from senet.insertion.twins import become_twin, twin_places
 from senet.models import Network
 from senet.models.vgg import ReLUSE
 from senet.nn.block import GateName, SqueezeExcitation, hidden_width
+from senet.nn.hooks import scale_by
 
 Rule = Literal["auto", "residual", "concat", "conv"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -128,7 +128,7 @@ def insert(
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raise UserError for wrapped, compiled, scripted and uninitialised models, with the remedy."""
+    """Raise UserError for models that are wrapped, fused, compiled, scripted or uninitialised."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, RECORD):
@@ -150,6 +150,10 @@ def _check_model(model: nn.Module) -> None:
             raise UserError(
                 f"model is compiled{inside}; insert before torch.compile (the original of a "
                 "compiled model is model._orig_mod)"
+            )
+        if type(vars(module).get("forward")).__module__ == "senet.fusion.forward":
+            raise UserError(
+                f"model is fused{inside}; senet.unfuse(model) first, insert, and fuse again"
             )
         if isinstance(module, torch.jit.ScriptModule) and not name:
             raise UserError("model is scripted; insert before torch.jit.script or torch.jit.trace")
@@ -272,20 +276,10 @@ def _forget(optimizer: Optimizer, gone: set[int]) -> None:
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
-def _scale_output(
-    se: nn.Module, channels_last: bool, module: nn.Module, inputs: Any, output: Tensor
-) -> Tensor:
-    """Forward hook of a module: its output scaled by the SE block."""
-    if channels_last:
-        return se(output.movedim(-1, 1)).movedim(1, -1)
-    return se(output)
-
-
 def _hook(model: nn.Module, target: nn.Module, place: Place, se: SqueezeExcitation) -> None:
-    # The hook holds the block, whichever module registers it: copying and pickling keep both one.
     holder_name, _, child = place.block.rpartition(".")
     model.get_submodule(holder_name).add_module(child, se)
-    target.register_forward_hook(partial(_scale_output, se, place.channels_last))
+    scale_by(target, se, channels_last=place.channels_last)
 
 
 def _block_name(model: nn.Module, name: str) -> str:

@@ -1,8 +1,12 @@
-"""Looking into networks by forward hooks."""
+"""Forward hooks: of those who look into networks, and of SE blocks that were inserted."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -14,3 +18,36 @@ def expected_hooks() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="senet runs .* in separate passes")
         yield
+
+
+def scale_by(module: nn.Module, se: nn.Module, *, channels_last: bool = False) -> None:
+    """Let an SE block scale what a module gives from now on.
+
+    The hook holds the block, wherever that is registered: copying and pickling keep both one.
+
+    Args:
+        module: gives maps (N,C,…).
+        se: takes and gives such maps.
+        channels_last: whether the module's are (N,…,C).
+    """
+    module.register_forward_hook(partial(_scaled, se, channels_last))
+
+
+def _scaled(
+    se: nn.Module, channels_last: bool, module: nn.Module, inputs: Any, output: Tensor
+) -> Tensor:
+    """Forward hook of a module: its output scaled by the SE block."""
+    if channels_last:
+        return se(output.movedim(-1, 1)).movedim(1, -1)
+    return se(output)
+
+
+def scaling_block(module: nn.Module) -> nn.Module | None:
+    """The SE block that scales what a module (N,C,…) gives; None without, or with other hooks."""
+    if len(module._forward_hooks) != 1:
+        return None
+    (hook,) = module._forward_hooks.values()
+    if not isinstance(hook, partial) or hook.func is not _scaled:
+        return None
+    se, channels_last = hook.args
+    return None if channels_last else se
