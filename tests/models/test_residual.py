@@ -2,7 +2,7 @@
 
 import torch
 
-from senet.models.residual import PaddedShortcut
+from senet.nn.padded_shortcut import PaddedShortcut
 
 
 def test_padded_shortcut() -> None:

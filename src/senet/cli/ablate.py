@@ -10,6 +10,7 @@ from rich.table import Table
 from senet.cli.comparison import NO_COMPARISON, ComparisonFlags, telling_how_to_go_on
 from senet.cli.tables import print_table
 from senet.errors import UserError
+from senet.support.collector import importing
 from senet.support.progress import watch
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def ablate(
             integration (14 and 15), or nosqueeze (16).
     """
     flags.training.prepare_process()
-    from senet.experiments.ablate import AblateConfig, run_ablation
+    with importing():
+        from senet.experiments.ablate import AblateConfig, run_ablation
 
     if ablation is None and flags.resume is None:
         raise UserError("name an ablation, such as: senet ablate reduction --out FOLDER")

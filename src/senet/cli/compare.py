@@ -7,6 +7,7 @@ from rich.table import Table
 
 from senet.cli.comparison import NO_COMPARISON, ComparisonFlags, telling_how_to_go_on
 from senet.cli.tables import new_table, print_table
+from senet.support.collector import importing
 from senet.support.progress import watch
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ def compare(*, flags: ComparisonFlags = NO_COMPARISON) -> None:
     the defaults of networks of this package.
     """
     flags.training.prepare_process()
-    from senet.experiments.compare import CompareConfig, run_comparison
-    from senet.reports.comparison import cost, verdict
+    with importing():
+        from senet.experiments.compare import CompareConfig, run_comparison
+        from senet.reports.comparison import cost, verdict
 
     settings = flags.settings(CompareConfig)
     tell = partial(print, flush=True)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
 from senet.cli.tables import new_table, print_table
+from senet.support.collector import importing
 from senet.support.files import atomic_write
 from senet.support.progress import watch
 from senet.support.text import printable
@@ -51,8 +52,9 @@ def evaluate(
         figures: folder for the confusion matrix of classes as PNG and SVG.
     """
     flags.prepare_process()
-    from senet.commands.evaluate import draw_confusions, evaluate_path
-    from senet.tasks.results import as_csv
+    with importing():
+        from senet.commands.evaluate import draw_confusions, evaluate_path
+        from senet.tasks.results import as_csv
 
     with watch() as progress:
         result = evaluate_path(

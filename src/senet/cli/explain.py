@@ -15,6 +15,7 @@ from senet.cli.options import (
 )
 from senet.cli.tables import new_table, print_table
 from senet.errors import UserError
+from senet.support.collector import importing
 from senet.support.progress import watch
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def explain(
         images: most images in the report.
     """
     flags.prepare_process()
-    from senet.commands.explain import explain as explain_checkpoint
+    with importing():
+        from senet.commands.explain import explain as explain_checkpoint
 
     path = given_network(checkpoint, model, weights)
     if out is None:

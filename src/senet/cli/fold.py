@@ -7,6 +7,7 @@ from rich.table import Table
 
 from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch, given_network
 from senet.cli.tables import new_table, print_table
+from senet.support.collector import importing
 from senet.support.progress import watch
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def fold(
         statistics: statistics.safetensors of `senet explain` (default: recorded anew).
     """
     flags.prepare_process()
-    from senet.commands.fold import fold_checkpoint
+    with importing():
+        from senet.commands.fold import fold_checkpoint
 
     with watch() as progress:
         result = fold_checkpoint(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from senet.cli.options import OptionalWhole, Switch, Whole, named, prepare_process
 from senet.cli.tables import new_table, print_table
+from senet.support.collector import importing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +45,8 @@ def optimize(
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.commands.optimize import optimize_network
+    with importing():
+        from senet.commands.optimize import optimize_network
 
     done = optimize_network(
         model,

@@ -12,6 +12,7 @@ from rich.table import Table
 from senet.cli.options import Config, Decode, Device, OptionalWhole, Switch, Whole, prepare_process
 from senet.cli.tables import print_table
 from senet.errors import UserError
+from senet.support.collector import importing
 from senet.support.progress import watch
 from senet.support.text import printable
 
@@ -69,7 +70,8 @@ def predict(
     if json and csv:
         raise UserError("give --json or --csv, not both")
     prepare_process(tune_allocator=not no_tune_allocator)
-    from senet.commands.predict import predict as predict_classes
+    with importing():
+        from senet.commands.predict import predict as predict_classes
 
     with watch() as progress:
         found = predict_classes(

@@ -25,6 +25,7 @@ from senet.cli.options import (
     read_toml,
 )
 from senet.errors import StopSignal, UserError
+from senet.support.collector import importing
 from senet.support.progress import Progress, Several, watch
 from senet.support.text import duration
 
@@ -80,11 +81,12 @@ def train(
         track: show the run in wandb, mlflow or trackio too, which must be installed.
     """
     flags.prepare_process()
-    from senet.training.loop import Interrupted
-    from senet.training.loop import resume as resume_run
-    from senet.training.loop import train as train_run
-    from senet.training.material import named_material
-    from senet.training.ranks import leave_processes, rank
+    with importing():
+        from senet.training.loop import Interrupted
+        from senet.training.loop import resume as resume_run
+        from senet.training.loop import train as train_run
+        from senet.training.material import named_material
+        from senet.training.ranks import leave_processes, rank
 
     if resume == Path("auto"):
         if out is None:

@@ -33,7 +33,7 @@ from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
 from senet.kernels.structs import Kind
-from senet.models.residual import PaddedShortcut
+from senet.nn.padded_shortcut import PaddedShortcut
 from senet.ops.activations import RELU
 
 # Layers of PyTorch's own that the kernels know.

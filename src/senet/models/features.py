@@ -10,7 +10,6 @@ from senet.models import Network, Stage
 from senet.models.residual import (
     BasicBlock,
     Bottleneck,
-    PaddedShortcut,
     PreActivationBlock,
     ResidualBlock,
 )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from senet.models.options import SEOptions
 from senet.nn.block import SqueezeExcitation
 from senet.nn.convolution import convolve
+from senet.nn.padded_shortcut import PaddedShortcut, beside
 from senet.nn.tails import bn_relu, bn_relu_into, residual_tail
 from senet.support.shapes import Float
 
@@ -20,25 +21,6 @@ def conv(
     return nn.Conv2d(
         in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
     )
-
-
-class PaddedShortcut(nn.Module):
-    """Shortcut without parameters: every second position, new channels zero.
-
-    He et al. (arXiv 1512.03385), section 4.2, option A, as used on CIFAR.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.new_channels = out_channels - in_channels
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
-        """X (N,C,H,W) → (N, C + new, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        # Every second position; slices would cost a map of zeros each in the backward pass.
-        x = F.avg_pool2d(x, 1, self.stride)
-        before = self.new_channels // 2
-        return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +91,30 @@ class ResidualBlock(nn.Module):
         se = self.se_at("pre")
         return x if se is None else se(x)
 
-    def shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    def first(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The branch's first convolution of the block's input x; what else it left of `shortcut`.
+
+        The map behind `downsample` where it is made beside the convolution, otherwise None.
+        """
+        both = beside(self.downsample, layer, x) if self.se_at("pre") is None else None
+        return (convolve(layer, self.before_branch(x)), None) if both is None else both
+
+    def shortcut(
+        self, x: Tensor, downsampled: Tensor | None = None
+    ) -> tuple[Tensor, nn.Module | None]:
         """What is added to the branch, and a batch norm it still has to go through.
 
         The projection's batch norm is left to the block's tail, which adds it in the same pass,
         unless SE stands behind it (SE-Identity).
+
+        Args:
+            x: the block's input.
+            downsampled: what `first` made of it already.
         """
         bn = None
-        if isinstance(self.downsample, nn.Sequential):
+        if downsampled is not None:
+            x = downsampled
+        elif isinstance(self.downsample, nn.Sequential):
             x, bn = convolve(self.downsample[0], x), self.downsample[1]
         elif self.downsample is not None:
             x = convolve(self.downsample, x)
@@ -125,9 +123,11 @@ class ResidualBlock(nn.Module):
             return x, bn
         return se(x if bn is None else bn(x)), None
 
-    def finish(self, branch: Tensor, bn: nn.Module, x: Tensor) -> Tensor:
+    def finish(
+        self, branch: Tensor, bn: nn.Module, x: Tensor, downsampled: Tensor | None = None
+    ) -> Tensor:
         """Normalise the branch, add the shortcut of the block's input x, ReLU; SE in its place."""
-        shortcut, shortcut_bn = self.shortcut(x)
+        shortcut, shortcut_bn = self.shortcut(x, downsampled)
         out = residual_tail(branch, shortcut, bn, self.se_at("standard"), shortcut_bn)
         se = self.se_at("post")
         return out if se is None else se(out)
@@ -153,12 +153,12 @@ class BasicBlock(ResidualBlock):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d a b"]:
         """(N, in_channels, H, W) → (N, planes, H/stride, W/stride)."""
-        out = convolve(self.conv1, self.before_branch(x))
+        out, downsampled = self.first(self.conv1, x)
         out = bn_relu_into(out, self.bn1, self.conv2, self.se_at("3x3"))
         se = self.se_at("standard")
         if se is None or not self.relu_before_se:
-            return self.finish(out, self.bn2, x)
-        shortcut, shortcut_bn = self.shortcut(x)
+            return self.finish(out, self.bn2, x, downsampled)
+        shortcut, shortcut_bn = self.shortcut(x, downsampled)
         if shortcut_bn is not None:
             shortcut = shortcut_bn(shortcut)
         return F.relu(se(bn_relu(out, self.bn2)) + shortcut)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from senet.nn.block import hooked, leaves_process
+from senet.ops.choice import transforms
 from senet.ops.convolution import convolve as operator
 from senet.ops.convolution import passes
 
@@ -38,9 +39,22 @@ def by_kernels(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def _worthwhile(layer: nn.Conv2d, x: Tensor) -> bool:
     """Whether a kernel would run, in this pass or in the backward one."""
+    if not plain(layer, x):
+        return False
+    found = passes(tuple(x.shape), tuple(layer.weight.shape), layer.stride, layer.padding)
+    if found.forward:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return (x.requires_grad and found.x) or (layer.weight.requires_grad and found.weight)
+
+
+def plain(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether layer(x) is a convolution of a float32 map in channels_last on the CPU, unwatched."""
     weight = layer.weight
-    if (
+    return not (
         leaves_process(x)
+        or transforms()
         or type(x) is not Tensor
         or type(weight) is not nn.Parameter
         or x.ndim != 4
@@ -60,11 +74,4 @@ def _worthwhile(layer: nn.Conv2d, x: Tensor) -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-    ):
-        return False
-    found = passes(tuple(x.shape), tuple(weight.shape), layer.stride, layer.padding)
-    if found.forward:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return (x.requires_grad and found.x) or (weight.requires_grad and found.weight)
+    )

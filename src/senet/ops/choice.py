@@ -112,7 +112,7 @@ def _warn_missing_kernels() -> None:
 _warned = False
 
 
-def _transforms() -> bool:
+def transforms() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation looks at each operation."""
     stack: Any = torch._C._functorch.peek_interpreter_stack()
     return stack is not None or forward_ad._current_level >= 0
@@ -126,10 +126,10 @@ def resolve(x: Tensor) -> str:
         why_not = triton.unsupported(x) if on_gpu else cpu.unsupported(x)
         if why_not == kernels.MISSING != "" and x.device.type == "cpu" and not compiling:
             _warn_missing_kernels()
-        if not compiling and _transforms():
+        if not compiling and transforms():
             return "reference"
         return "algebra" if why_not else "triton" if on_gpu else "cpu"
-    if _implementation != "reference" and not compiling and _transforms():
+    if _implementation != "reference" and not compiling and transforms():
         raise UserError(
             f"senet.ops.use({_implementation!r}) cannot run under torch.func's transforms and "
             'forward-mode differentiation; use senet.ops.use("auto") or "reference"'
@@ -143,5 +143,5 @@ def resolve(x: Tensor) -> str:
 def is_fast(x: Tensor) -> bool:
     """Whether kernels run for x, or an implementation that was chosen by name."""
     if _implementation != "auto":
-        return not _transforms()
+        return not transforms()
     return resolve(x) in ("cpu", "triton")

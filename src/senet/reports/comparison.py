@@ -318,8 +318,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     pictures: dict[str, dict[str, bytes]] = {}
     with themed("light"):
         for name, figure in _draw(comparison).items():
-            save_figure(figure, folder / "figures", name)
-            pictures[name] = {"light": render(figure, "svg")}
+            pictures[name] = {"light": save_figure(figure, folder / "figures", name)}
     with themed("dark"):
         for name, figure in _draw(comparison).items():
             pictures[name]["dark"] = render(figure, "svg")

@@ -343,8 +343,14 @@ def render(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     return buffer.getvalue()
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write `folder/name.png` and `folder/name.svg`, each as a whole; makes the folder."""
+def save_figure(figure: Figure, folder: Path, name: str) -> bytes:
+    """Write `folder/name.png` and `folder/name.svg`, each as a whole; makes the folder.
+
+    Returns:
+        The SVG.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / f"{name}.png", render(figure, "png"))
-    atomic_write(folder / f"{name}.svg", render(figure, "svg"))
+    svg = render(figure, "svg")
+    atomic_write(folder / f"{name}.svg", svg)
+    return svg

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from senet.inference.shapes import Growing
-from senet.models.residual import PaddedShortcut
 from senet.nn.block import SqueezeExcitation
+from senet.nn.padded_shortcut import PaddedShortcut
 
 # What code raises that wants numbers where a symbolic trace has none.
 FAILURES = (
