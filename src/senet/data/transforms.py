@@ -156,7 +156,8 @@ class Preprocessing:
         for channel in range(self.channels):
             # The table's rows are those of the result; it swaps the colours' places.
             source = 2 - channel if self.channel_order == "bgr" else channel
-            finished[:, channel] = table[channel][images[:, source]]
+            # "clip": NumPy looks no index up beforehand, and none of uint8 lies outside.
+            np.take(table[channel], images[:, source], out=finished[:, channel], mode="clip")
         return torch.from_numpy(finished)
 
     def pixels(self) -> Transform:

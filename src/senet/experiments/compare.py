@@ -32,8 +32,10 @@ from senet.reports.figures import neutral_gate
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
 from senet.support.text import decoded
+from senet.tasks.task import Judgement
 from senet.training.config import RUN_CONFIG, RunConfig, absolute_model, holdable
 from senet.training.data import open_run_data
+from senet.training.loop import RunResult
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
 from senet.training.recipe import Recipe, get_recipe
@@ -268,8 +270,8 @@ def run_comparison(
     if not resume:
         make_folder(config)
     order = [run for pair in zip(runs["plain"], runs["se"], strict=True) for run in pair]
-    train_all(config, order, watch, lambda run: f"{run.label} seed {run.seed}", tell)
-    comparison = gather(config, data)
+    trained = train_all(config, order, watch, lambda run: f"{run.label} seed {run.seed}", tell)
+    comparison = gather(config, data, trained)
     write_report(comparison, config.out)
     return comparison
 
@@ -285,12 +287,11 @@ def _check_twins(config: CompareConfig) -> None:
         ) from error
 
 
-def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> None:
+def begin_or_go_on(run: RunConfig, progress: Progress | None = None) -> RunResult:
     """Train a run from the start, or from where it was stopped."""
     if (run.out / RUN_CONFIG).is_file():
-        resume_run(run.out, progress=progress)
-    else:
-        train_run(run, progress=progress)
+        return resume_run(run.out, progress=progress)
+    return train_run(run, progress=progress)
 
 
 def train_all(
@@ -299,7 +300,7 @@ def train_all(
     watch: Watch,
     label: Callable[[RunConfig], str],
     tell: Callable[[str], None],
-) -> None:
+) -> dict[Path, Judgement]:
     """Train the runs that are not finished, one after the other or some at the same time.
 
     Args:
@@ -309,24 +310,30 @@ def train_all(
         label: of a run.
         tell: called with a line for each run that ended; with several processes.
 
+    Returns:
+        By folder, how the runs were judged after their last epoch; of those that this process
+        trained.
+
     Raises:
         UserError: a run was refused; if it was before anything was trained, the folder is gone.
         SenetError: a run failed.
     """
+    judged: dict[Path, Judgement] = {}
     try:
         if config.processes > 1:
             left = [run for run in order if not finished(run)]
             _train_in_processes(config, left, label, tell)
-            return
+            return judged
         for index, run in enumerate(order):
             if finished(run):
                 continue
             with watch(label(run), index, len(order)) as progress:
-                begin_or_go_on(run, progress)
+                judged[run.out] = begin_or_go_on(run, progress).evaluation
     except UserError:
         if not any(run.out.exists() for run in order):
             shutil.rmtree(config.out)
         raise
+    return judged
 
 
 def _share_cores(processes: int) -> None:
@@ -391,8 +398,14 @@ def finished(run: RunConfig) -> bool:
     return len(read_rows(run.out / "metrics.csv")) >= run.recipe.epochs
 
 
-def gather(config: CompareConfig, data: ImageData) -> Comparison:
-    """Read the finished runs, and go over the validation images for confusions and gates."""
+def gather(config: CompareConfig, data: ImageData, judged: Mapping[Path, Judgement]) -> Comparison:
+    """Read the finished runs, and go over the validation images for confusions and gates.
+
+    Args:
+        config: the comparison.
+        data: what it was trained on.
+        judged: by folder, the last judgement of runs; the others are judged once more.
+    """
     runs = config.runs()
     results: dict[str, NetworkResult] = {}
     gates: dict[str, NDArray[np.float64]] = {}
@@ -401,7 +414,7 @@ def gather(config: CompareConfig, data: ImageData) -> Comparison:
         confusion = np.zeros((len(data.classes),) * 2, np.int64)
         for run in configs:
             checkpoint = open_checkpoint(run.out / "checkpoints" / "last")
-            matrix, run_gates = examine(checkpoint, data, run)
+            matrix, run_gates = examine(checkpoint, data, run, judged.get(run.out))
             confusion += matrix
             for name, values in run_gates.items():
                 gates[name] = gates.get(name, 0) + values / config.seeds

@@ -25,6 +25,7 @@ from senet.reports.figures import (
 )
 from senet.tasks.classification import Evaluation
 from senet.tasks.regression import Regression
+from senet.tasks.task import Judgement
 from senet.training.config import RUN_CONFIG, RunConfig
 from senet.training.evaluation import evaluate
 from senet.training.loop import RunResult
@@ -39,7 +40,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def examine(
-    checkpoint: Checkpoint, data: ImageData, run: RunConfig
+    checkpoint: Checkpoint, data: ImageData, run: RunConfig, judged: Judgement | None
 ) -> tuple[NDArray[np.int64], Gates]:
     """Confusion matrix of classes, and mean gates, of a checkpoint on the validation images.
 
@@ -47,11 +48,14 @@ def examine(
         checkpoint: a trained network.
         data: the data it was trained on.
         run: its run, which says on which device and in which precision it is evaluated.
+        judged: what an evaluation of it gave already.
     """
     model, loader = ready(checkpoint, data, run)
-    task = checkpoint.task
-    result = evaluate(model, loader, task, mixed_precision=run.recipe.mixed_precision)
-    return result.confusion.numpy(), _mean_gates(model, loader, data)
+    if judged is None:
+        precision = run.recipe.mixed_precision
+        judged = evaluate(model, loader, checkpoint.task, mixed_precision=precision)
+    assert isinstance(judged, Evaluation)
+    return judged.confusion.numpy(), _mean_gates(model, loader, data)
 
 
 def _mean_gates(
