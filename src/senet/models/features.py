@@ -14,6 +14,7 @@ from senet.models.residual import (
     ResidualBlock,
 )
 from senet.models.resnet import ResNet
+from senet.nn.padded_shortcut import PaddedShortcut
 from senet.support.shapes import Float
 
 

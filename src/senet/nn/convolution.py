@@ -41,6 +41,7 @@ def _worthwhile(layer: nn.Conv2d, x: Tensor) -> bool:
     """Whether a kernel would run, in this pass or in the backward one."""
     if not plain(layer, x):
         return False
+    assert isinstance(layer.padding, tuple)
     found = passes(tuple(x.shape), tuple(layer.weight.shape), layer.stride, layer.padding)
     if found.forward:
         return True

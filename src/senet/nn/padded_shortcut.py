@@ -52,10 +52,10 @@ def beside(shortcut: nn.Module | None, layer: nn.Module, x: Tensor) -> tuple[Ten
     ):
         return None
     before = shortcut.new_channels // 2
-    outputs = _Beside.apply(
+    outputs: tuple[Tensor, Tensor] = _Beside.apply(
         x, layer.weight, layer.stride, layer.padding, shortcut.stride, shortcut.new_channels, before
     )
-    return outputs  # type: ignore[no-any-return]  # of a function of autograd
+    return outputs
 
 
 class _Beside(torch.autograd.Function):
