@@ -137,7 +137,8 @@ def test_balanced_weights_of_labels(tables: Path) -> None:
     data = load_data(str(tables / "all.csv"))
     task = task_of(get_recipe("quick", class_weights="balanced"), data)
     having = data.train.targets.sum(0)  # type: ignore[union-attr]
-    torch.testing.assert_close(task.weights, (16 - having) / having)  # type: ignore[union-attr]
+    weights = torch.tensor(task.weights)  # type: ignore[union-attr]
+    torch.testing.assert_close(weights, (16 - having) / having)
 
 
 def test_resumed_bit_by_bit(tables: Path, tmp_path: Path) -> None:

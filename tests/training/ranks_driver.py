@@ -151,11 +151,11 @@ def hang(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
 
             whole, calls = session.Session.train_step, [0]
 
-            def stuck(self: Any, *arguments: Any) -> float:
+            def stuck(self: Any, *arguments: Any, **options: Any) -> Any:
                 calls[0] += 1
                 if calls[0] == 3:
                     stuck_here()
-                return whole(self, *arguments)
+                return whole(self, *arguments, **options)
 
             session.Session.train_step = stuck  # type: ignore[method-assign]
         train(run)
@@ -176,11 +176,11 @@ def term(config: Callable[..., RunConfig], folder: Path) -> dict[str, Any]:
 
         inner, calls = session.Session.train_step, [0]
 
-        def counting(self: Any, *arguments: Any) -> float:
+        def counting(self: Any, *arguments: Any, **options: Any) -> Any:
             calls[0] += 1
             if rank == 1 and calls[0] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return inner(self, *arguments)
+            return inner(self, *arguments, **options)
 
         session.Session.train_step = counting  # type: ignore[method-assign]
         train(run)
@@ -232,8 +232,8 @@ def holding(run: Path) -> None:
 
     inner = session.Session.train_step
 
-    def looking(self: Any, *arguments: Any) -> float:
-        loss = inner(self, *arguments)
+    def looking(self: Any, *arguments: Any, **options: Any) -> Any:
+        loss = inner(self, *arguments, **options)
         kinds = {
             "parameters": self.model.parameters(),
             "average": self.ema.module.parameters(),

@@ -90,10 +90,10 @@ def test_interrupted_resumed_and_evaluated_from_anywhere(
     half = foreign(model="net.py:small", out=part)
     steps = Session.train_step
 
-    def stop(self: Session, images: Any, targets: Any, step: int) -> float:
+    def stop(self: Session, images: Any, targets: Any, step: int, **options: Any) -> Any:
         if step == 9:
             raise KeyboardInterrupt
-        return steps(self, images, targets, step)
+        return steps(self, images, targets, step, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(Session, "train_step", stop)

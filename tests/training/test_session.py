@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def test_loss_and_metrics_of_a_step(tiny_config: Make, mixed: bool) -> None:
     classes = targets.argmax(1) if mixed else targets
     again = Session(tiny_config(**changes))
     images, targets = next(again.batches(0))
-    assert again.train_step(images, targets, 1) == pytest.approx(float(wanted), rel=1e-5)
+    loss, _ = again.finished(again.train_step(images, targets, 1))
+    assert loss == pytest.approx(float(wanted), rel=1e-5)
     assert float(again.meters["train_loss"].compute()) == pytest.approx(float(wanted), rel=1e-5)
     hits = (logits.argmax(1) == classes).float().mean()
     assert float(again.meters["train_top1"].compute()) == pytest.approx(float(hits))
@@ -109,13 +110,18 @@ def test_a_restored_session_goes_on_as_if_nothing_had_been(tiny_config: Make) ->
         first.train_step(*next(batches), at.step + 1)
         at.step, at.done = at.step + 1, at.done + 1
     state = copy.deepcopy(first.state(at))
-    left = [(first.train_step(*batch, n), first.lr) for n, batch in enumerate(batches, 5)]
+
+    def steps(session: Session, batches: Iterable[Any]) -> list[Any]:
+        begun = (session.train_step(*batch, n) for n, batch in enumerate(batches, 5))
+        return [(session.finished(step), session.lr) for step in begun]
+
+    left = steps(first, batches)
 
     second = Session(tiny_config(seed=0))
     assert second.restore(state) == at
     batches = second.batches(0)
     second.restore_random(state)
-    assert [(second.train_step(*batch, n), second.lr) for n, batch in enumerate(batches, 5)] == left
+    assert steps(second, batches) == left
     assert len(left) == 2
     for name, meter in first.meters.items():
         assert torch.equal(second.meters[name].compute(), meter.compute())

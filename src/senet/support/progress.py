@@ -27,7 +27,11 @@ class Progress:
         """Epoch `epoch` of `epochs` (from 1) begins; `done` of its `steps` are done already."""
 
     def step(self, images: int, loss: float, lr: float) -> None:
-        """A step over `images` images (of all processes) is done, at learning rate `lr`."""
+        """A step over `images` images (of all processes) is done, at learning rate `lr`.
+
+        Told when the next step has begun, or the epoch or the run ends: a GPU does not wait for
+        whoever hears it.
+        """
 
     def begin_evaluation(self, batches: int) -> None:
         """An evaluation over that many batches begins."""

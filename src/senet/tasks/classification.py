@@ -10,7 +10,7 @@ from torch import Tensor
 
 from senet.data.labels import Target, TaskName
 from senet.tasks.results import AnyResult, class_results
-from senet.tasks.task import Answer, Judgement, Meter, Mistake
+from senet.tasks.task import Answer, Judgement, Meter, Mistake, constant
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Classification:
 
     names: tuple[str, ...]
     label_smoothing: float = 0.0
-    weights: Tensor | None = None
+    weights: tuple[float, ...] | None = None
     name: TaskName = "classification"
     part = "class"
     judged = "top1"
@@ -94,7 +94,9 @@ class Classification:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(N,) of logits (N,K) and class numbers (N,), or shares of the classes (N,K)."""
-        weights = None if self.weights is None else self.weights.to(outputs.device)
+        weights = None
+        if self.weights is not None:
+            weights = constant(self.weights, outputs.dtype, outputs.device)
         return F.cross_entropy(
             outputs,
             targets,

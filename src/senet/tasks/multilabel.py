@@ -11,7 +11,7 @@ from torch import Tensor
 
 from senet.data.labels import Target, TaskName
 from senet.tasks.results import AnyResult, LabelResult
-from senet.tasks.task import Answer, Judgement, Meter, Mistake
+from senet.tasks.task import Answer, Judgement, Meter, Mistake, constant
 
 THRESHOLD = 0.5
 """From which probability on an image has a label, where no evaluation has chosen it."""
@@ -67,7 +67,7 @@ class MultiLabel:
     names: tuple[str, ...]
     thresholds: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
-    weights: Tensor | None = None
+    weights: tuple[float, ...] | None = None
     name: TaskName = "multilabel"
     part = "label"
     judged = "mean_ap"
@@ -84,10 +84,13 @@ class MultiLabel:
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(N,), mean over the labels, of logits (N,K) and targets (N,K) in [0, 1]."""
         smooth = self.label_smoothing
+        weights = None
+        if self.weights is not None:
+            weights = constant(self.weights, outputs.dtype, outputs.device)
         return F.binary_cross_entropy_with_logits(
             outputs,
             targets * (1 - smooth) + smooth / 2,
-            pos_weight=None if self.weights is None else self.weights.to(outputs.device),
+            pos_weight=weights,
             reduction="none",
         ).mean(1)
 

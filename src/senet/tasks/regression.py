@@ -9,7 +9,7 @@ from torch import Tensor
 
 from senet.data.labels import Target, TaskName
 from senet.tasks.results import AnyResult, NumberResult
-from senet.tasks.task import Answer, Judgement, Meter, Mistake
+from senet.tasks.task import Answer, Judgement, Meter, Mistake, constant
 
 Error = Literal["mse", "l1"]
 
@@ -90,7 +90,13 @@ class Regression:
 
     def standard(self, targets: Tensor) -> Tensor:
         """(N,K) numbers as the network gives them."""
-        return (targets - targets.new_tensor(self.mean)) / targets.new_tensor(self.std)
+        mean, std = self._scale(targets)
+        return (targets - mean) / std
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(K,) mean and deviation, with the dtype and on the device of a tensor."""
+        where = (like.dtype, like.device)
+        return constant(self.mean, *where), constant(self.std, *where)
 
     def meter(self, device: torch.device) -> Meter:
         from senet.tasks.meters import NumberMeter
@@ -107,7 +113,8 @@ class Regression:
     def read(self, outputs: Tensor) -> Tensor:
         """(N,K) numbers in their own units."""
         outputs = outputs.float()
-        return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
+        mean, std = self._scale(outputs)
+        return outputs * std + mean
 
     def answers(self, values: Tensor, top: int | None) -> list[Answer]:
         pairs = zip(self.names, values.tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, Self
 
 import torch
@@ -11,6 +12,13 @@ from senet.data.labels import Target, TaskName
 from senet.tasks.results import AnyResult
 
 Answer = dict[str, str | float | bool]
+
+
+@lru_cache(maxsize=32)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(K,) of a task's numbers, made once: each copy to a GPU would wait for all work there."""
+    with torch.inference_mode(False):  # an evaluation may come first
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 class Judgement(Protocol):

@@ -7,6 +7,7 @@ import signal
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from senet.training.evaluation import Stopped
 from senet.training.machine import environment
 from senet.training.material import Material, named_material
 from senet.training.ranks import RankLog, RankProgress, Watchdog, locked, rank
-from senet.training.session import Position, Session
+from senet.training.session import Position, Session, Step
 from senet.training.state import load_training_state, recorded_preprocessing, save_training_state
 
 __all__ = ["Interrupted", "RunResult", "resume", "train"]
@@ -244,11 +245,32 @@ def _epochs(
 ) -> RunResult:
     run, recipe = session.config.out, session.config.recipe
     main, steps = session.accelerator.is_main_process, session.steps_per_epoch
+    several = session.accelerator.num_processes > 1
     at = session.restore(state) if state else Position()
     _tell(session, state, progress)
     evaluation: Judgement | None = None
 
+    begun: deque[Step] = deque()
+
+    def hear(steps_left: int = 0) -> bool:
+        """Tell the losses of the steps that were begun, but of the last ones.
+
+        Returns:
+            Whether another process was asked to stop.
+        """
+        asked = False
+        while len(begun) > steps_left:
+            each = begun.popleft()
+            loss, stop = session.finished(each)
+            asked = asked or stop
+            progress.step(recipe.batch_size, loss, each.lr)
+            if board:
+                board.add_scalar("step/loss", loss, each.number)
+                board.add_scalar("step/lr", each.lr, each.number)
+        return asked
+
     def save(*slots: str) -> None:
+        hear()  # weights behind a loss that is not finite are never written
         content = session.state(at)
         for slot in slots if main else ():
             weights = session.judged_weights(content)
@@ -269,19 +291,21 @@ def _epochs(
             state = None
         began = time.perf_counter() - at.seconds
         for images, targets in batches:
-            lr = session.lr
-            loss = session.train_step(images, targets, at.step + 1)
+            asked = stopped.requested
+            begun.append(session.train_step(images, targets, at.step + 1, stop=asked))
             at.done, at.step = at.done + 1, at.step + 1
+            others = hear(1)  # of the step before, while the device works on this one
             at.seconds = time.perf_counter() - began
-            progress.step(recipe.batch_size, loss, lr)
-            if board:
-                board.add_scalar("step/loss", loss, at.step)
-                board.add_scalar("step/lr", lr, at.step)
-            if session.anywhere(stopped.requested):
+            # Of several processes all hear of it after the same step.
+            if others if several else stopped.requested:
                 raise stop_here()
             every = session.config.checkpoint_steps
             if every and at.step % every == 0 and at.done < steps:
                 save("last")
+        others = hear()
+        at.seconds = time.perf_counter() - began
+        if others:
+            raise stop_here()
 
         evaluated = time.perf_counter()
         try:

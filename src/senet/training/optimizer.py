@@ -1,7 +1,8 @@
 """Optimizer, learning-rate schedule and moving average of a recipe."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -114,17 +115,30 @@ class Average(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        def update(ema: Sequence[Tensor], now: Sequence[Tensor], count: Tensor | int) -> None:
-            n = float(count)
-            step = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
-            step([local(t) for t in ema], [local(t) for t in now], count)
-
-        super().__init__(model, multi_avg_fn=update, use_buffers=True)
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take one step towards `model`."""
-        super().update_parameters(model)
-        for mine, current in zip(self.module.buffers(), model.buffers(), strict=True):
-            if not mine.is_floating_point():  # BN's step counter is counted, not averaged
-                mine.copy_(current)
+        """Take one step towards `model`.
+
+        Nothing is read from the device: the number of updates stays on the CPU. `AveragedModel`'s
+        own method would compare a copy of it there.
+        """
+        n = int(self.n_averaged)
+        averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for mine, now in zip(_tensors(self.module), _tensors(model), strict=True):
+            if n and mine.is_floating_point():
+                pair = averaged.setdefault(mine.dtype, ([], []))
+                for tensors, tensor in zip(pair, (mine, now), strict=True):
+                    tensors.append(local(tensor.detach()))
+            else:  # BN's step counter is counted, not averaged
+                mine.detach().copy_(now)
+        step = get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))
+        for ours, theirs in averaged.values():
+            step(ours, theirs, n)
+        self.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())

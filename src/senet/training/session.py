@@ -1,7 +1,6 @@
 """The moving parts of a run, and their state as a checkpoint holds it."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -51,6 +50,32 @@ class Position:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step that was begun; on a GPU its numbers are on their way.
+
+    Attributes:
+        number: from 1.
+        lr: its learning rate.
+    """
+
+    number: int
+    lr: float
+    _values: Tensor
+    _copied: torch.cuda.Event | None
+
+    def wait(self) -> tuple[float, bool, bool]:
+        """Wait until it is done, but not for what was begun after it.
+
+        Returns:
+            The loss, whether that of any process is not finite, and whether any was asked to stop.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, wrong, stop = self._values.tolist()
+        return loss, wrong > 0, stop > 0
 
 
 class Session:
@@ -141,23 +166,26 @@ class Session:
         self.train_loader.set_epoch(epoch)
         return iter(self.train_loader)
 
-    def train_step(self, images: Any, targets: Any, step: int) -> float:
-        """One step of the optimizer, over `config.accumulate` parts one after the other.
+    def train_step(self, images: Any, targets: Any, step: int, *, stop: bool = False) -> Step:
+        """Begin a step of the optimizer, over `config.accumulate` parts one after the other.
+
+        Nothing is read from the device, so that a GPU has work while the next step is prepared:
+        `finished` tells the loss, best when the next step has begun. Until then nobody knows
+        whether the loss is finite, and the weights must not be saved. (With fp16 the scaler of
+        the gradients reads once a step whether they are finite; a loss, an optimizer or a loader of
+        someone else may read more.)
 
         Args:
             images: (N,C,H,W), this process's part of the batch, or what else the network takes.
             targets: class numbers (N,), shares of the classes (N,K) where images are mixed,
                 labels or numbers (N,K), or what else the task takes.
             step: number of the step, from 1.
-
-        Returns:
-            The loss.
+            stop: whether this process was asked to stop, for the others to hear.
 
         Raises:
-            SenetError: the loss is not finite, or a block that FSDP gathers changes its input; no
-                weight was changed.
+            SenetError: a block that FSDP gathers changes its input; no weight was changed.
         """
-        recipe, device = self.recipe, self.accelerator.device
+        recipe, device, lr = self.recipe, self.accelerator.device, self.lr
         for norm in self.frozen_norms:  # `evaluate` puts the whole network back into training mode
             norm.training = False
         images, targets = moved(images, device), moved(targets, device, plain=True)
@@ -177,9 +205,7 @@ class Session:
             if self.task.counts_hits:
                 right = outputs.argmax(dim=1) == (y if y.ndim == 1 else y.argmax(dim=1))
                 hits.append(right.float())
-        value = torch.cat(losses).mean().item()
-        if self.anywhere(not math.isfinite(value)):
-            raise self.diverged(f"loss is {value}", step)
+        begun = Step(step, lr, *self._sent(torch.cat(losses).mean(), stop))
         if recipe.grad_clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
@@ -191,7 +217,36 @@ class Session:
         self.meters["train_loss"].update(torch.cat(losses))
         if hits:
             self.meters["train_top1"].update(torch.cat(hits))
-        return value
+        return begun
+
+    def _sent(self, loss: Tensor, stop: bool) -> tuple[Tensor, torch.cuda.Event | None]:
+        """What `Step.wait` reads, (3,), on its way to the CPU, and what tells that it has come."""
+        flags = torch.stack([~loss.isfinite(), torch.full_like(loss, stop, dtype=torch.bool)])
+        told: Any = flags.to(loss.dtype)
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.reduce(told, "sum")
+        values = torch.cat([loss.view(1), told])
+        if values.device.type != "cuda":
+            return values, None
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return pinned, copied
+
+    def finished(self, step: Step) -> tuple[float, bool]:
+        """The loss of a step of `train_step`, and whether any process was asked to stop before it.
+
+        Waits for that step alone.
+
+        Raises:
+            SenetError: the loss of any process is not finite. The weights of now are not to be
+                used; those of the checkpoints are not touched.
+        """
+        loss, wrong, stop = step.wait()
+        if wrong:
+            raise self.diverged(f"loss is {loss}", step.number, step.lr)
+        return loss, stop
 
     def _outputs(self, x: Any) -> Any:
         found = self.wrapped(x)
@@ -251,11 +306,17 @@ class Session:
         count = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(count, "sum") > 0)
 
-    def diverged(self, what: str, step: int) -> SenetError:
-        """The error that ends a run whose numbers are no longer finite."""
-        epoch = (step - 1) // self.steps_per_epoch + 1
+    def diverged(self, what: str, step: int, lr: float | None = None) -> SenetError:
+        """The error that ends a run whose numbers are no longer finite.
+
+        Args:
+            what: is not finite.
+            step: after which.
+            lr: of that step (default: that of now).
+        """
+        epoch, lr = (step - 1) // self.steps_per_epoch + 1, self.lr if lr is None else lr
         return SenetError(
-            f"{what} at step {step} (epoch {epoch}, lr {self.lr:g}); the last good checkpoint is "
+            f"{what} at step {step} (epoch {epoch}, lr {lr:g}); the last good checkpoint is "
             f"kept in {self.config.out / 'checkpoints'}: try a lower lr or grad_clip=1"
         )
 

@@ -82,14 +82,14 @@ def task_of(recipe: Recipe, data: ImageData) -> AnyTask:
     weights = None
     if recipe.class_weights == "balanced" and data.task == "classification":
         targets = class_numbers(data, "class_weights='balanced'")
-        weights = balanced_weights(targets, len(data.classes))
+        weights = tuple(balanced_weights(targets, len(data.classes)).tolist())
     if data.task == "classification":
         return Classification(data.classes, recipe.label_smoothing, weights)
     targets = known_targets(data, data.task)
     if data.task == "multilabel":
         if recipe.class_weights == "balanced":
-            weights = (len(targets) - targets.sum(0)) / targets.sum(0)
-            weights = torch.where(weights.isfinite(), weights, 1.0)
+            others = (len(targets) - targets.sum(0)) / targets.sum(0)
+            weights = tuple(torch.where(others.isfinite(), others, 1.0).tolist())
         return MultiLabel(data.classes, None, recipe.label_smoothing, weights)
     mean, std = targets.double().mean(0), targets.double().std(0, correction=0)
     for name, m, s in zip(data.classes, mean.tolist(), std.tolist(), strict=True):
