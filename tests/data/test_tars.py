@@ -102,6 +102,29 @@ def test_what_to_take_of_a_sample(tmp_path: Path) -> None:
         load_data(place, val_fraction=0.5, image_column="png", label_column="absent")
 
 
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (lambda n: {"json": json.dumps({"label": ["cat", "red"][: n % 3]}).encode()}, "a list as"),
+        (lambda n: {"json": b"[1, 2]"}, "a list as its class in 'cls'"),
+        (lambda n: {"json": b'{"label": 0.5}'}, "a decimal number as its class in 'label'"),
+        (lambda n: {"cls": b"%.2f" % (n / 7)}, "the column 'cls' holds decimal numbers"),
+        (lambda n: {"cls": (b"cat", b"dog", b"cat;dog", b"dog;cat")[n % 4]}, "separated by ';'"),
+    ],
+)
+def test_labels_and_numbers_are_refused_in_a_line(tmp_path: Path, label: Any, words: str) -> None:
+    write(tmp_path / "x.tar", samples(range(1, 13), label))
+    place = f"shards:{tmp_path}"
+    with pytest.raises(UserError, match=rf"{words}.*one class an image.*FILE.csv") as refused:
+        load_data(place, val_fraction=0.5)
+    one_line(refused.value)
+    with pytest.raises(UserError, match=r"'multilabel' needs labels in a table"):
+        load_data(place, val_fraction=0.5, task="multilabel")
+    if "cls" in label(1):
+        whole = load_data(place, whole=True, task="classification")
+        assert len(whole.classes) in (4, 12)
+
+
 def test_junk_links_and_grey(tmp_path: Path) -> None:
     members = {}
     for number in range(8):

@@ -18,6 +18,7 @@ import numpy as np
 from senet.data.arrays import Header
 from senet.data.image_data import IMAGENET_SIZE, ImageData, Reading, natural_preprocessing
 from senet.data.images import BadImageError, endings, read_header
+from senet.data.labels import read_labels
 from senet.data.probe import kind_of, probed
 from senet.data.shards.index import Shard, Table
 from senet.data.shards.read import Place, ShardImages
@@ -29,6 +30,10 @@ from senet.support.text import natural_order, printable
 _LABEL_LIMIT = 2**20  # bytes of a .cls or .json that are read
 _TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, LookupError)
 _PROBED_BYTES = 2**30
+_ONE_CLASS = (
+    "tars have one class an image: several labels or numbers are read from a table of files and "
+    "labels (FILE.csv, FILE.parquet) or from hf:NAME"
+)
 
 
 class Sample(NamedTuple):
@@ -115,7 +120,9 @@ def load_tars(
         raise UserError(
             f"{data} has a split of its own: leave out val_fraction {reading.val_fraction}"
         )
-    labels = {sample.label for tar in train[1] for sample in tar.samples}
+    cells = [sample.label for tar in train[1] for sample in tar.samples]
+    _check_classes(data, cells, reading)
+    labels = set(cells)
     own = "train" in splits and val is not None
     classes = (None if own else reading.classes) or tuple(sorted(labels, key=natural_order))
     place = Place(str(folder), folder)
@@ -135,6 +142,20 @@ def load_tars(
     size = reading.image_size or kind.side or IMAGENET_SIZE
     preprocessing = natural_preprocessing(size, channels, depth)
     return ImageData(data, source, judged, classes, preprocessing, tuple(skipped))
+
+
+def _check_classes(data: str, cells: Sequence[str], reading: Reading) -> None:
+    """Refuse labels that a table would not take as classes either.
+
+    Raises:
+        UserError: several in one text, or decimal numbers, and the task was not given.
+    """
+    rows = [(cell,) for cell in cells]
+    column = reading.label_column or "cls"
+    found = read_labels((column,), rows, str, data, reading.task, None)
+    if found.task != "classification":
+        why = found.note.partition(": ")[2].removesuffix(" (--task takes another)")
+        raise UserError(f"{data}: {why}, but {_ONE_CLASS}; --task classification takes them whole")
 
 
 def _source(
@@ -214,7 +235,7 @@ def _sample(
             "ending of the one that is meant"
         )
     image = members[images[0]]
-    label = _label(tar, members, reading.label_column)
+    label = _label(tar, members, reading.label_column, where)
     if label is None:
         raise UserError(
             f"{where} has no class, only {', '.join(map(repr, members))}: it needs a .cls, or a "
@@ -224,9 +245,13 @@ def _sample(
 
 
 def _label(
-    tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], wanted: str | None
+    tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], wanted: str | None, where: str
 ) -> str | None:
-    """The class of a sample as text; None: there is none."""
+    """The class of a sample as text; None: there is none.
+
+    Raises:
+        UserError: a list, or a decimal number, in the place of a class.
+    """
     kinds = [wanted.lower().lstrip(".")] if wanted else ["cls", *LABELS]
     for kind in kinds:
         if kind in members and kind != "json":
@@ -239,10 +264,14 @@ def _label(
     except (ValueError, RecursionError) as error:
         raise tarfile.ReadError(f"{members['json'].name!r} is no JSON") from error
     if not isinstance(entries, Mapping):
-        return str(entries) if isinstance(entries, int | str) else None
+        entries = {"cls": entries}
     for name in (wanted,) if wanted else ("cls", *LABELS):
-        if isinstance(entries.get(name), int | str):
-            return str(entries[name])
+        value = entries.get(name)
+        if isinstance(value, list | float):
+            kind = "a list" if isinstance(value, list) else "a decimal number"
+            raise UserError(f"{where} has {kind} as its class in {name!r}, but {_ONE_CLASS}")
+        if isinstance(value, int | str):
+            return str(value)
     return None
 
 

@@ -422,9 +422,11 @@ def find_labels(train: Any, label: str, where: str, reading: Reading) -> Labels:
     if isinstance(kind, datasets.ClassLabel):
         return Labels(tuple(kind.names))
     if not _is_plain(kind):
+        whole = where.replace("hf-stream:", "hf:", 1)
+        elsewhere = "" if whole == where else f"; several labels and numbers are read by {whole}"
         raise UserError(
             f"data {where}: the column {label!r} holds {_type_of(kind)}, no classes (ClassLabel, "
-            "texts or whole numbers): name another by --label-column"
+            f"texts or whole numbers): name another by --label-column{elsewhere}"
         )
     names = reading.classes
     if names is None:

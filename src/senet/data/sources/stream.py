@@ -246,7 +246,10 @@ def load_stream(
         )
     image, columns = find_columns(parts[0].features, data, reading)
     if len(columns) > 1:
-        raise UserError(f"{data} takes one column of classes, hf:{name} takes {columns}")
+        raise UserError(
+            f"{data} takes one column of classes; {', '.join(columns)} as labels or numbers are "
+            f"read by hf:{name}"
+        )
     label = columns[0]
     own = None if parts[0] is not parts[1] else reading.classes
     labels = find_labels(parts[0], label, data, replace(reading, classes=own))
