@@ -39,6 +39,31 @@ def test_what_is_said_exists() -> None:
     assert not foreign & {name for argument in train for name in argument.names}
 
 
+def test_who_knows_a_flag_from_one_command_finds_it_in_the_others() -> None:
+    """--data, --model, --weights and --out mean the same wherever they have a use."""
+    flags = {
+        command.__name__: {
+            name
+            for argument in app[command.__name__].assemble_argument_collection(
+                parse_docstring=False
+            )
+            for name in argument.names
+        }
+        for command in COMMANDS
+    }
+    images = "train compare ablate evaluate predict explain fold export stats shard"
+    networks = "train compare ablate evaluate predict summary insert explain fold optimize export"
+    trained = "train evaluate predict insert explain fold optimize export"
+    written = "train compare ablate insert explain fold optimize export shard"
+    for flag, commands in {
+        "--data": images,
+        "--model": networks,
+        "--weights": trained,
+        "--out": written,
+    }.items():
+        assert [name for name in commands.split() if flag not in flags[name]] == [], flag
+
+
 @pytest.mark.parametrize(
     ("option", "here"),
     [("in_chans", "in_channels"), ("drop_rate", "dropout"), ("global_pool", "num_classes=0")],

@@ -415,3 +415,47 @@ def test_weights_that_say_nothing_need_a_name(
     found.refused(command, "leave out --model se_resnet8_cifar")
     found = run(capsys, command, caffe, *rest, "--model", "bn_incepton", QUIET)
     found.refused(command, "did you mean 'bn_inception'?")
+
+
+def test_data_with_its_flag_or_without(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [run(capsys, "stats", *place, "--json") for place in ([data], ["--data", data])]
+    assert asked[0].code == 0, asked[0].err
+    assert asked[0].out == asked[1].out
+    sharded = run(capsys, "shard", "--data", data, "--out", tmp_path / "shards")
+    assert sharded.code == 0, sharded.err
+    assert "36 images" in sharded.out
+
+
+def test_a_checkpoint_with_any_flag_or_without(
+    trained: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next((data / "val" / "red").iterdir())
+    given: list[list[object]] = [[trained], ["--model", trained], ["--weights", trained]]
+    answers = [run(capsys, "predict", *each, image, "--json") for each in given]
+    answers.append(run(capsys, "predict", trained, "--data", image, "--json"))
+    assert answers[0].code == 0, answers[0].err
+    assert {answer.out for answer in answers} == {answers[0].out}
+    judged = [json.loads(run(capsys, "evaluate", *each, "--json").out) for each in given]
+    assert {each["loss"] for each in judged} == {judged[0]["loss"]}
+    layers = run(capsys, "summary", trained, "--json")
+    assert json.loads(layers.out)["shape"] == [3, 16, 16]
+    assert "3 SE blocks" in run(capsys, "summary", "--model", trained, "--se").out
+
+
+def test_what_cannot_be_meant(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = run(capsys, "evaluate", trained, "--weights", trained)
+    both.refused("evaluate", "not both")
+    named = run(capsys, "evaluate", trained, "--model", "se_resnet18")
+    named.refused("evaluate", "leave out --model se_resnet18")
+    begun = run(capsys, "train", "--model", trained, "--data", "embedded")
+    begun.refused("train", "--init")
+    run(capsys, "evaluate", "--model", "se_resnet18").refused("evaluate", "has no weights")
+    run(capsys, "predict", "--model", trained).refused("predict", "give images")
+    known = run(capsys, "summary", trained, "--num-classes", 5)
+    known.refused("summary", "knows its own classes")
+    printed = run(capsys, "predict", trained, "x.png", "--out", "x.csv")
+    printed.refused("predict", "--out", "> FILE", "--csv")
+    batch = run(capsys, "export", trained, "x.onnx", "--batch-size", 2)
+    batch.refused("export", "Here that is --batch.")

@@ -55,7 +55,7 @@ def bench(
     models: Annotated[Names, Parameter(name=("--models", "--model"))] = None,
     rounds: Whole = 15,
     warmup: Whole = 3,
-    batch_sizes: WholeNumbers = None,
+    batch_sizes: Annotated[WholeNumbers, Parameter(name=("--batch-sizes", "--batch-size"))] = None,
     images: Path | None = None,
     workers: WholeNumbers = None,
     no_compile: Switch = False,

@@ -63,9 +63,10 @@ _OF_ALL = {
     "topk": "--top",
     "gpu": "--device cuda",
     "cpu": "--device cpu",
-    "weights": "the checkpoint, without a flag",
     "ckpt": "the checkpoint, without a flag",
     "format": "the ending of the file",
+    "out": "> FILE behind the command: it prints its result (predict: with --csv or --json)",
+    "batch-size": "--batch",
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch
+from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch, trained_network
 from senet.cli.tables import new_table, print_table
 from senet.support.collector import importing
 from senet.support.files import atomic_write
@@ -22,10 +22,11 @@ SHOWN_CLASSES = 20
 
 
 def evaluate(
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     /,
     *,
     model: str | None = None,
+    weights: Path | None = None,
     flags: EvaluationFlags = NO_EVALUATION,
     split: Literal["train", "val", "test"] | None = None,
     json: Switch = False,
@@ -45,7 +46,9 @@ def evaluate(
         checkpoint: run folder (its best checkpoint), checkpoint folder, model.safetensors, folder
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout, or
             the word pretrained for released ones (senet models --pretrained lists them).
-        model: network that the weights are for, where they do not say it (.pth, timm's, …).
+        model: network that the weights are for, where they do not say it (.pth, timm's, …); or the
+            checkpoint.
+        weights: the same as the checkpoint.
         split: which images: train, val or test (default: val, or test where there is no val).
         json: print JSON instead of a table.
         csv: file for the figures of every class, label or number.
@@ -56,10 +59,11 @@ def evaluate(
         from senet.commands.evaluate import draw_confusions, evaluate_path
         from senet.tasks.results import as_csv
 
+    path, name = trained_network(checkpoint, model, weights)
     with watch() as progress:
         result = evaluate_path(
-            checkpoint,
-            model_name=model,
+            path,
+            model_name=name,
             **flags.arguments(),
             split=split,
             progress=progress,

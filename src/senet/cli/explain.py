@@ -45,7 +45,8 @@ def explain(
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
         model: instead of a checkpoint: torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
         weights: the model's own state dict as .safetensors or .pth, or the word pretrained for
-            released ones (senet models --pretrained lists them; default: fresh weights).
+            released ones (senet models --pretrained lists them; default: fresh weights); without
+            --model a checkpoint.
         num_classes: outputs of the model, where they are not the classes of --data.
         out: folder to make (default: gates inside the run folder); it must not exist.
         classes: names of the classes to draw (default: evenly chosen).
@@ -55,16 +56,16 @@ def explain(
     with importing():
         from senet.commands.explain import explain as explain_checkpoint
 
-    path = given_network(checkpoint, model, weights)
+    path, name = given_network(checkpoint, model, weights)
     if out is None:
-        if model is not None or path is None:
+        if name is not None or path is None:
             raise UserError("--model has no run folder: give one to make by --out")
         out = (path if path.is_dir() else path.parent) / "gates"
     with watch() as progress:
         result = explain_checkpoint(
             path,
             out,
-            model=model,
+            model=name,
             num_classes=num_classes,
             classes=classes,
             images=images,

@@ -10,6 +10,7 @@ from senet.cli.options import (
     OptionalWhole,
     Switch,
     given,
+    given_network,
     named,
     prepare_process,
 )
@@ -26,12 +27,13 @@ ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 
 def export(
-    checkpoint: Path,
-    path: Path | None = None,
+    checkpoint: Path | None = None,
     /,
+    out: Path | None = None,
     *,
     format: Literal["onnx", "openvino", "torch", "timm"] | None = None,
     model: str | None = None,
+    weights: Path | None = None,
     batch: OptionalWhole = None,
     any_size: Switch = False,
     form: Literal["plain", "squeeze_first", "expanded"] | None = None,
@@ -53,11 +55,12 @@ def export(
             of save_pretrained, hf_hub:owner/name; with --model, weights of any released layout,
             the word pretrained for released ones (senet models --pretrained lists them), or left
             out: then its weights are fresh.
-        path: file to write: .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (torch.export);
+        out: file to write: .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (torch.export);
             .safetensors or .pth for timm.
         format: by the ending; timm: weights that timm loads with strict=True.
         model: network that the weights are for, where they do not say it (.pth, timm's, …); also
-            torchvision:NAME, timm:NAME or FILE.py:FUNCTION.
+            torchvision:NAME, timm:NAME or FILE.py:FUNCTION; or the checkpoint.
+        weights: the same as the checkpoint.
         batch: a fixed number of images; more forms are possible then (default: any number).
         any_size: leave height and width free; not every network allows it.
         form: how the SE blocks are laid out (default: the fastest, measured).
@@ -69,26 +72,25 @@ def export(
         calibration_images: images that int8 is calibrated on (default: 256).
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
-    weights: Path | None = checkpoint
-    if path is None:
-        weights, path = None, checkpoint
-        if model is None:
-            raise UserError(f"give a checkpoint and a file to write, or --model; got {path} alone")
-    chosen = format or ENDINGS.get(path.suffix)
+    if out is None:
+        checkpoint, out = None, checkpoint
+    if out is None or (checkpoint is None and weights is None and model is None):
+        alone = "" if out is None else f"; got {out} alone"
+        raise UserError(f"give a checkpoint and a file to write, or --model{alone}")
+    path, name = given_network(checkpoint, model, weights)
+    chosen = format or ENDINGS.get(out.suffix)
     if chosen is None:
-        raise UserError(
-            f"{path.name} does not tell the format: give --format timm, or {_endings()}"
-        )
+        raise UserError(f"{out.name} does not tell the format: give --format timm, or {_endings()}")
     options = named(batch=batch, form=form, opset=opset)
     options |= {key: True for key, value in (("any_size", any_size), ("int8", int8)) if value}
     options |= named(data=data, calibration_images=calibration_images) | given(data_flags)
     _check(chosen, options)
     prepare_process(tune_allocator=not no_tune_allocator)
-    opened = _opened(model, weights)
+    opened = _opened(name, path)
     if chosen == "timm":
-        _write_timm(opened, path)
+        _write_timm(opened, out)
     else:
-        _write_runtime(opened, path, cast("Format", chosen), options, data_flags)
+        _write_runtime(opened, out, cast("Format", chosen), options, data_flags)
 
 
 def _opened(model: str | None, weights: Path | None) -> "Checkpoint":

@@ -34,7 +34,8 @@ def fold(
     Args:
         checkpoint: run folder (its best checkpoint), checkpoint folder, or model.safetensors.
         model: instead of a checkpoint: torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
-        weights: the model's own state dict as .safetensors or .pth (default: fresh weights).
+        weights: the model's own state dict as .safetensors or .pth (default: fresh weights);
+            without --model a checkpoint.
         out: checkpoint folder to make; it must not exist.
         tolerance: largest standard deviation over the images of a gate that is folded.
         max_drop: most top-1 accuracy that may be lost, in percentage points.
@@ -46,11 +47,12 @@ def fold(
     with importing():
         from senet.commands.fold import fold_checkpoint
 
+    path, name = given_network(checkpoint, model, weights)
     with watch() as progress:
         result = fold_checkpoint(
-            given_network(checkpoint, model, weights),
+            path,
             out,
-            model=model,
+            model=name,
             tolerance=tolerance,
             max_drop=max_drop,
             partial=not whole_blocks,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
-from senet.cli.options import Config, OptionalWhole, WholeNumbers
+from senet.cli.options import Config, OptionalWhole, WholeNumbers, given_network
 from senet.cli.tables import new_table, print_table
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ Places = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=""
 
 
 def insert(
-    *,
     model: str | None = None,
+    *,
     weights: Path | None = None,
     out: Path,
     where: Places = (),
@@ -32,8 +32,8 @@ def insert(
     Go on with `senet train --init OUT --train se --data …`: only the gates learn then.
 
     Args:
-        model: a network of `senet models`, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION
-            (default: that of the checkpoint --weights).
+        model: a network of `senet models`, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION; or a
+            checkpoint (default: that of the checkpoint --weights).
         weights: checkpoint of senet, the model's own state dict as .safetensors or .pth, or the
             word pretrained for released ones (senet models --pretrained lists them).
         out: checkpoint folder to make; it must not exist.
@@ -49,10 +49,11 @@ def insert(
 
     single = where[0] if len(where) == 1 and where[0] in RULES else None
     place = single or (list(where) if where else "auto")
+    path, name = given_network(None, model, weights)
     result = insert_checkpoint(
         out,
-        model=model,
-        weights=weights,
+        model=name,
+        weights=path,
         num_classes=num_classes,
         image_size=image_size,
         options={"where": place, "reduction": reduction, "stages": stages},

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def optimize(
-    *,
     model: str,
+    *,
     weights: Path | None = None,
     batch_size: Whole = 1,
     image_size: OptionalWhole = None,

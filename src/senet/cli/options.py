@@ -346,12 +346,52 @@ def prepare_process(*, tune_allocator: bool) -> None:
         tune()
 
 
-def given_network(checkpoint: Path | None, model: str | None, weights: Path | None) -> Path | None:
-    """The file of a command that takes a checkpoint, or a model with weights or without.
+def given_network(
+    checkpoint: Path | None, model: str | None, weights: Path | None
+) -> tuple[Path | None, str | None]:
+    """The file and the network's name of a command that takes a checkpoint, --model, --weights.
+
+    Args:
+        checkpoint: what was given without a flag.
+        model: name of a network, or, where no file is given, a checkpoint itself.
+        weights: the same as `checkpoint`.
+
+    Returns:
+        The checkpoint and None; the weights and the name of their network; or None, for fresh
+        weights, and the name.
 
     Raises:
-        UserError: none or both of them.
+        UserError: nothing, two files, or a name for what says it itself.
     """
-    if (checkpoint is None) == (model is None) or (checkpoint is not None and weights is not None):
-        raise UserError("give either a checkpoint, or --model and perhaps --weights")
-    return weights if checkpoint is None else checkpoint
+    if checkpoint is not None and weights is not None:
+        raise UserError(f"give {checkpoint} or --weights {weights}, not both")
+    path = weights if checkpoint is None else checkpoint
+    if path is not None and path.is_dir() and model is not None:
+        raise UserError(f"{path} says itself which network it is for: leave out --model {model}")
+    if path is None and model is None:
+        raise UserError("give a checkpoint, or --model and perhaps --weights")
+    if path is None and model is not None and is_place(model):
+        return Path(model), None
+    return path, model
+
+
+def trained_network(
+    checkpoint: Path | None, model: str | None, weights: Path | None
+) -> tuple[Path, str | None]:
+    """As `given_network`, of a command for which fresh weights are of no use.
+
+    Raises:
+        UserError: as there, or a name alone.
+    """
+    path, name = given_network(checkpoint, model, weights)
+    if path is None:
+        raise UserError(
+            f"--model {name} has no weights: give --weights FILE, or --weights pretrained for "
+            "released ones"
+        )
+    return path, name
+
+
+def is_place(model: str) -> bool:
+    """Whether what --model says is a checkpoint, and not the name of a network."""
+    return model.startswith("hf_hub:") or Path(model).exists()

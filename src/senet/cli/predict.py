@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from senet.cli.options import Config, Decode, Device, OptionalWhole, Switch, Whole, prepare_process
+from senet.cli.options import (
+    Config,
+    Decode,
+    Device,
+    OptionalWhole,
+    Switch,
+    Whole,
+    is_place,
+    prepare_process,
+    trained_network,
+)
 from senet.cli.tables import print_table
 from senet.errors import UserError
 from senet.support.collector import importing
@@ -20,13 +30,19 @@ if TYPE_CHECKING:
     from senet.commands.predict import Predicted, Prediction
     from senet.tasks.task import Answer
 
+Images = Annotated[
+    tuple[Path, ...],
+    Parameter(name=("--images", "--data"), negative="", consume_multiple=True, show_default=False),
+]
+
 
 def predict(
-    checkpoint: Path,
-    images: Annotated[list[Path], Parameter(required=True)],
+    checkpoint: Path | None = None,
     /,
+    images: Images = (),
     *,
     model: str | None = None,
+    weights: Path | None = None,
     top: OptionalWhole = None,
     json: Switch = False,
     csv: Switch = False,
@@ -53,7 +69,9 @@ def predict(
             what senet export wrote (.onnx, .xml, .pt2), which runs in its own runtime.
         images: image files, or folders that are searched for them.
         model: network that the weights are for, where they do not say it (.pth, timm's, …); its
-            classes are numbers then, but for released weights of ImageNet.
+            classes are numbers then, but for released weights of ImageNet. Or the checkpoint.
+        weights: the same as the checkpoint; then, and where --model is the checkpoint, all that has
+            no flag is images.
         top: how many classes to show for each image, most probable first (default: 5); not for
             labels and numbers, which are all told.
         json: print JSON instead of a table.
@@ -73,11 +91,16 @@ def predict(
     with importing():
         from senet.commands.predict import predict as predict_classes
 
+    if checkpoint is not None and (weights is not None or (model is not None and is_place(model))):
+        images, checkpoint = (checkpoint, *images), None
+    path, name = trained_network(checkpoint, model, weights)
+    if not images:
+        raise UserError(f"give images, or folders of them, such as: senet predict {path} photos/")
     with watch() as progress:
         found = predict_classes(
-            checkpoint,
+            path,
             images,
-            model_name=model,
+            model_name=name,
             top=top,
             device=device,
             engine=engine,

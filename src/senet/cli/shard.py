@@ -1,15 +1,17 @@
 """`senet shard`: a data set as tar shards."""
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from senet.cli.options import NO_DATA, DataFlags, Whole, given
 from senet.errors import UserError
 
 
 def shard(
-    source: str,
+    source: Annotated[str, Parameter(name="--data")],
     out: Path,
-    /,
     *,
     shard_size: str = "256MB",
     seed: Whole = 0,

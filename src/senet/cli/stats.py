@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN_CLASSES = 20
 
 
-def stats(data: str, /, *, flags: DataFlags = NO_DATA, json: Switch = False) -> None:
+def stats(data: str, *, flags: DataFlags = NO_DATA, json: Switch = False) -> None:
     """Measure the training images: pixels, sizes and classes.
 
     Mean and deviation are of each channel, of images resized and cropped as for an evaluation, in

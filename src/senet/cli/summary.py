@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -19,6 +20,7 @@ from senet.cli.options import (
     Switch,
     WholeNumbers,
     given,
+    is_place,
     named,
 )
 from senet.cli.tables import new_table, print_table, table_width
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def summary(
-    name: str | None = None,
+    network_name: Annotated[str | None, Parameter(name="NAME")] = None,
     /,
     *,
     model: str | None = None,
@@ -51,8 +53,9 @@ def summary(
     and its share of the multiply-adds and of the time of one image, run operation by operation.
 
     Args:
-        name: a network (`senet models` lists them), or 'block' for one SE block.
-        model: the same; with --se also torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
+        network_name: a network (`senet models` lists them), 'block' for one SE block, or a
+            checkpoint; with --se also torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.
+        model: the same.
         se_blocks: show the SE blocks of the network and nothing else.
         input_shape: channels, height and width of the input (default: the network's own).
         num_classes: classes of the network (default: 1000, 10 for CIFAR networks).
@@ -65,19 +68,20 @@ def summary(
         summary_of_block,
     )
 
-    if (name is None) == (model is None):
-        raise UserError("give one network: by its name, or by --model")
-    name = str(name or model)
     options = given(se) | given(network)
-    if json and (se_blocks or name == "block"):
+    if (network_name is None) == (model is None):
+        raise UserError("give one network: by its name, or by --model")
+    model = str(network_name or model)
+    name = Path(model) if model != "block" and is_place(model) else model
+    if json and (se_blocks or model == "block"):
         raise UserError("--json is for the stages of a network: leave it out")
     if se_blocks:
         options |= named(channels=channels)
         blocks = summarize_excitations(name, input_shape, num_classes, options)
         if blocks:
             print_table(_excitation_table(blocks))
-        print(_sums(name, blocks))
-    elif name == "block":
+        print(_sums(model, blocks))
+    elif model == "block":
         options |= named(num_classes=num_classes)
         print_table(_block_table(summary_of_block(channels, input_shape, options)))
     else:
@@ -88,9 +92,9 @@ def summary(
             print(dumps(plain, indent=1))
             return
         print(fitted(found.layers, table_width()))
-        print_table(_stage_table(name, found.stages))
+        print_table(_stage_table(model, found.stages))
         print(
-            f"{name} at {' × '.join(map(str, found.shape))}: {found.parameters:,} parameters, "
+            f"{model} at {' × '.join(map(str, found.shape))}: {found.parameters:,} parameters, "
             f"{count(found.multiply_adds)} multiply-adds"
         )
 

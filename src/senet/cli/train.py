@@ -21,6 +21,7 @@ from senet.cli.options import (
     Switch,
     TrainingFlags,
     given,
+    is_place,
     named,
     read_toml,
 )
@@ -94,6 +95,11 @@ def train(
         resume = out if (out / "config.toml").is_file() else None
     elif resume is not None and flags.config is not None:
         raise UserError("--resume goes on with the run's own configuration: leave out --config")
+    if model is not None and resume is None and is_place(model):
+        raise UserError(
+            f"--model {model} is a checkpoint: --init {model} begins with its weights, --resume "
+            "goes on with a run"
+        )
     options = given(flags.se) | given(flags.network)
     if init is not None and model is None:
         from senet.checkpoint.files import open_checkpoint

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ import torchinfo
 from torch import Tensor, nn
 
 from senet.anatomy import Description, describe
+from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.errors import UserError
 from senet.models.cost import count_multiply_adds, count_parameters, meta_model
 from senet.models.paper import StageCost, stage_costs
-from senet.networks.anywhere import PREFIXES, open_source
+from senet.networks.anywhere import is_foreign, open_source
 from senet.nn.block import SqueezeExcitation
 from senet.nn.hooks import expected_hooks
 
@@ -168,8 +170,19 @@ class NetworkSummary:
     multiply_adds: int
 
 
+def _known(path: Path, num_classes: int | None, options: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint whose network is shown.
+
+    Raises:
+        UserError: an option that it decides itself, or as for `open_checkpoint`.
+    """
+    if num_classes is not None or options:
+        raise UserError(f"{path} knows its own classes and options: leave them out")
+    return open_checkpoint(path)
+
+
 def summarize_excitations(
-    name: str,
+    name: str | Path,
     input_shape: tuple[int, ...] | None,
     num_classes: int | None,
     options: Mapping[str, Any],
@@ -177,7 +190,7 @@ def summarize_excitations(
     """The SE blocks of any network, with fresh weights, and the time that they take on the CPU.
 
     Args:
-        name: as for `senet.networks.anywhere.open_source`.
+        name: as for `senet.networks.anywhere.open_source`; or the path of a checkpoint.
         input_shape: (C,*); the network's own by default.
         num_classes: classes; by default 1000, 10 for CIFAR networks.
         options: options of `senet.create_model`; networks from elsewhere have none.
@@ -187,6 +200,11 @@ def summarize_excitations(
     """
     if name == "block" or "channels" in options:
         raise UserError("--se shows the SE blocks of a network: give its name, no --channels")
+    if isinstance(name, Path):
+        checkpoint = _known(name, num_classes, options)
+        images = checkpoint.preprocessing
+        shape = input_shape or (images.channels, images.image_size, images.image_size)
+        return describe(checkpoint.model, torch.zeros(1, *shape), runs=TIMED_RUNS)
     if input_shape is not None:
         options = {**options, "in_channels": input_shape[0]}
     count = num_classes or (10 if name.endswith("_cifar") else 1000)
@@ -197,7 +215,7 @@ def summarize_excitations(
 
 
 def summarize_network(
-    name: str,
+    name: str | Path,
     input_shape: tuple[int, ...] | None,
     num_classes: int | None,
     options: Mapping[str, Any],
@@ -205,7 +223,7 @@ def summarize_network(
     """The layers of a network, from torchinfo, its stages, and its sums.
 
     Args:
-        name: one of `senet.list_models()`.
+        name: one of `senet.list_models()`; or the path of a checkpoint of one.
         input_shape: (C,H,W); the network's own by default.
         num_classes: classes; by default 1000, 10 for CIFAR networks.
         options: options of `senet.create_model`.
@@ -215,20 +233,33 @@ def summarize_network(
     """
     if "channels" in options:
         raise UserError("--channels is an option of 'block'; give a network --input C,H,W")
+    if input_shape is not None and (len(input_shape) != 3 or min(input_shape) < 1):
+        raise UserError(f"--input must be C,H,W, got {_commas(input_shape)}")
+    if isinstance(name, Path):
+        checkpoint = _known(name, num_classes, options)
+        images, config = checkpoint.preprocessing, checkpoint.model.config
+        changed = next((word for word in ("inserted", "folded") if word in config), None)
+        if changed is not None:
+            raise UserError(
+                f"layers are shown of the networks of `senet models`; of {name}, with SE blocks "
+                f"{changed}, --se shows the SE blocks"
+            )
+        input_shape = input_shape or (images.channels, images.image_size, images.image_size)
+        network, num_classes, options = config["name"], config["num_classes"], config["options"]
+    else:
+        network = name
     if input_shape is not None:
-        if len(input_shape) != 3 or min(input_shape) < 1:
-            raise UserError(f"--input must be C,H,W, got {_commas(input_shape)}")
         options = {**options, "in_channels": input_shape[0]}
-    if name.startswith(PREFIXES) or ".py:" in name:
+    if is_foreign(network):
         raise UserError(
-            f"layers are shown of the networks of `senet models`; of {name} --se shows SE blocks"
+            f"layers are shown of the networks of `senet models`; of {network} --se shows SE blocks"
         )
-    model = meta_model(name, num_classes=num_classes, **options).eval()
-    name, options = model.config["name"], {**options, **model.config["options"]}
+    model = meta_model(network, num_classes=num_classes, **options).eval()
+    network, options = model.config["name"], {**options, **model.config["options"]}
     shape = input_shape or model.input_size
     if min(shape[1:]) < model.min_input_size:
         raise UserError(
-            f"--input {_commas(shape)} is too small: {name} takes images of at least "
+            f"--input {_commas(shape)} is too small: {network} takes images of at least "
             f"{model.min_input_size} × {model.min_input_size} pixels"
         )
     with expected_hooks():
@@ -245,10 +276,10 @@ def summarize_network(
     lines = str(layers).splitlines()
     rulers = [index for index, line in enumerate(lines) if line.startswith("=")]
     return NetworkSummary(
-        name,
+        network,
         tuple(shape),
         "\n".join(lines[: rulers[2] + 1]),
-        stage_costs(name, shape, num_classes=num_classes, **options),
+        stage_costs(network, shape, num_classes=num_classes, **options),
         count_parameters(model),
         count_multiply_adds(model, shape),
     )
