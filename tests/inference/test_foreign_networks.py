@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from senet import kernels
-from senet.inference import optimize
+from senet.inference import chains, optimize
 from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv, Pointwise
 from senet.inference.rounding import difference
+from senet.kernels.structs import Kind
 from senet.networks.anywhere import open_source
 
 # Name, and how many SE blocks it has.
@@ -68,3 +70,21 @@ def test_everything_is_known(name: str) -> None:
         assert all(node.op == "call_module" for node in nodes), nodes
         modules = {type(graph.get_submodule(str(node.target))) for node in nodes}
         assert modules <= {FusedConv, Pointwise}
+
+
+@torch.no_grad()
+@pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)
+@pytest.mark.parametrize(
+    "name", ["timm:repghostnet_050", "timm:rexnet_100", "timm:mobilenetv3_small_050"]
+)
+def test_whatever_can_be_a_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where maps are small; depthwise convolutions with a shortcut are none."""
+    monkeypatch.setattr(chains, "_MOVED", math.inf)
+    monkeypatch.setattr(chains, "_WIDE_BYTES", 0)
+    model, x = trained(name), torch.randn(1, 3, 64, 64)
+    fast = optimize(model, x, measure=False)
+    plans = fast.network.plans(x)
+    assert plans is not None
+    (part,) = plans.program(x).parts
+    assert sum(step.kind == Kind.CHAIN for step in part.steps) > 2
+    assert difference(fast(x), model(x)) <= 1e-5

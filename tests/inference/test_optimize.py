@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -283,6 +284,40 @@ def test_what_writes_into_a_part_of_a_map_is_left_alone() -> None:
     optimized = optimize(model, x)
     assert difference(optimized(x), model(x)) <= TOLERANCE
     assert "writes into a part" in str(optimized.report)
+
+
+class Pyramid(nn.Module):
+    """A module that takes a list of maps, and views of maps that PyTorch would have contiguous."""
+
+    class Join(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(12, 6, 1)
+
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            size = (maps[0].shape[2], maps[0].shape[3])
+            if not isinstance(size[0], int):
+                raise TypeError("cannot be traced")
+            return self.conv(torch.cat([maps[0], F.interpolate(maps[1], size)], 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.join, self.last = self.Join(), nn.Conv2d(6, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x).relu()
+        y = self.last(self.join([a, self.second(a).relu()]))
+        seen = y.view(y.size(0), 2, 3, -1).softmax(-1)
+        return seen.flatten(1) + y.view_as(y).view(y.size(0), -1)
+
+
+@torch.no_grad()
+def test_lists_of_maps_and_views() -> None:
+    model, x = Pyramid().eval(), torch.randn(2, 3, 12, 10)
+    fast = optimize(model, x, measure=False)
+    for images in (x, torch.randn(1, 3, 16, 16)):
+        assert difference(fast(images), model(images)) <= 1e-5
 
 
 @torch.no_grad()

@@ -45,6 +45,11 @@ class Link:
     output: tuple[int, int, int]
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each channel is convolved alone."""
+        return self.geometry.groups == self.input[2] == self.output[2] and self.input[2] > 1
+
+    @property
     def row_floats(self) -> int:
         """Floats of a row of its output in scratch memory, at most."""
         return self.output[1] * (self.output[2] + 31)
@@ -79,15 +84,15 @@ def link(
     kernel = (module.weight.shape[2], module.weight.shape[3])
     before, behind = module.zeros(H, W)
     geometry = Geometry(kernel, module.stride, before, module.dilation, module.groups)
-    depthwise = geometry.groups == C == output[2] and C > 1
-    if not depthwise:
+    found = Link(geometry, input, output)
+    if not found.depthwise:
         if winograd_tile(geometry, C, output[2], H, W) or narrow_groups(geometry, C, output[2]):
             return None
         if kernel != (1, 1) and kernel[0] * kernel[1] * C // geometry.groups > _PATCH:
             return None
         if kernel == (1, 1) and (before != (0, 0) or behind != (0, 0)):
             return None
-    return Link(geometry, input, output)
+    return found
 
 
 def held_lines(links: tuple[Link, ...], rows: int) -> tuple[int, ...]:
@@ -166,7 +171,10 @@ def find(
         module, source = module_of(node), node.args[0] if node.args else None
         if not isinstance(module, FusedConv) or not isinstance(source, fx.Node):
             return None
-        return link(module, shape(source)[1:], shape(node)[1:])
+        made = link(module, shape(source)[1:], shape(node)[1:])
+        if made is None or not made.depthwise or node.args[1:] in ((), (None,), (None, None)):
+            return made
+        return None  # gates and a shortcut are a pass of their own
 
     chains: dict[fx.Node, tuple[fx.Node, ...]] = {}
     taken: set[fx.Node] = set()

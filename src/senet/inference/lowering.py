@@ -326,8 +326,9 @@ class Lowering:
             self._chain(node)
             return True
         maps = [self._read(a) if isinstance(a, fx.Node) else None for a in node.args]
-        x = maps[0]
-        assert x is not None
+        x = maps[0] if maps else None
+        if x is None:
+            return False  # it is given several maps in a list, or by name
         if isinstance(module, _LAYERS) and type(module) not in _LAYERS:
             return False  # it may compute something else
         name = str(node.target)

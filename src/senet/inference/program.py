@@ -181,6 +181,13 @@ class Program:
         return rebuilt(self.output, run.result)
 
 
+def _method(name: str, args: tuple[Any, ...]) -> str:
+    """A method that does the same for maps in memory: they are channels_last, with few views."""
+    if name == "view" and not any(isinstance(arg, torch.dtype) for arg in args):
+        return "reshape"
+    return "reshape_as" if name == "view_as" else name
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run of a program: its memory, and what PyTorch has computed in it."""
@@ -215,7 +222,7 @@ class _Run:
             case "call_module":
                 result: Any = module.get_submodule(str(node.target))(*args, **kwargs)
             case "call_method":
-                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                result = getattr(args[0], _method(str(node.target), args))(*args[1:], **kwargs)
             case _:
                 assert callable(node.target)
                 result = node.target(*args, **kwargs)
