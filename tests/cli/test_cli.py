@@ -82,8 +82,8 @@ def test_commands_of_later_issues_are_no_stubs(capsys: pytest.CaptureFixture[str
         (["train", "--gate", "sigmod"], ["--gate", 'Did you mean "sigmoid"?']),
         (["train", "--stages", "2;3"], ["--stages", "whole numbers like 2,3"]),
         (["train", "resnet50"], ["resnet50"]),
-        (["predict"], ["CHECKPOINT"]),
-        (["predict", "somewhere"], ["IMAGES"]),
+        (["predict"], ["give a checkpoint, or --model"]),
+        (["predict", "somewhere"], ["give images, or folders of them"]),
     ],
 )
 def test_bad_flags(

@@ -167,7 +167,7 @@ def test_bad_input_is_one_line_and_writes_nothing(images, base, tmp_path, capsys
         assert not out.exists()
 
     insert = ("insert", "--weights", str(base))
-    says("give a network by --model", "insert")
+    says("give a checkpoint, or --model", "insert")
     says("did you mean 'resnet18'", "insert", "--model", "torchvision:resnet1")
     says("timm has no model", "insert", "--model", "timm:nothing")
     says("no such file", "insert", "--model", "nothing.py:make")
@@ -283,6 +283,7 @@ def test_networks_by_name_need_data_and_a_folder(arguments, word, capsys):
     assert word in capsys.readouterr().err
 
 
-def test_a_checkpoint_or_a_model(capsys):
-    assert main(["fold", "run", "--model", "timm:resnet18", "--out", "x"]) == 2
-    assert "give either a checkpoint, or --model" in capsys.readouterr().err
+def test_a_checkpoint_or_a_model(tmp_path, capsys):
+    given = str(tmp_path), "--model", "timm:resnet18"
+    assert main(["fold", *given, "--out", "x"]) == 2
+    assert f"{tmp_path} says itself which network it is for" in capsys.readouterr().err
