@@ -247,7 +247,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads of {processor()} ({isa}), made by "
         "`scripts/inference_table.py`, which says how the networks were chosen: float32, 224², "
-        f"batch 1, median of {FEWEST_ROUNDS} to {ROUNDS} rounds in turns, `measure=False`.",
+        f"batch 1, median of {FEWEST_ROUNDS} to {ROUNDS} rounds in turns, `measure=False`; written "
+        f"on {time.strftime('%Y-%m-%d')}.",
         "",
         f"- {len(good)} convolutional networks; {len(failed)} more failed.",
         f"- Outputs within 1e-5 of eager's (relative to the largest, at two sizes): {len(exact)}; "

@@ -55,7 +55,7 @@ SENET_INLINE void add_taps(const float* x, int64_t ld, int64_t first, int64_t la
   for (int p = 0; p < (kOutputs - 1) * kStride + kKernel; ++p, x += ld) {
     if (!kInside && (p < first || p >= last)) continue;
     const V value = load<kWidth>(x);
-    SENET_UNROLL(8)
+    SENET_UNROLL(9)
     for (int j = 0; j < kKernel; ++j)
       if (p >= j && (p - j) % kStride == 0 && (p - j) / kStride < kOutputs)
         sum[(p - j) / kStride] += value * w[j];
@@ -64,7 +64,7 @@ SENET_INLINE void add_taps(const float* x, int64_t ld, int64_t first, int64_t la
 
 template <int kKernel>
 SENET_INLINE void load_taps(const float* weights, int64_t ld, V (&w)[kKernel]) {
-  SENET_UNROLL(8)
+  SENET_UNROLL(9)
   for (int j = 0; j < kKernel; ++j) w[j] = load<kWidth>(weights + j * ld);
 }
 
@@ -160,6 +160,8 @@ DepthwiseRow depthwise_row_of(const Step& s) {
       return every ? depthwise_row<5, 1> : depthwise_row<5, 2>;
     case 7:
       return every ? depthwise_row<7, 1> : depthwise_row<7, 2>;
+    case 9:
+      return every ? depthwise_row<9, 1> : depthwise_row<9, 2>;
     default:
       return any_depthwise_row;
   }
