@@ -170,15 +170,22 @@ class NetworkSummary:
     multiply_adds: int
 
 
-def _known(path: Path, num_classes: int | None, options: Mapping[str, Any]) -> Checkpoint:
-    """A checkpoint whose network is shown.
+def _known(
+    path: Path,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    options: Mapping[str, Any],
+) -> tuple[Checkpoint, tuple[int, ...]]:
+    """A checkpoint whose network is shown, and the shape of an image for it, by default its own.
 
     Raises:
         UserError: an option that it decides itself, or as for `open_checkpoint`.
     """
     if num_classes is not None or options:
         raise UserError(f"{path} knows its own classes and options: leave them out")
-    return open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
+    images = checkpoint.preprocessing
+    return checkpoint, input_shape or (images.channels, images.image_size, images.image_size)
 
 
 def summarize_excitations(
@@ -201,9 +208,7 @@ def summarize_excitations(
     if name == "block" or "channels" in options:
         raise UserError("--se shows the SE blocks of a network: give its name, no --channels")
     if isinstance(name, Path):
-        checkpoint = _known(name, num_classes, options)
-        images = checkpoint.preprocessing
-        shape = input_shape or (images.channels, images.image_size, images.image_size)
+        checkpoint, shape = _known(name, input_shape, num_classes, options)
         return describe(checkpoint.model, torch.zeros(1, *shape), runs=TIMED_RUNS)
     if input_shape is not None:
         options = {**options, "in_channels": input_shape[0]}
@@ -236,15 +241,14 @@ def summarize_network(
     if input_shape is not None and (len(input_shape) != 3 or min(input_shape) < 1):
         raise UserError(f"--input must be C,H,W, got {_commas(input_shape)}")
     if isinstance(name, Path):
-        checkpoint = _known(name, num_classes, options)
-        images, config = checkpoint.preprocessing, checkpoint.model.config
+        checkpoint, input_shape = _known(name, input_shape, num_classes, options)
+        config = checkpoint.model.config
         changed = next((word for word in ("inserted", "folded") if word in config), None)
         if changed is not None:
             raise UserError(
                 f"layers are shown of the networks of `senet models`; of {name}, with SE blocks "
                 f"{changed}, --se shows the SE blocks"
             )
-        input_shape = input_shape or (images.channels, images.image_size, images.image_size)
         network, num_classes, options = config["name"], config["num_classes"], config["options"]
     else:
         network = name

@@ -214,7 +214,8 @@ def _plans(
         if first.kind == "affine":
             unread[tail.name] = "its statistics are constants"
             continue
-        chains = [_chain(step, gates) for step in _steps(tail, gates)]
+        steps = _steps(tail, gates)
+        chains = [_chain(step, gates) for step in steps]
         if not chains[0] or not isinstance(chains[0][-1].module, _BatchNorm):
             unread[tail.name] = "its batch norm is no module"
             continue
@@ -226,7 +227,7 @@ def _plans(
         while any(chain[depth - 1] is not chains[0][depth - 1] for chain in chains):
             depth -= 1
         owner = chains[0][depth - 1]
-        squeezed = any(step.kind == "se" for step in _steps(tail, gates))
+        squeezed = any(step.kind == "se" for step in steps)
         if squeezed and depth > 1 and scaling_block(owner.module) is not None:  # by its hook
             depth -= 1
             owner = chains[0][depth - 1]

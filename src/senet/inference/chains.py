@@ -172,9 +172,9 @@ def find(
         if not isinstance(module, FusedConv) or not isinstance(source, fx.Node):
             return None
         made = link(module, shape(source)[1:], shape(node)[1:])
-        if made is None or not made.depthwise or node.args[1:] in ((), (None,), (None, None)):
-            return made
-        return None  # gates and a shortcut are a pass of their own
+        if made is not None and made.depthwise and any(arg is not None for arg in node.args[1:]):
+            return None  # gates and a shortcut are a pass of their own
+        return made
 
     chains: dict[fx.Node, tuple[fx.Node, ...]] = {}
     taken: set[fx.Node] = set()

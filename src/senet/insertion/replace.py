@@ -1,6 +1,5 @@
 """Another module, or none, in the place of an SE block, wherever the block stands."""
 
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -8,6 +7,7 @@ from torch import nn
 from senet.anatomy.excitations import excitations
 from senet.errors import UserError
 from senet.models.vgg import ReLUSE
+from senet.nn.hooks import replace_scaling
 
 
 def take_out(model: nn.Module, example_input: Any = None) -> tuple[str, ...]:
@@ -53,17 +53,7 @@ def replace_block(model: nn.Module, name: str, by: nn.Module | None) -> None:
     holder_name, _, child = name.rpartition(".")
     holder = model.get_submodule(holder_name)
     block = getattr(holder, child)
-    hooked = [
-        (module, key, hook)
-        for module in model.modules()
-        for key, hook in list(module._forward_hooks.items())
-        if isinstance(hook, partial) and hook.args and hook.args[0] is block
-    ]
-    for module, key, hook in hooked:
-        if by is None:
-            del module._forward_hooks[key]
-        else:
-            module._forward_hooks[key] = partial(hook.func, by, *hook.args[1:])
+    hooked = [module for module in model.modules() if replace_scaling(module, block, by)]
     if by is not None:
         setattr(holder, child, by.train(block.training))
     elif hooked:

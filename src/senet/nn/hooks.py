@@ -42,6 +42,25 @@ def _scaled(
     return se(output)
 
 
+def replace_scaling(module: nn.Module, block: nn.Module, by: nn.Module | None) -> bool:
+    """Let another block, or none, take the place of one that scales what a module gives.
+
+    Returns:
+        Whether it does.
+    """
+    found = [
+        (key, hook)
+        for key, hook in module._forward_hooks.items()
+        if isinstance(hook, partial) and hook.func is _scaled and hook.args[0] is block
+    ]
+    for key, hook in found:
+        if by is None:
+            del module._forward_hooks[key]
+        else:
+            module._forward_hooks[key] = partial(_scaled, by, *hook.args[1:])
+    return bool(found)
+
+
 def scaling_block(module: nn.Module) -> nn.Module | None:
     """The SE block that scales what a module (N,C,…) gives; None without, or with other hooks."""
     if len(module._forward_hooks) != 1:

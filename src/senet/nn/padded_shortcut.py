@@ -51,9 +51,8 @@ def beside(shortcut: nn.Module | None, layer: nn.Module, x: Tensor) -> tuple[Ten
         or hooked(shortcut)
     ):
         return None
-    before = shortcut.new_channels // 2
     outputs: tuple[Tensor, Tensor] = _Beside.apply(
-        x, layer.weight, layer.stride, layer.padding, shortcut.stride, shortcut.new_channels, before
+        x, layer.weight, layer.stride, layer.padding, shortcut.stride, shortcut.new_channels
     )
     return outputs
 
@@ -74,8 +73,8 @@ class _Beside(torch.autograd.Function):
         padding: tuple[int, int],
         step: int,
         new: int,
-        before: int,
     ) -> tuple[Tensor, Tensor]:
+        before = new // 2
         ctx.save_for_backward(x, weight)
         ctx.convolution = stride, padding
         ctx.taken = slice(before, before + x.shape[1]), step
@@ -96,4 +95,4 @@ class _Beside(torch.autograd.Function):
         )
         if wanted[0]:
             dx[:, :, ::step, ::step] += dshortcut[:, channels]
-        return dx, dweight, None, None, None, None, None
+        return dx, dweight, None, None, None, None
