@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from senet import kernels
 from senet.inference import chains
@@ -158,6 +159,56 @@ def test_small_excitations_run_image_by_image(kernel: int, threads: int) -> None
     first = program.run(x)
     assert all(torch.equal(program.run(x), first) for _ in range(20))
     assert error(first, model, x) < TOLERANCE
+
+
+class ByModules(nn.Module):
+    """A convolution and an SE block of other people's layers, whose gates another one reads.
+
+    Args:
+        hidden_is_read: whether the hidden vector is read a second time.
+    """
+
+    def __init__(self, hidden_is_read: bool = False) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(8, 72, 3, padding=1), nn.Conv2d(72, 16, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.reduce, self.expand = nn.Conv2d(72, 24, 1), nn.Conv2d(24, 72, 1)
+        self.act, self.gate = nn.SiLU(), nn.Hardsigmoid()
+        self.again = nn.Conv2d(24, 16, 1) if hidden_is_read else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.before(x))
+        hidden = self.act(self.reduce(self.pool(x)))
+        y: Tensor = self.after(x * self.gate(self.expand(hidden)))
+        return y if self.again is None else y * self.again(hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("images", [1, 2, 3, 9])
+def test_small_excitations_of_other_layers_too(images: int, threads: int) -> None:
+    model, x = ByModules(), torch.randn(images, 8, 13, 11)
+    program = Program(Rewriter(model.eval()).run(), x, threads, {})
+    kinds = [Kind(step.kind) for step in program.parts[0].steps]
+    together = images == 1 or images >= 2 * threads
+    assert kinds.count(Kind.EXCITATION) == (2 if together else 0)
+    if together:
+        place = kinds.index(Kind.IMAGES)
+        following = kinds[place + 1 : place + 4]
+        assert following == [Kind.MEANS, Kind.EXCITATION, Kind.EXCITATION]
+        assert program.parts[0].steps[place].steps == 3
+    first = program.run(x)
+    assert all(torch.equal(program.run(x), first) for _ in range(20))
+    assert error(first, model, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_hidden_vector_read_twice_is_kept() -> None:
+    model, x = ByModules(hidden_is_read=True), torch.randn(9, 8, 13, 11)
+    program = Program(Rewriter(model.eval()).run(), x, 2, {})
+    kinds = [Kind(step.kind) for step in program.parts[0].steps]
+    assert kinds.count(Kind.EXCITATION) == 1
+    assert error(program.run(x), model, x) < TOLERANCE
 
 
 @torch.no_grad()

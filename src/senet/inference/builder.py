@@ -537,11 +537,16 @@ class Builder:
             self.constant((name, "panel bias"), lambda: packing.panel_bias(bias, 1)),
         )
 
+    def cached(self, images: int, weights: int) -> bool:
+        """Whether a thread had better take so many weights through all products of an image."""
+        alone = images == 1 or images >= 2 * self.threads
+        return alone and weights <= _CACHED_WEIGHTS
+
     @contextmanager
-    def _image_by_image(self, x: Map, y: Map) -> Iterator[None]:
+    def image_by_image(self, x: Map) -> Iterator[None]:
         """Let one thread run the steps that are added here for an image, then for another one."""
         start = len(self.steps)
-        self.emit(Kind.IMAGES, {"x": x, "y": y}, {})
+        self.emit(Kind.IMAGES, {"x": x}, {})
         yield
         first = self.steps[start]
         assert isinstance(first, NativeStep)
@@ -586,10 +591,8 @@ class Builder:
 
         `branches` are the parts of a concatenated x, summed or not.
         """
-        weights = module.weight1.numel() + module.weight2.numel()
-        alone = x.shape[0] == 1 or x.shape[0] >= 2 * self.threads
-        if alone and weights <= _CACHED_WEIGHTS:
-            with self._image_by_image(x, y):
+        if self.cached(x.shape[0], module.weight1.numel() + module.weight2.numel()):
+            with self.image_by_image(x):
                 self._gates(name, module, x, y, branches, images=1)
         else:
             self._gates(name, module, x, y, branches, images=_EXCITATION_IMAGES)
@@ -627,13 +630,24 @@ class Builder:
             ("fc1", module.weight1, module.bias1, squeezed, hidden, ending(RELU)),
             ("fc2", module.weight2, module.bias2, hidden, y, gate),
         ):
-            packed, packed_bias = self._matrix(f"{name}.{part}", weight, bias)
-            self.emit(
-                Kind.EXCITATION,
-                {"x": source, "y": target},
-                {**last.fields, "images": images},
-                {"weights": packed, "bias": packed_bias},
-            )
+            packed = self._matrix(f"{name}.{part}", weight, bias)
+            self._excite(source, target, packed, last, images)
+
+    def excitation(self, name: str, module: FusedConv, x: Map, y: Map) -> None:
+        """y = δ(W x + b) for vectors, a step of `image_by_image`."""
+        weight = module.weight.flatten(1)
+        last = self._ending(name, module, y.shape[3])
+        self._excite(x, y, self._matrix(name, weight, module.bias), last, images=1)
+
+    def _excite(
+        self, x: Map, y: Map, packed: tuple[Tensor, Tensor], last: Ending, images: int
+    ) -> None:
+        self.emit(
+            Kind.EXCITATION,
+            {"x": x, "y": y},
+            {**last.fields, "images": images},
+            {"weights": packed[0], "bias": packed[1], **last.constants},
+        )
 
     def pointwise(
         self,

@@ -6,8 +6,9 @@ What the kernels do not know runs in PyTorch between two stretches of kernel ste
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -174,8 +175,14 @@ class Lowering:
                 old = self.values[source]
                 self.values[source] = replace(old, shape=(self.images, *old.shape[1:]))
                 shared.append(old.buffer)
-        for node in segment.nodes:
-            self._lower(node)
+        nodes = list(segment.nodes)
+        while nodes:
+            count = self._small_excitation(nodes)
+            if count:
+                self._excite(nodes[:count])
+            else:
+                self._lower(nodes[0])
+            del nodes[: count or 1]
         groups = self.batch // self.images
         if groups == 1:
             return
@@ -195,6 +202,40 @@ class Lowering:
         for buffer in shared:
             buffer.use(start)
             buffer.use(len(self.builder.steps))
+
+    def _small_excitation(self, nodes: Sequence[fx.Node]) -> int:
+        """How many nodes from the first are a mean and products of it with few weights, or 0."""
+        first = nodes[0]
+        if not self._averages(first) or first.args[0] not in self.values:
+            return 0
+        count, weights = 1, 0
+        for before, node in pairwise(nodes):
+            module = self._called(node)
+            if not isinstance(module, FusedConv) or not takes_input_gates(module):
+                break
+            if node.args != (before,) or len(before.users) > 1 or node in self.slots:
+                break
+            if self._crosses(before) or self._crosses(node) or self._shape(node)[1:3] != (1, 1):
+                break
+            count, weights = count + 1, weights + module.weight.numel()
+        few = self.builder.cached(self._shape(first)[0], weights)
+        return count if count > 1 and few else 0
+
+    def _excite(self, nodes: Sequence[fx.Node]) -> None:
+        """Write the steps of `_small_excitation`, which a thread runs image by image."""
+        mean, *products = nodes
+        source = mean.args[0]
+        assert isinstance(source, fx.Node)
+        with self.builder.image_by_image(self._read(source)):
+            self._lower(mean)
+            for node in products:
+                (before,) = node.all_input_nodes
+                module = self.module.get_submodule(str(node.target))
+                assert isinstance(module, FusedConv)
+                self.builder.excitation(
+                    str(node.target), module, self._read(before), self._new(node)
+                )
+                self.values[before].buffer.waiting.discard(node)
 
     def _weight_bytes(self, node: fx.Node) -> int:
         if node.op != "call_module":
