@@ -6,17 +6,16 @@ What the kernels do not know runs in PyTorch between two stretches of kernel ste
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference import chains
-from senet.inference.buffers import Buffer, Map, Shape, compact, is_map, new_map
+from senet.inference.buffers import Buffer, Map, compact, is_map, new_map
 from senet.inference.builder import (
     Builder,
     Chained,
@@ -27,9 +26,10 @@ from senet.inference.builder import (
     takes_input_gates,
 )
 from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate, ends_openly
+from senet.inference.places import Places, concatenated
+from senet.inference.pools import Pools, pair
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.rewrites.gates import POOLS
-from senet.inference.rewrites.slices import channel_bounds, channel_sizes
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
@@ -43,16 +43,6 @@ _LAYERS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
 )
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """A number or two as two."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def along_width(value: Any, along_height: int) -> tuple[int, int]:
-    """A number along the only dimension of maps of one row, as two."""
-    return (along_height, value if isinstance(value, int) else value[0])
 
 
 def _as_rows(result: Any) -> Any:
@@ -70,13 +60,6 @@ def _in_float32(module: nn.Module) -> bool:
 def _is_mean(module: nn.Module) -> bool:
     """Whether a layer gives the mean over all positions of a map."""
     return type(module) in POOLS and module.output_size in (1, (1,), (1, 1))
-
-
-def concatenated(cat: fx.Node) -> list[fx.Node]:
-    """What a concat puts together."""
-    parts = cat.args[0]
-    assert isinstance(parts, list | tuple)
-    return [part for part in parts if isinstance(part, fx.Node)]
 
 
 class _NeedsWholeBatchError(Exception):
@@ -113,10 +96,9 @@ class Lowering:
 
     Attributes:
         builder: the steps.
+        places: where the maps lie.
         traced: what each node gives.
         results: the same; in networks of one spatial dimension, maps of which have one row.
-        values: map of each node that lies in the arena.
-        splits: nodes whose parts are read where the map that they split lies.
         fixed: what nodes give that follows from the input's shape, and parameters that they are.
         output: what the graph returns, in terms of nodes.
         escaping: containers that PyTorch makes and that are returned, or are part of what is.
@@ -137,43 +119,41 @@ class Lowering:
         if x.ndim == 3:
             self.results = {node: _as_rows(result) for node, result in results.items()}
         self.builder = Builder(threads, constants)
-        self.values: dict[fx.Node, Map] = {}
-        self.slots: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.places = Places(self.builder, self.traced, self.results, x.shape[0])
+        self.pools = Pools(self.builder, self.places)
         self.sums: dict[fx.Node, Sums] = {}
         self.input_gates: dict[fx.Node, Map] = {}
         self.waits: set[fx.Node] = set()
         self.segment: frozenset[fx.Node] = frozenset()
         self.fixed: dict[fx.Node, Any] = {}
-        self.splits: dict[fx.Node, fx.Node] = {}
         self.output: Any = None
         self.escaping: set[fx.Node] = set()
-        self.crossing: fx.Node | None = None
-        self.images = self.batch = x.shape[0]
         nodes = list(module.graph.nodes)
         for node in nodes:
             if self._is_cat(node):
-                self._reserve_slots(node)
-        self.chains = chains.find(nodes, self._called, self._shape, self._apart(), threads)
+                self.places.reserve(node)
+        self.chains = chains.find(nodes, self._called, self.places.shape, self._apart(), threads)
         self.inside = {node for chain in self.chains.values() for node in chain[:-1]}
         self.segment = frozenset(nodes)
         joined = set(filter(self._joins, nodes))
         segments = cut(nodes, self.results, self._weight_bytes, whole, self.inside, joined)
         self.input_images = segments[0].images
         for segment in segments:
-            self.slots.pop(segment.nodes[-1], None)
+            self.places.slots.pop(segment.nodes[-1], None)
         for segment in segments:
             self._lower_segment(segment)
 
     def _lower_segment(self, segment: Segment) -> None:
         """Write the steps for one group of images, and copies of them for the other groups."""
-        self.images, start = segment.images, len(self.builder.steps)
-        self.crossing, self.segment = segment.nodes[-1], frozenset(segment.nodes)
+        self.places.images, start = segment.images, len(self.builder.steps)
+        self.places.crossing, self.segment = segment.nodes[-1], frozenset(segment.nodes)
         shared: list[Buffer] = []
         read = {source for node in segment.nodes for source in node.all_input_nodes}
         for source in read.difference(segment.nodes):
-            if source in self.values:
-                old = self.values[source]
-                self.values[source] = replace(old, shape=(self.images, *old.shape[1:]))
+            if source in self.places.values:
+                old = self.places.values[source]
+                shape = (segment.images, *old.shape[1:])
+                self.places.values[source] = replace(old, shape=shape)
                 shared.append(old.buffer)
         nodes = list(segment.nodes)
         while nodes:
@@ -183,17 +163,17 @@ class Lowering:
             else:
                 self._lower(nodes[0])
             del nodes[: count or 1]
-        groups = self.batch // self.images
+        groups = self.places.batch // self.places.images
         if groups == 1:
             return
-        shared.append(self.values[self.crossing].buffer)
+        shared.append(self.places.values[self.places.crossing].buffer)
         steps = self.builder.steps[start:]
         for group in range(1, groups):
             for step in steps:
                 if isinstance(step, TorchStep):
                     raise _NeedsWholeBatchError(step.node)
                 maps = {
-                    name: replace(where, image=group * self.images)
+                    name: replace(where, image=group * self.places.images)
                     if isinstance(where, Map) and where.buffer in shared
                     else where
                     for name, where in step.maps.items()
@@ -206,19 +186,21 @@ class Lowering:
     def _small_excitation(self, nodes: Sequence[fx.Node]) -> int:
         """How many nodes from the first are a mean and products of it with few weights, or 0."""
         first = nodes[0]
-        if not self._averages(first) or first.args[0] not in self.values:
+        if not self._averages(first) or first.args[0] not in self.places.values:
             return 0
         count, weights = 1, 0
         for before, node in pairwise(nodes):
             module = self._called(node)
             if not isinstance(module, FusedConv) or not takes_input_gates(module):
                 break
-            if node.args != (before,) or len(before.users) > 1 or node in self.slots:
+            if node.args != (before,) or len(before.users) > 1 or node in self.places.slots:
                 break
-            if self._crosses(before) or self._crosses(node) or self._shape(node)[1:3] != (1, 1):
+            if self.places.crosses(before) or self.places.crosses(node):
+                break
+            if self.places.shape(node)[1:3] != (1, 1):
                 break
             count, weights = count + 1, weights + module.weight.numel()
-        few = self.builder.cached(self._shape(first)[0], weights)
+        few = self.builder.cached(self.places.shape(first)[0], weights)
         return count if count > 1 and few else 0
 
     def _excite(self, nodes: Sequence[fx.Node]) -> None:
@@ -226,16 +208,16 @@ class Lowering:
         mean, *products = nodes
         source = mean.args[0]
         assert isinstance(source, fx.Node)
-        with self.builder.image_by_image(self._read(source)):
+        with self.builder.image_by_image(self.places.read(source)):
             self._lower(mean)
             for node in products:
                 (before,) = node.all_input_nodes
                 module = self.module.get_submodule(str(node.target))
                 assert isinstance(module, FusedConv)
                 self.builder.excitation(
-                    str(node.target), module, self._read(before), self._new(node)
+                    str(node.target), module, self.places.read(before), self.places.new(node)
                 )
-                self.values[before].buffer.waiting.discard(node)
+                self.places.values[before].buffer.waiting.discard(node)
 
     def _weight_bytes(self, node: fx.Node) -> int:
         if node.op != "call_module":
@@ -247,8 +229,8 @@ class Lowering:
         if node.op == "output":
             self.output = node.args[0]
             for source in node.all_input_nodes:
-                if source in self.values:
-                    self._read(source)
+                if source in self.places.values:
+                    self.places.read(source)
                 else:
                     self._escapes(source)
             return
@@ -261,17 +243,17 @@ class Lowering:
         if node.op == "placeholder":
             self.builder.emit(
                 Kind.INPUT,
-                {"x": Buffer(0, offset=0), "y": self._new(node)},
-                dict(zip("NHWC", self._shape(node), strict=True)),
+                {"x": Buffer(0, offset=0), "y": self.places.new(node)},
+                dict(zip("NHWC", self.places.shape(node), strict=True)),
             )
             return
-        if self._lies_in_another(node):
+        if self.places.lies_in_another(node):
             return
         if not (is_map(self.results[node]) and self._native(node)):
             self._in_torch(node)
         for source in node.all_input_nodes:
-            if source in self.values:
-                self.values[source].buffer.waiting.discard(node)
+            if source in self.places.values:
+                self.places.values[source].buffer.waiting.discard(node)
 
     def _follows_from_shapes(self, node: fx.Node) -> bool:
         """Whether what a node gives follows from the input's shape: sizes, and what reads those."""
@@ -296,7 +278,7 @@ class Lowering:
     def _native(self, node: fx.Node) -> bool:
         """Write the steps of a node; False if the kernels cannot run it."""
         sources = node.all_input_nodes
-        known = self.values.keys() | self.waits
+        known = self.places.values.keys() | self.waits
         if not sources or any(source not in known for source in sources):
             return False
         if node.op == "call_module":
@@ -306,7 +288,7 @@ class Lowering:
             if node.target in ("mul", "mul_", "multiply") and len(node.args) == 2:
                 return not node.kwargs and self._multiply(node)
             if node.target == "amax":
-                return self._largest(node)
+                return self.pools.maxima(node)
             return node.target in ("relu", "relu_") and self._relu(node)
         return self._native_function(node)
 
@@ -321,14 +303,14 @@ class Lowering:
         """Nodes whose results have a place of their own."""
         ends = [node for node in self.results if node.op == "output"]
         outputs = {source for end in ends for source in end.all_input_nodes}
-        return outputs | set(self.slots)
+        return outputs | set(self.places.slots)
 
     def _wait_for_chain(self, node: fx.Node) -> None:
         """Keep what a convolution reads until the last one of its chain runs."""
         (last,) = (last for last, chain in self.chains.items() if node in chain)
         for source in node.all_input_nodes:
-            if source in self.values:
-                self.values[source].buffer.waiting.add(last)
+            if source in self.places.values:
+                self.places.values[source].buffer.waiting.add(last)
             if source in self.input_gates:
                 self.input_gates[source].buffer.waiting.add(last)
         self.waits.add(node)
@@ -341,20 +323,20 @@ class Lowering:
             assert isinstance(module, FusedConv)
             assert isinstance(source, fx.Node)
             gates, shortcut = (
-                *(self._read(a) if isinstance(a, fx.Node) else None for a in each.args[1:]),
+                *(self.places.read(a) if isinstance(a, fx.Node) else None for a in each.args[1:]),
                 *(None, None),
             )[:2]
             scaled = self.input_gates.get(source)
-            shape = self._shape(each)
+            shape = self.places.shape(each)
             links.append(Chained(str(each.target), module, shape, gates, shortcut, scaled))
-            made = chains.link(module, self._shape(source)[1:], shape[1:])
+            made = chains.link(module, self.places.shape(source)[1:], shape[1:])
             assert made is not None
             plan.append(made)
         first = self.chains[node][0].args[0]
         assert isinstance(first, fx.Node)
-        x = self._read(first)
-        y = self._over(node, links[-1].shortcut, x)
-        cut_up = chains.cut(tuple(plan), self.images, self.builder.threads)
+        x = self.places.read(first)
+        y = self.places.over(node, links[-1].shortcut, x)
+        cut_up = chains.cut(tuple(plan), self.places.images, self.builder.threads)
         summed = self.builder.chain(links, x, y, cut_up, sums=self._feeds_gate(node))
         if summed is not None:
             self.sums[node] = summed
@@ -366,7 +348,7 @@ class Lowering:
         if node in self.chains:
             self._chain(node)
             return True
-        maps = [self._read(a) if isinstance(a, fx.Node) else None for a in node.args]
+        maps = [self.places.read(a) if isinstance(a, fx.Node) else None for a in node.args]
         x = maps[0] if maps else None
         if x is None:
             return False  # it is given several maps in a list, or by name
@@ -375,7 +357,7 @@ class Lowering:
         name = str(node.target)
         match module:
             case Pointwise() if self._scales_an_input(node):
-                self._alias(node, node.args[0])
+                self.places.alias(node, node.args[0])
                 gates = maps[1]
                 assert gates is not None
                 gates.buffer.waiting.update(node.users)
@@ -383,7 +365,8 @@ class Lowering:
             case FusedConv() | Pointwise():
                 gates, shortcut = (*maps[1:], None, None)[:2]
                 in_place = isinstance(module, Pointwise) and shortcut is None
-                y = self._over(node, x, None) if in_place else self._over(node, shortcut, x)
+                old, other = (x, None) if in_place else (shortcut, x)
+                y = self.places.over(node, old, other)
                 if isinstance(module, FusedConv):
                     squeezed = self._feeds_gate(node)
                     source = node.args[0]
@@ -407,43 +390,24 @@ class Lowering:
             case Across():
                 self._across(node, name, module, x)
             case SqueezeGate() if native_gate(module):
-                self.builder.gates(name, module, x, self._new(node), self._branches(node))
+                self.builder.gates(name, module, x, self.places.new(node), self._branches(node))
             case nn.Linear() if plain(module) and len(self.results[node].shape) == 2:
-                self.builder.linear(name, module, x, self._new(node))
+                self.builder.linear(name, module, x, self.places.new(node))
             case nn.ReLU():
                 return self._relu(node)
             case nn.Flatten() if module.start_dim == 1 and x.shape[1] * x.shape[2] == 1:
-                self._alias(node, node.args[0])
+                self.places.alias(node, node.args[0])
             case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() if _is_mean(module):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 summed = self.sums.get(source) if source in self.segment else None
-                self.builder.means(x, Geometry(), self._new(node), summed)
+                self.builder.means(x, Geometry(), self.places.new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
-                self._alias(node, node.args[0])
-            case nn.AdaptiveAvgPool2d():
-                return self._adaptive_pool(node, module.output_size)
-            case nn.AdaptiveMaxPool2d() if not module.return_indices:
-                return self._adaptive_pool(node, module.output_size, largest=True)
-            case nn.MaxPool1d() if module.dilation in (1, (1,)) and not module.return_indices:
-                self._pool_rows(node, x, module, largest=True)
-            case nn.AvgPool1d():
-                self._pool_rows(node, x, module, counts=module.count_include_pad)
-            case nn.MaxPool2d() if module.dilation in (1, (1, 1)) and not module.return_indices:
-                self._pool(node, x, module.kernel_size, module.stride, module.padding, largest=True)
-            case nn.AvgPool2d() if module.divisor_override is None:
-                self._pool(
-                    node,
-                    x,
-                    module.kernel_size,
-                    module.stride,
-                    module.padding,
-                    counts=module.count_include_pad,
-                )
+                self.places.alias(node, node.args[0])
             case PaddedShortcut():
                 self._padded_shortcut(node, module, x)
             case _:
-                return False
+                return self.pools.layer(node, module, x)
         return True
 
     def _native_function(self, node: fx.Node) -> bool:
@@ -457,108 +421,27 @@ class Lowering:
             a, b = args
             if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
                 return False
-            if self._shape(a) != self._shape(b):
+            if self.places.shape(a) != self.places.shape(b):
                 return False
-            x, shortcut = self._read(a), self._read(b)
-            self.builder.copy(x, self._over(node, shortcut, x), shortcut=shortcut)
+            x, shortcut = self.places.read(a), self.places.read(b)
+            self.builder.copy(x, self.places.over(node, shortcut, x), shortcut=shortcut)
             return True
         if target in PRODUCTS and not kwargs and len(args) == 2:
             return self._multiply(node)
         if target is torch.flatten and args[1:] == (1,) and not kwargs:
             source = args[0]
             assert isinstance(source, fx.Node)
-            if self._shape(source)[1:3] == (1, 1):
-                self._alias(node, source)
+            if self.places.shape(source)[1:3] == (1, 1):
+                self.places.alias(node, source)
                 return True
         if target is torch.amax:
-            return self._largest(node)
-        if target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
-            size = (*args[1:], kwargs.get("output_size"))[0]
-            others = len(args) > 2 or kwargs.get("return_indices", False)
-            largest = target is F.adaptive_max_pool2d
-            return not others and self._adaptive_pool(node, size, largest=largest)
-        return target in (F.max_pool2d, F.avg_pool2d) and self._functional_pool(node)
-
-    def _functional_pool(self, node: fx.Node) -> bool:
-        largest = node.target is F.max_pool2d
-        names = [
-            "kernel_size",
-            "stride",
-            "padding",
-            *(["dilation"] if largest else []),
-            "ceil_mode",
-        ]
-        if not largest:
-            names += ["count_include_pad", "divisor_override"]
-        given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        if any(isinstance(value, fx.Node) for value in given.values()):
-            return False
-        if given.pop("dilation", 1) != 1 or given.pop("return_indices", False):
-            return False
-        if given.pop("divisor_override", None) is not None:
-            return False
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        self._pool(
-            node,
-            self._read(source),
-            given["kernel_size"],
-            given.get("stride"),
-            given.get("padding", 0),
-            largest=largest,
-            counts=bool(given.get("count_include_pad", True)),
-        )
-        return True
-
-    def _adaptive_pool(self, node: fx.Node, size: Any, *, largest: bool = False) -> bool:
-        """Windows of one size: False where they are not."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        given = size if isinstance(size, list | tuple) else (size, size)
-        whole = self._shape(source)[1:3]
-        outputs = [old if new is None else new for old, new in zip(whole, given, strict=True)]
-        if not all(isinstance(new, int) and new > 0 for new in outputs):
-            return False
-        if any(old % new for old, new in zip(whole, outputs, strict=True)):
-            return False
-        window = (whole[0] // outputs[0], whole[1] // outputs[1])
-        self._pool(node, self._read(source), window, window, 0, largest=largest)
-        return True
-
-    def _largest(self, node: fx.Node) -> bool:
-        """The maxima over all positions."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        dims = (*node.args[1:], node.kwargs.get("dim"))[0]
-        rank = self.traced[source].ndim
-        axes = dims if isinstance(dims, list | tuple) else (dims,)
-        if not all(isinstance(axis, int) for axis in axes):
-            return False
-        if sorted(axis % rank for axis in axes) != list(range(2, rank)) or rank < 3:
-            return False
-        window = self._shape(source)[1:3]
-        self._pool(node, self._read(source), window, window, 0, largest=True)
-        return True
-
-    def _pool(
-        self,
-        node: fx.Node,
-        x: Map,
-        kernel: Any,
-        stride: Any,
-        padding: Any,
-        *,
-        largest: bool = False,
-        counts: bool = True,
-    ) -> None:
-        stride = kernel if stride is None else stride
-        geometry = Geometry(pair(kernel), pair(stride), pair(padding))
-        self.builder.pool(x, self._new(node), geometry, largest=largest, padding=counts)
+            return self.pools.maxima(node)
+        return self.pools.function(node)
 
     def _shuffle(self, node: fx.Node, module: Shuffle, x: Map) -> None:
         """Channels of groups in turns; the pass for that leaves no gaps between pixels."""
-        alone = node not in self.slots and not self._crosses(node)
-        y = self._new(node, compact if alone else new_map)
+        alone = node not in self.places.slots and not self.places.crosses(node)
+        y = self.places.new(node, compact if alone else new_map)
         target = y if alone else compact(x.shape)
         self.builder.shuffle(x, target, module.groups)
         if not alone:
@@ -566,7 +449,7 @@ class Lowering:
 
     def _across(self, node: fx.Node, name: str, module: Across, x: Map) -> None:
         """A convolution over channels, as one of rows: where vectors lie without gaps, in place."""
-        y = self._new(node)
+        y = self.places.new(node)
         source, target = (where if where.compact else compact(where.shape) for where in (x, y))
         if source is not x:
             self.builder.copy(x, source)
@@ -574,24 +457,11 @@ class Lowering:
         if target is not y:
             self.builder.copy(target, y)
 
-    def _pool_rows(
-        self,
-        node: fx.Node,
-        x: Map,
-        module: nn.MaxPool1d | nn.AvgPool1d,
-        *,
-        largest: bool = False,
-        counts: bool = True,
-    ) -> None:
-        kernel, stride = along_width(module.kernel_size, 1), along_width(module.stride, 1)
-        padding = along_width(module.padding, 0)
-        self._pool(node, x, kernel, stride, padding, largest=largest, counts=counts)
-
     def _relu(self, node: fx.Node) -> bool:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        x = self._read(source)
-        self.builder.copy(x, self._over(node, x, None), activation=RELU)
+        x = self.places.read(source)
+        self.builder.copy(x, self.places.over(node, x, None), activation=RELU)
         return True
 
     def _multiply(self, node: fx.Node) -> bool:
@@ -604,7 +474,7 @@ class Lowering:
             return False
         module = Pointwise()
         module.multiply(float(numbers[0]))
-        self.builder.pointwise(node.name, module, self._read(maps[0]), self._new(node))
+        self.builder.pointwise(node.name, module, self.places.read(maps[0]), self.places.new(node))
         return True
 
     def _scale(self, node: fx.Node, scaled: fx.Node, factor: fx.Node) -> bool:
@@ -614,8 +484,8 @@ class Lowering:
             return False
         if other[:2] != shape[:2] or any(size != 1 for size in other[2:]):
             return False
-        x, gates = self._read(scaled), self._read(factor)
-        y = self._over(node, x, gates)
+        x, gates = self.places.read(scaled), self.places.read(factor)
+        y = self.places.over(node, x, gates)
         self.builder.pointwise(node.name, Pointwise(), x, y, gates)
         return True
 
@@ -627,7 +497,7 @@ class Lowering:
         before = module.new_channels // 2
         with torch.no_grad():
             conv.weight[before : before + C, :, 0, 0] = torch.eye(C)
-        self.builder.convolution(str(node.target), FusedConv(conv), x, self._new(node))
+        self.builder.convolution(str(node.target), FusedConv(conv), x, self.places.new(node))
 
     def _is_cat(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node.target is not torch.cat:
@@ -636,14 +506,6 @@ class Lowering:
         maps = all(is_map(self.results[part]) for part in concatenated(node))
         by_channels = isinstance(dim, int) and dim % self.traced[node].ndim == 1
         return bool(maps and by_channels and self.results[node].ndim == 4)
-
-    def _reserve_slots(self, cat: fx.Node) -> None:
-        """Let the parts of a concat be written where the concat wants them."""
-        channel = 0
-        for part in concatenated(cat):
-            if part not in self.slots and part.op != "placeholder":
-                self.slots[part] = (cat, channel)
-            channel += self._shape(part)[3]
 
     def _squeezes_concat(self, node: fx.Node) -> bool:
         """Whether a node is an SE gate on a concat whose sums the branches can take."""
@@ -682,10 +544,10 @@ class Lowering:
         assert isinstance(module, Pointwise)
         if not (ends_openly(module) and module.scale is None and module.factor == 1):
             return False
-        if len(node.args) != 2 or len(node.users) != 1 or node in self.slots:
+        if len(node.args) != 2 or len(node.users) != 1 or node in self.places.slots:
             return False
         (user,) = node.users
-        if user.op != "call_module" or user not in self.segment or self._crosses(node):
+        if user.op != "call_module" or user not in self.segment or self.places.crosses(node):
             return False
         conv = self.module.get_submodule(str(user.target))
         reads_once = user.args[0] is node and node not in user.args[1:]
@@ -697,9 +559,9 @@ class Lowering:
             return False
         if any(self._squeezes(user) or self._averages(user) for user in node.users):
             return True
-        if node not in self.slots:
+        if node not in self.places.slots:
             return False
-        return any(self._squeezes_concat(user) for user in self.slots[node][0].users)
+        return any(self._squeezes_concat(user) for user in self.places.slots[node][0].users)
 
     def _branches(self, node: fx.Node) -> list[Map | Sums]:
         """What an SE gate squeezes: a summed map, or the parts of a concat if one was summed."""
@@ -709,20 +571,21 @@ class Lowering:
             return [self.sums[source]]
         if not self._squeezes_concat(node):
             return []
-        whole, channel = self.values[source], 0
+        whole, channel = self.places.values[source], 0
         found: list[Map | Sums] = []
         for part in concatenated(source):
-            shape = self._shape(part)
+            shape = self.places.shape(part)
             place = Map(whole.buffer, shape, whole.ld, whole.channel + channel)
             found.append(self.sums.get(part, place))
             channel += shape[3]
         return found if self.sums.keys() & set(concatenated(source)) else []
 
     def _concatenate(self, node: fx.Node) -> None:
-        whole_map = self.values.get(node) or self._new(node)  # its first part has made it
+        # Its first part has made it.
+        whole_map = self.places.values.get(node) or self.places.new(node)
         channel = 0
         for part in concatenated(node):
-            x = self._read(part)
+            x = self.places.read(part)
             slot = Map(whole_map.buffer, x.shape, whole_map.ld, whole_map.channel + channel)
             if (x.buffer, x.channel) != (slot.buffer, slot.channel):
                 self.builder.copy(x, slot)
@@ -730,102 +593,13 @@ class Lowering:
 
     def _in_torch(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            if source in self.values:
-                self._read(source)
-        target = self._new(node) if is_map(self.results[node]) else None
+            if source in self.places.values:
+                self.places.read(source)
+        target = self.places.new(node) if is_map(self.results[node]) else None
         if target is not None:
             self.builder.touch(target)
         else:  # it may be a view of its inputs: they must stay
             for source in node.all_input_nodes:
-                if source in self.values:
-                    self.values[source].buffer.last = 1 << 60
+                if source in self.places.values:
+                    self.places.values[source].buffer.last = 1 << 60
         self.builder.steps.append(TorchStep(node, target))
-
-    def _shape(self, node: fx.Node) -> tuple[int, int, int, int]:
-        """N, H, W, C of a node's result."""
-        shape = self.results[node].shape
-        N, C, H, W = (*shape, 1, 1)[:4]
-        if self.batch == N:
-            N = self.images
-        return int(N), int(H), int(W), int(C)
-
-    def _read(self, node: fx.Node) -> Map:
-        found = self.values[node]
-        self.builder.touch(found)
-        return found
-
-    def _new(self, node: fx.Node, make: Callable[[Shape], Map] = new_map) -> Map:
-        """A place for a node's result: its slot in a concat, or a buffer of its own."""
-        shape = self._shape(node)
-        if node in self.slots:
-            cat, channel = self.slots[node]
-            if cat not in self.values:
-                self._new(cat)
-            whole_map = self.values[cat]
-            made = Map(whole_map.buffer, shape, whole_map.ld, whole_map.channel + channel)
-        elif self._crosses(node):
-            made = replace(new_map((self.batch, *shape[1:])), shape=shape)
-        else:
-            made = make(shape)
-        self.values[node] = made
-        made.buffer.waiting.update(node.users)
-        return made
-
-    def _crosses(self, node: fx.Node) -> bool:
-        """Whether a node's result is collected from groups of images."""
-        return node is self.crossing and self.images < self.batch
-
-    def _alias(self, node: fx.Node, source: Any) -> None:
-        if self._crosses(node):
-            self.builder.copy(self._read(source), self._new(node))
-            return
-        self.values[node] = self.values[source]
-        self.values[node].buffer.waiting.update(node.users)
-
-    def _lies_in_another(self, node: fx.Node) -> bool:
-        """Whether a node splits a map by channels, or is a part of one, which needs no step."""
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or self._crosses(node):
-            return False
-        if source in self.values and channel_sizes(node, self.traced) is not None:
-            buffer = self.values[source].buffer  # each part has to be read
-            buffer.waiting.update(node.users)
-            buffer.waiting.discard(node)
-            self.splits[node] = source
-            return True
-        first = 0
-        if source in self.splits:
-            sizes = channel_sizes(source, self.traced) or ()
-            place = node.args[1]
-            assert isinstance(place, int)
-            source, first = self.splits[source], sum(sizes[: place % len(sizes)])
-        elif source in self.values and (bounds := channel_bounds(node, self.traced)) is not None:
-            first = bounds[0]
-        else:
-            return False
-        whole_map = self._read(source)
-        self.values[node] = replace(
-            whole_map, shape=self._shape(node), channel=whole_map.channel + first
-        )
-        whole_map.buffer.waiting.update(node.users)
-        whole_map.buffer.waiting.discard(node)
-        return True
-
-    def _over(self, node: fx.Node, old: Map | None, other: Map | None) -> Map:
-        """A place for a node's result: over the map `old` where nobody else reads that any more.
-
-        Each element of `old` is read just before the result's element at its place is written.
-        """
-        if (
-            old is not None
-            and node not in self.slots
-            and not self._crosses(node)
-            and old.alone
-            and old.shape == self._shape(node)
-            and (other is None or other.buffer is not old.buffer)
-            and old.buffer.waiting <= {node}
-        ):
-            self.values[node] = old
-            old.buffer.waiting.update(node.users)
-            return old
-        return self._new(node)

@@ -84,7 +84,7 @@ class Program:
         self.output, self.escaping = lowering.output, lowering.escaping
         self.images = lowering.input_images
         self.fixed = lowering.fixed
-        self.maps = {n: (m, lowering.traced[n].ndim) for n, m in lowering.values.items()}
+        self.maps = {n: (m, lowering.traced[n].ndim) for n, m in lowering.places.values.items()}
         builder = lowering.builder
         self.arena = place(list(builder.buffers.values())) + kernels.SLACK
         self.arena += -self.arena % _LINE
