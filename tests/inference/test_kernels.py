@@ -190,8 +190,9 @@ def test_small_excitations_of_other_layers_too(images: int, threads: int) -> Non
     model, x = ByModules(), torch.randn(images, 8, 13, 11)
     program = Program(Rewriter(model.eval()).run(), x, threads, {})
     kinds = [Kind(step.kind) for step in program.parts[0].steps]
+    assert kinds.count(Kind.EXCITATION) == 2
     together = images == 1 or images >= 2 * threads
-    assert kinds.count(Kind.EXCITATION) == (2 if together else 0)
+    assert kinds.count(Kind.IMAGES) == together
     if together:
         place = kinds.index(Kind.IMAGES)
         following = kinds[place + 1 : place + 4]

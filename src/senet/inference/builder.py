@@ -35,7 +35,7 @@ from senet.ops.activations import LINEAR, RELU, Activation
 # Rows of a task that passes over a map once.
 _PASS_ROWS = 256
 # Weights of an excitation that stay in a core's cache from image to image.
-_CACHED_WEIGHTS = 1 << 15
+CACHED_WEIGHTS = 1 << 15
 # Images whose gates a task computes with one panel of weights.
 _EXCITATION_IMAGES = 8
 Constants = dict[tuple[object, ...], Tensor]
@@ -537,17 +537,20 @@ class Builder:
             self.constant((name, "panel bias"), lambda: packing.panel_bias(bias, 1)),
         )
 
-    def cached(self, images: int, weights: int) -> bool:
-        """Whether a thread had better take so many weights through all products of an image."""
-        alone = images == 1 or images >= 2 * self.threads
-        return alone and weights <= _CACHED_WEIGHTS
-
     @contextmanager
-    def image_by_image(self, x: Map) -> Iterator[None]:
-        """Let one thread run the steps that are added here for an image, then for another one."""
-        start = len(self.steps)
+    def excitation_of(self, x: Map, weights: int) -> Iterator[int]:
+        """Let one thread run the steps that are added here for an image, then for another one.
+
+        Only where so many weights stay in its cache from image to image, and images suffice for
+        all threads; else the threads share each step. Given are the images that a task of a
+        product takes.
+        """
+        start, images = len(self.steps), x.shape[0]
+        if weights > CACHED_WEIGHTS or 1 < images < 2 * self.threads:
+            yield _EXCITATION_IMAGES
+            return
         self.emit(Kind.IMAGES, {"x": x}, {})
-        yield
+        yield 1
         first = self.steps[start]
         assert isinstance(first, NativeStep)
         first.fields["steps"] = len(self.steps) - 1 - start
@@ -591,11 +594,9 @@ class Builder:
 
         `branches` are the parts of a concatenated x, summed or not.
         """
-        if self.cached(x.shape[0], module.weight1.numel() + module.weight2.numel()):
-            with self.image_by_image(x):
-                self._gates(name, module, x, y, branches, images=1)
-        else:
-            self._gates(name, module, x, y, branches, images=_EXCITATION_IMAGES)
+        weights = module.weight1.numel() + module.weight2.numel()
+        with self.excitation_of(x, weights) as images:
+            self._gates(name, module, x, y, branches, images)
 
     def _gates(
         self,
@@ -633,11 +634,11 @@ class Builder:
             packed = self._matrix(f"{name}.{part}", weight, bias)
             self._excite(source, target, packed, last, images)
 
-    def excitation(self, name: str, module: FusedConv, x: Map, y: Map) -> None:
-        """y = δ(W x + b) for vectors, a step of `image_by_image`."""
+    def excitation(self, name: str, module: FusedConv, x: Map, y: Map, images: int) -> None:
+        """y = δ(W x + b) for vectors, summed in float64, with so many images a task."""
         weight = module.weight.flatten(1)
         last = self._ending(name, module, y.shape[3])
-        self._excite(x, y, self._matrix(name, weight, module.bias), last, images=1)
+        self._excite(x, y, self._matrix(name, weight, module.bias), last, images)
 
     def _excite(
         self, x: Map, y: Map, packed: tuple[Tensor, Tensor], last: Ending, images: int

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from senet.inference import chains
 from senet.inference.buffers import Buffer, Map, compact, is_map, new_map
 from senet.inference.builder import (
+    CACHED_WEIGHTS,
     Builder,
     Chained,
     Constants,
@@ -200,23 +201,22 @@ class Lowering:
             if self.places.shape(node)[1:3] != (1, 1):
                 break
             count, weights = count + 1, weights + module.weight.numel()
-        few = self.builder.cached(self.places.shape(first)[0], weights)
-        return count if count > 1 and few else 0
+        return count if count > 1 and weights <= CACHED_WEIGHTS else 0
 
     def _excite(self, nodes: Sequence[fx.Node]) -> None:
-        """Write the steps of `_small_excitation`, which a thread runs image by image."""
+        """Write the steps of `_small_excitation`."""
         mean, *products = nodes
         source = mean.args[0]
         assert isinstance(source, fx.Node)
-        with self.builder.image_by_image(self.places.read(source)):
+        layers = [self.module.get_submodule(str(node.target)) for node in products]
+        convs = [layer for layer in layers if isinstance(layer, FusedConv)]
+        weights = sum(conv.weight.numel() for conv in convs)
+        with self.builder.excitation_of(self.places.read(source), weights) as images:
             self._lower(mean)
-            for node in products:
+            for node, module in zip(products, convs, strict=True):
                 (before,) = node.all_input_nodes
-                module = self.module.get_submodule(str(node.target))
-                assert isinstance(module, FusedConv)
-                self.builder.excitation(
-                    str(node.target), module, self.places.read(before), self.places.new(node)
-                )
+                x, y = self.places.read(before), self.places.new(node)
+                self.builder.excitation(str(node.target), module, x, y, images)
                 self.places.values[before].buffer.waiting.discard(node)
 
     def _weight_bytes(self, node: fx.Node) -> int:
