@@ -1,6 +1,7 @@
 """`senet ablate`: the variants of the paper's tables, their runs, resume and the table."""
 
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_each_variant_and_seed_has_a_run(ablated: Path) -> None:
         ]
         assert variant["top1_error"] == pytest.approx([100 - row[-1]["top1"] for row in rows])
     plain, without, se_block = results["variants"].values()
+    assert results["base"] == "plain"
+    assert plain["minus_base"] is None
+    a, b = (y - x for x, y in zip(plain["top1_error"], without["top1_error"], strict=True))
+    half = 12.7062 * abs(a - b) / 2  # Student's t of one degree of freedom, times |a - b| / √2 / √2
+    interval = {"mean": (a + b) / 2, "low": (a + b) / 2 - half, "high": (a + b) / 2 + half}
+    assert without["minus_base"] == pytest.approx(interval, rel=1e-4, abs=1e-9)
     assert plain["parameters"] < without["parameters"] == se_block["parameters"]
     assert plain["multiply_adds"] < se_block["multiply_adds"] < without["multiply_adds"]
 
@@ -105,6 +112,8 @@ def test_resume_trains_what_is_missing_in_processes_too(
     assert "NoSqueeze" in found.out
     assert " ± " in found.out
     assert "22.93" in found.out  # the paper's
+    assert "minus plain" in found.out
+    assert re.search(r"[+-]\d+\.\d\d \([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", found.out)
     before, after = (json.loads((f / "results.json").read_text()) for f in (ablated, out))
     for name, variant in before["variants"].items():
         assert after["variants"][name]["top1_error"] == pytest.approx(variant["top1_error"], abs=13)

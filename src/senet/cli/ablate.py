@@ -15,6 +15,7 @@ from senet.support.progress import watch
 
 if TYPE_CHECKING:
     from senet.experiments.ablate import AblateConfig, Variant
+    from senet.reports.comparison import PairedDifference
 
 
 def ablate(
@@ -26,9 +27,10 @@ def ablate(
 ) -> None:
     """Train the variants of one of the paper's ablations, and show them beside the paper's.
 
-    All get the same recipe, data and seeds. The folder holds a run for each variant and seed, and
-    results.json. With the recipe quick, 5 epochs, reduction 4 and the gate identity_sigmoid hold
-    where the ablation does not vary them.
+    All get the same recipe, data and seeds, so that each is compared seed by seed with the network
+    without SE (squeeze, excitation, integration: with the paper's own). The folder holds a run for
+    each variant and seed, and results.json. With the recipe quick, 5 epochs, reduction 4 and the
+    gate identity_sigmoid hold where the ablation does not vary them.
 
     Args:
         ablation: reduction (table 10), squeeze (11), excitation (12: the gate), stages (13),
@@ -53,7 +55,7 @@ def _table(config: "AblateConfig", variants: "Sequence[Variant]") -> Table:
     table = Table(title=f"{config.ablation}: {config.model}, {config.data}", title_justify="left")
     table.add_column("", no_wrap=True)
     for column in (
-        *("top-1 error %", "parameters", "multiply-adds"),
+        *("top-1 error %", f"minus {config.base}", "parameters", "multiply-adds"),
         *("paper: top-1 error %", "top-5", "parameters (M)"),
     ):
         table.add_column(column, justify="right")
@@ -63,6 +65,7 @@ def _table(config: "AblateConfig", variants: "Sequence[Variant]") -> Table:
         table.add_row(
             variant.label,
             f"{statistics.fmean(variant.top1):.2f}{spread}",
+            _interval(variant.difference),
             f"{variant.parameters:,}",
             f"{variant.multiply_adds:,}",
             f"{paper.top1:.2f}",
@@ -75,7 +78,17 @@ def _table(config: "AblateConfig", variants: "Sequence[Variant]") -> Table:
         f"mean ± sample standard deviation of {config.seeds} seeds after "
         f"{epochs} epoch{'s' if epochs > 1 else ''} of the recipe {config.recipe}"
         f"{'; SE options otherwise: ' + base if base else ''}.\n"
+        f"minus {config.base}: mean of the differences seed by seed, and its 95% interval.\n"
         "Paper: SE-ResNet-50 on ImageNet, other training."
     )
     table.caption_justify = "left"
     return table
+
+
+def _interval(difference: "PairedDifference | None") -> str:
+    """ "+0.31 (-0.10 to +0.72)"; without an interval for a single seed."""
+    if difference is None:
+        return ""
+    if difference.n == 1:
+        return f"{difference.mean:+.2f}"
+    return f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})"

@@ -1,6 +1,7 @@
 """The paper's ablations (tables 10 to 16) as a list of runs over one recipe and data set."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from senet.experiments.runs import read_rows
 from senet.models import build_model, entry
 from senet.models.cards import Card, cards
 from senet.models.cost import count_multiply_adds, count_parameters
+from senet.reports.comparison import PairedDifference
 from senet.support.files import atomic_write
 from senet.training.config import RunConfig
 from senet.training.data import open_run_data
@@ -57,6 +59,13 @@ ABLATIONS: Mapping[Ablation, Mapping[str, Mapping[str, Any] | None]] = {
 # Rows that are called otherwise than in their own table: theirs is the paper's network, whatever
 # the reduction.
 LABELS: Mapping[tuple[str, str], str] = {("nosqueeze", "table 10, r=16"): "SE"}
+# The variant from which the others are told apart: the network without SE, or else the paper's.
+_BASES: Mapping[Ablation, str] = {
+    **dict.fromkeys(("reduction", "stages", "nosqueeze"), "plain"),
+    "squeeze": "avg",
+    "excitation": "sigmoid",
+    "integration": "SE",
+}
 RESULTS = "results.json"
 
 
@@ -118,6 +127,11 @@ class AblateConfig(CompareConfig):
         }
 
     @property
+    def base(self) -> str:
+        """What the variant is called from which the others are told apart."""
+        return _BASES[self.ablation]
+
+    @property
     def order(self) -> list[RunConfig]:
         """All runs: each variant with seed 0, then with seed 1, …."""
         return [run for runs in zip(*self.runs().values(), strict=True) for run in runs]
@@ -141,6 +155,7 @@ class Variant:
         label: what it is called.
         card: the paper's row.
         top1: top-1 error in percent, by seed.
+        difference: of these errors from the base's, paired by seed; None for the base.
         parameters: number of parameters.
         multiply_adds: multiply-adds for an image of the data.
     """
@@ -148,6 +163,7 @@ class Variant:
     label: str
     card: Card
     top1: tuple[float, ...]
+    difference: PairedDifference | None
     parameters: int
     multiply_adds: int
 
@@ -179,26 +195,45 @@ def run_ablation(
     train_all(
         config, config.order, watch, lambda run: f"{run.out.parent.name} seed {run.seed}", tell
     )
+    labels = {name: label_of(config.ablation, name) for name in config.variants}
+    errors = {labels[name]: _errors(runs) for name, runs in config.runs().items()}
     found = [
-        _variant(label_of(config.ablation, name), cards()[name], runs)
+        _variant(labels[name], cards()[name], runs[0], errors, config.base)
         for name, runs in config.runs().items()
     ]
     atomic_write(config.out / RESULTS, to_json(config, found))
     return found
 
 
-def _variant(label: str, card: Card, runs: list[RunConfig]) -> Variant:
-    checkpoint = open_checkpoint(runs[0].out / "checkpoints" / "last")
+def _errors(runs: list[RunConfig]) -> tuple[float, ...]:
+    """Top-1 error of each run after its last epoch, in percent."""
+    return tuple(100 - read_rows(run.out / "metrics.csv")[-1]["top1"] for run in runs)
+
+
+def _variant(
+    label: str, card: Card, run: RunConfig, errors: Mapping[str, tuple[float, ...]], base: str
+) -> Variant:
+    checkpoint = open_checkpoint(run.out / "checkpoints" / "last")
     size = checkpoint.preprocessing.image_size
     return Variant(
         label=label,
         card=card,
-        top1=tuple(100 - read_rows(run.out / "metrics.csv")[-1]["top1"] for run in runs),
+        top1=errors[label],
+        difference=None if label == base else PairedDifference.of(errors[base], errors[label]),
         parameters=count_parameters(checkpoint.model),
         multiply_adds=count_multiply_adds(
             checkpoint.model, (checkpoint.preprocessing.channels, size, size)
         ),
     )
+
+
+def _interval(difference: PairedDifference | None) -> dict[str, float | None] | None:
+    """A difference as JSON, whose ends a single seed does not give."""
+    if difference is None:
+        return None
+    ends = {"low": difference.low, "high": difference.high}
+    known = {key: None if math.isnan(end) else end for key, end in ends.items()}
+    return {"mean": difference.mean, **known}
 
 
 def to_json(config: AblateConfig, variants: list[Variant]) -> str:
@@ -210,10 +245,12 @@ def to_json(config: AblateConfig, variants: list[Variant]) -> str:
         "recipe": config.recipe,
         "epochs": config.training_recipe().epochs,
         "se_options": dict(config.se_options),
+        "base": config.base,
         "variants": {
             v.label: {
                 "card": v.card.name,
                 "top1_error": v.top1,
+                "minus_base": _interval(v.difference),
                 "parameters": v.parameters,
                 "multiply_adds": v.multiply_adds,
                 "paper": [{"top1": r.top1, "top5": r.top5} for r in v.card.results],
