@@ -13,9 +13,12 @@ from cli_tools import CLASSES, run
 from senet.__main__ import main
 from senet.checkpoint.files import open_checkpoint
 from senet.errors import UserError
+from senet.experiments import compare
 from senet.experiments.compare import QUICK_EPOCHS, CompareConfig
 from senet.experiments.runs import read_rows
 from senet.networks.anywhere import open_source
+from senet.training.config import RunConfig
+from senet.training.loop import Interrupted
 
 NET = """
 from torch import nn
@@ -178,6 +181,26 @@ def test_interrupt_names_the_command_that_resumes(
     assert found.err.splitlines()[-1] == (
         f"senet compare: stopped; to go on: senet compare --resume {out}"
     )
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted(Path("run"))])
+def test_a_stopped_worker_begins_nothing_else(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits in the pool's queue would be trained to its end before Ctrl-C took effect."""
+    begun = []
+
+    def begin(run: RunConfig) -> None:
+        begun.append(run)
+        raise stop
+
+    monkeypatch.setattr(compare, "begin_or_go_on", begin)
+    monkeypatch.setattr(compare, "_stop", None)
+    runs = CompareConfig(out=tmp_path / "run").runs()["plain"][:2]
+    for run_config in runs:
+        with pytest.raises(type(stop)):
+            compare._train(run_config)
+    assert begun == runs[:1]
 
 
 def test_config_of_a_comparison_reruns_it(

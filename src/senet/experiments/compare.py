@@ -35,7 +35,7 @@ from senet.support.text import decoded
 from senet.tasks.task import Judgement
 from senet.training.config import RUN_CONFIG, RunConfig, absolute_model, holdable
 from senet.training.data import open_run_data
-from senet.training.loop import RunResult
+from senet.training.loop import Interrupted, RunResult
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
 from senet.training.recipe import Recipe, get_recipe
@@ -336,6 +336,10 @@ def train_all(
     return judged
 
 
+# The signal that stopped this worker, as the exception that it became.
+_stop: BaseException | None = None
+
+
 def _share_cores(processes: int) -> None:
     """Give a worker its threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -343,9 +347,20 @@ def _share_cores(processes: int) -> None:
 
 
 def _train(run: RunConfig) -> list[str]:
-    """Begin a run or go on with it; the warnings that it gave."""
-    with warnings.catch_warnings(record=True) as caught:
-        begin_or_go_on(run)
+    """Begin a run or go on with it; the warnings that it gave.
+
+    After a signal that reached a worker nothing else is begun there: some jobs wait in the pool's
+    queue for it, where they can no longer be cancelled.
+    """
+    global _stop
+    if _stop is not None:
+        raise _stop
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            begin_or_go_on(run)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _stop = stop
+        raise
     return list(dict.fromkeys(str(each.message) for each in caught))
 
 
