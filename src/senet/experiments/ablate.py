@@ -195,11 +195,17 @@ def run_ablation(
     train_all(
         config, config.order, watch, lambda run: f"{run.out.parent.name} seed {run.seed}", tell
     )
-    labels = {name: label_of(config.ablation, name) for name in config.variants}
-    errors = {labels[name]: _errors(runs) for name, runs in config.runs().items()}
+    variants = {label_of(config.ablation, name): cards()[name] for name in config.variants}
+    runs = dict(zip(variants, config.runs().values(), strict=True))
+    errors = {label: _errors(each) for label, each in runs.items()}
+    differences = {
+        label: PairedDifference.of(errors[config.base], top1)
+        for label, top1 in errors.items()
+        if label != config.base
+    }
     found = [
-        _variant(labels[name], cards()[name], runs[0], errors, config.base)
-        for name, runs in config.runs().items()
+        _variant(label, card, runs[label][0], errors[label], differences.get(label))
+        for label, card in variants.items()
     ]
     atomic_write(config.out / RESULTS, to_json(config, found))
     return found
@@ -211,15 +217,19 @@ def _errors(runs: list[RunConfig]) -> tuple[float, ...]:
 
 
 def _variant(
-    label: str, card: Card, run: RunConfig, errors: Mapping[str, tuple[float, ...]], base: str
+    label: str,
+    card: Card,
+    run: RunConfig,
+    top1: tuple[float, ...],
+    difference: PairedDifference | None,
 ) -> Variant:
     checkpoint = open_checkpoint(run.out / "checkpoints" / "last")
     size = checkpoint.preprocessing.image_size
     return Variant(
         label=label,
         card=card,
-        top1=errors[label],
-        difference=None if label == base else PairedDifference.of(errors[base], errors[label]),
+        top1=top1,
+        difference=difference,
         parameters=count_parameters(checkpoint.model),
         multiply_adds=count_multiply_adds(
             checkpoint.model, (checkpoint.preprocessing.channels, size, size)

@@ -538,15 +538,15 @@ class Builder:
         )
 
     @contextmanager
-    def excitation_of(self, x: Map, weights: int) -> Iterator[int]:
+    def excitation_of(self, x: Map, cached: bool = True) -> Iterator[int]:
         """Let one thread run the steps that are added here for an image, then for another one.
 
-        Only where so many weights stay in its cache from image to image, and images suffice for
-        all threads; else the threads share each step. Given are the images that a task of a
-        product takes.
+        Only where their weights stay in its cache from image to image (`cached`), and images
+        suffice for all threads; else the threads share each step. Given are the images that a task
+        of a product takes.
         """
         start, images = len(self.steps), x.shape[0]
-        if weights > CACHED_WEIGHTS or 1 < images < 2 * self.threads:
+        if not cached or 1 < images < 2 * self.threads:
             yield _EXCITATION_IMAGES
             return
         self.emit(Kind.IMAGES, {"x": x}, {})
@@ -595,7 +595,7 @@ class Builder:
         `branches` are the parts of a concatenated x, summed or not.
         """
         weights = module.weight1.numel() + module.weight2.numel()
-        with self.excitation_of(x, weights) as images:
+        with self.excitation_of(x, weights <= CACHED_WEIGHTS) as images:
             self._gates(name, module, x, y, branches, images)
 
     def _gates(

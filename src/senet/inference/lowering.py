@@ -156,14 +156,16 @@ class Lowering:
                 shape = (segment.images, *old.shape[1:])
                 self.places.values[source] = replace(old, shape=shape)
                 shared.append(old.buffer)
-        nodes = list(segment.nodes)
-        while nodes:
-            count = self._small_excitation(nodes)
-            if count:
-                self._excite(nodes[:count])
+        excited: set[fx.Node] = set()
+        for number, node in enumerate(segment.nodes):
+            if node in excited:
+                continue
+            products = self._small_excitation(segment.nodes[number:])
+            if products:
+                self._excite(node, products)
+                excited.update(products)
             else:
-                self._lower(nodes[0])
-            del nodes[: count or 1]
+                self._lower(node)
         groups = self.places.batch // self.places.images
         if groups == 1:
             return
@@ -184,12 +186,11 @@ class Lowering:
             buffer.use(start)
             buffer.use(len(self.builder.steps))
 
-    def _small_excitation(self, nodes: Sequence[fx.Node]) -> int:
-        """How many nodes from the first are a mean and products of it with few weights, or 0."""
-        first = nodes[0]
+    def _small_excitation(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, FusedConv]:
+        """The products behind a mean that the nodes begin with; none if they have many weights."""
+        first, found = nodes[0], dict[fx.Node, FusedConv]()
         if not self._averages(first) or first.args[0] not in self.places.values:
-            return 0
-        count, weights = 1, 0
+            return found
         for before, node in pairwise(nodes):
             module = self._called(node)
             if not isinstance(module, FusedConv) or not takes_input_gates(module):
@@ -200,20 +201,17 @@ class Lowering:
                 break
             if self.places.shape(node)[1:3] != (1, 1):
                 break
-            count, weights = count + 1, weights + module.weight.numel()
-        return count if count > 1 and weights <= CACHED_WEIGHTS else 0
+            found[node] = module
+        weights = sum(module.weight.numel() for module in found.values())
+        return found if weights <= CACHED_WEIGHTS else {}
 
-    def _excite(self, nodes: Sequence[fx.Node]) -> None:
-        """Write the steps of `_small_excitation`."""
-        mean, *products = nodes
+    def _excite(self, mean: fx.Node, products: Mapping[fx.Node, FusedConv]) -> None:
+        """Write the steps of a `_small_excitation`."""
         source = mean.args[0]
         assert isinstance(source, fx.Node)
-        layers = [self.module.get_submodule(str(node.target)) for node in products]
-        convs = [layer for layer in layers if isinstance(layer, FusedConv)]
-        weights = sum(conv.weight.numel() for conv in convs)
-        with self.builder.excitation_of(self.places.read(source), weights) as images:
+        with self.builder.excitation_of(self.places.read(source)) as images:
             self._lower(mean)
-            for node, module in zip(products, convs, strict=True):
+            for node, module in products.items():
                 (before,) = node.all_input_nodes
                 x, y = self.places.read(before), self.places.new(node)
                 self.builder.excitation(str(node.target), module, x, y, images)
