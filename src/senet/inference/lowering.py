@@ -27,7 +27,7 @@ from senet.inference.builder import (
     takes_input_gates,
 )
 from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate, ends_openly
-from senet.inference.places import Places, concatenated
+from senet.inference.places import Places, concatenated, first_input
 from senet.inference.pools import Pools, pair
 from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.rewrites.gates import POOLS
@@ -207,8 +207,7 @@ class Lowering:
 
     def _excite(self, mean: fx.Node, products: Mapping[fx.Node, FusedConv]) -> None:
         """Write the steps of a `_small_excitation`."""
-        source = mean.args[0]
-        assert isinstance(source, fx.Node)
+        source = first_input(mean)
         with self.builder.excitation_of(self.places.read(source)) as images:
             self._lower(mean)
             for node, module in products.items():
@@ -317,9 +316,8 @@ class Lowering:
         """Write the steps of a chain at its last node."""
         links, plan = [], []
         for each in self.chains[node]:
-            module, source = self.module.get_submodule(str(each.target)), each.args[0]
+            module, source = self.module.get_submodule(str(each.target)), first_input(each)
             assert isinstance(module, FusedConv)
-            assert isinstance(source, fx.Node)
             gates, shortcut = (
                 *(self.places.read(a) if isinstance(a, fx.Node) else None for a in each.args[1:]),
                 *(None, None),
@@ -330,9 +328,7 @@ class Lowering:
             made = chains.link(module, self.places.shape(source)[1:], shape[1:])
             assert made is not None
             plan.append(made)
-        first = self.chains[node][0].args[0]
-        assert isinstance(first, fx.Node)
-        x = self.places.read(first)
+        x = self.places.read(first_input(self.chains[node][0]))
         y = self.places.over(node, links[-1].shortcut, x)
         cut_up = chains.cut(tuple(plan), self.places.images, self.builder.threads)
         summed = self.builder.chain(links, x, y, cut_up, sums=self._feeds_gate(node))
@@ -355,7 +351,7 @@ class Lowering:
         name = str(node.target)
         match module:
             case Pointwise() if self._scales_an_input(node):
-                self.places.alias(node, node.args[0])
+                self.places.alias(node, first_input(node))
                 gates = maps[1]
                 assert gates is not None
                 gates.buffer.waiting.update(node.users)
@@ -367,8 +363,7 @@ class Lowering:
                 y = self.places.over(node, old, other)
                 if isinstance(module, FusedConv):
                     squeezed = self._feeds_gate(node)
-                    source = node.args[0]
-                    assert isinstance(source, fx.Node)
+                    source = first_input(node)
                     sums = self.builder.convolution(
                         name,
                         module,
@@ -394,14 +389,13 @@ class Lowering:
             case nn.ReLU():
                 return self._relu(node)
             case nn.Flatten() if module.start_dim == 1 and x.shape[1] * x.shape[2] == 1:
-                self.places.alias(node, node.args[0])
+                self.places.alias(node, first_input(node))
             case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() if _is_mean(module):
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
+                source = first_input(node)
                 summed = self.sums.get(source) if source in self.segment else None
                 self.builder.means(x, Geometry(), self.places.new(node), summed)
             case nn.AdaptiveAvgPool2d() if pair(module.output_size) == x.shape[1:3]:
-                self.places.alias(node, node.args[0])
+                self.places.alias(node, first_input(node))
             case PaddedShortcut():
                 self._padded_shortcut(node, module, x)
             case _:
@@ -427,8 +421,7 @@ class Lowering:
         if target in PRODUCTS and not kwargs and len(args) == 2:
             return self._multiply(node)
         if target is torch.flatten and args[1:] == (1,) and not kwargs:
-            source = args[0]
-            assert isinstance(source, fx.Node)
+            source = first_input(node)
             if self.places.shape(source)[1:3] == (1, 1):
                 self.places.alias(node, source)
                 return True
@@ -456,8 +449,7 @@ class Lowering:
             self.builder.copy(target, y)
 
     def _relu(self, node: fx.Node) -> bool:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = first_input(node)
         x = self.places.read(source)
         self.builder.copy(x, self.places.over(node, x, None), activation=RELU)
         return True
@@ -509,9 +501,8 @@ class Lowering:
         """Whether a node is an SE gate on a concat whose sums the branches can take."""
         if not self._squeezes(node):
             return False
-        module, source = self.module.get_submodule(str(node.target)), node.args[0]
+        module, source = self.module.get_submodule(str(node.target)), first_input(node)
         assert isinstance(module, SqueezeGate)
-        assert isinstance(source, fx.Node)
         return module.geometry is None and source in self.segment and self._is_cat(source)
 
     def _squeezes(self, node: fx.Node) -> bool:
@@ -563,8 +554,7 @@ class Lowering:
 
     def _branches(self, node: fx.Node) -> list[Map | Sums]:
         """What an SE gate squeezes: a summed map, or the parts of a concat if one was summed."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = first_input(node)
         if source in self.sums and source in self.segment:
             return [self.sums[source]]
         if not self._squeezes_concat(node):

@@ -13,6 +13,13 @@ from senet.inference.builder import Builder
 from senet.inference.rewrites.slices import channel_bounds, channel_sizes
 
 
+def first_input(node: fx.Node) -> fx.Node:
+    """The node that a node reads first."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
 def concatenated(cat: fx.Node) -> list[fx.Node]:
     """What a concat puts together."""
     parts = cat.args[0]
@@ -95,7 +102,7 @@ class Places:
         """Whether a node's result is collected from groups of images."""
         return node is self.crossing and self.images < self.batch
 
-    def alias(self, node: fx.Node, source: Any) -> None:
+    def alias(self, node: fx.Node, source: fx.Node) -> None:
         """Let a node's result be that of another one."""
         if self.crosses(node):
             self.builder.copy(self.read(source), self.new(node))

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from senet.inference.buffers import Map
 from senet.inference.builder import Builder
-from senet.inference.places import Places
+from senet.inference.places import Places, first_input
 from senet.inference.schedule import Geometry
 
 _ADAPTIVE = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
@@ -73,8 +73,7 @@ class Pools:
 
     def maxima(self, node: fx.Node) -> bool:
         """The maxima over all positions."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = first_input(node)
         dims = (*node.args[1:], node.kwargs.get("dim"))[0]
         rank = self.places.traced[source].ndim
         axes = dims if isinstance(dims, list | tuple) else (dims,)
@@ -104,8 +103,7 @@ class Pools:
             return False
         if given.pop("divisor_override", None) is not None:
             return False
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = first_input(node)
         self._pool(
             node,
             self.places.read(source),
@@ -119,8 +117,7 @@ class Pools:
 
     def _adaptive(self, node: fx.Node, size: Any, *, largest: bool = False) -> bool:
         """Windows of one size: False where they are not."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = first_input(node)
         given = size if isinstance(size, list | tuple) else (size, size)
         whole = self.places.shape(source)[1:3]
         outputs = [old if new is None else new for old, new in zip(whole, given, strict=True)]
