@@ -14,7 +14,8 @@ int main() {
   };
   int passes = 0;
   for (const Shape s : {Shape{2, 5, 7, 16, 48, 1}, Shape{1, 6, 4, 80, 16, 0}, Shape{3, 3, 2, 32, 96, 2},
-                        Shape{1, 1, 1, 16, 16, 1}, Shape{9, 8, 8, 64, 64, 1}}) {
+                        Shape{1, 1, 1, 16, 16, 1}, Shape{9, 8, 8, 64, 64, 1},
+                        Shape{2, 9, 6, 144, 176, 1}}) {
     const int64_t OH = s.H + 2 * s.pad - 2, OW = s.W + 2 * s.pad - 2;
     std::vector<float> x(size_t(s.N * s.H * s.W * s.C), 0.5f), w(size_t(s.K * 9 * s.C), 0.25f);
     std::vector<float> y(size_t(s.N * OH * OW * s.K), NAN);

@@ -14,6 +14,24 @@ using V = Vector<float, kWidth>;
 SENET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SENET_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Exchanges the blocks of kStep x kStep numbers off the diagonals of two rows kStep apart.
+template <int kStep, int... I>
+SENET_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+  const V first = shuffle<(I & kStep ? I - kStep + kWidth : I)...>(a, b);
+  b = shuffle<(I & kStep ? I + kWidth : I + kStep)...>(a, b);
+  a = first;
+}
+
+// Rows become columns.
+template <int kStep = kWidth / 2>
+SENET_INLINE void transpose(V (&rows)[kWidth]) {
+  SENET_UNROLL(16)
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & kStep))
+      exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kWidth>{});
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
 // Adds the product of number i of each row with row i of w. A pointer for three rows, and two
 // strides, address all rows without spilling.
 template <int kRows, int kVectors>
@@ -31,20 +49,20 @@ SENET_INLINE void add_product(const float* const (&base)[(kRows + 2) / 3], int i
   }
 }
 
-// y[r][k] = sum over i < depth of x[r * x_step + i] * w[i][k] for kRows rows and kVectors vectors, of
-// which `columns` numbers exist.
+// y[r][k] (+)= sum over i < depth of x[r * x_step + i] * w[i][k] for kRows rows and kVectors vectors;
+// `first`: nothing is there to add to. depth is a multiple of 4.
 template <int kRows, int kVectors>
 void multiply(const float* x, int64_t x_step, int64_t depth, const float* w, float* y, int64_t y_step,
-              int64_t columns) {
+              bool first) {
   V sum[kRows][kVectors];
   SENET_UNROLL(16)
   for (int r = 0; r < kRows; ++r)
     SENET_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = V{};
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = first ? V{} : load<kWidth>(y + r * y_step + v * kWidth);
   const float* base[(kRows + 2) / 3];
   for (int b = 0; b < (kRows + 2) / 3; ++b) base[b] = x + 3 * b * x_step;
-  int64_t i = 0;
-  for (; i + 4 <= depth; i += 4) {
+  for (int64_t i = 0; i < depth; i += 4) {
     add_product<kRows, kVectors>(base, 0, x_step, w, sum);
     add_product<kRows, kVectors>(base, 1, x_step, w, sum);
     add_product<kRows, kVectors>(base, 2, x_step, w, sum);
@@ -52,22 +70,11 @@ void multiply(const float* x, int64_t x_step, int64_t depth, const float* w, flo
     for (int b = 0; b < (kRows + 2) / 3; ++b) base[b] += 4;
     w += 4 * kVectors * kWidth;
   }
-  for (; i < depth; ++i) {
-    add_product<kRows, kVectors>(base, 0, x_step, w, sum);
-    for (int b = 0; b < (kRows + 2) / 3; ++b) base[b] += 1;
-    w += kVectors * kWidth;
-  }
   SENET_UNROLL(16)
   for (int r = 0; r < kRows; ++r)
     SENET_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = y + r * y_step + v * kWidth;
-      const int64_t there = columns - v * kWidth;
-      if (there >= kWidth)
-        std::memcpy(to, &sum[r][v], sizeof(V));
-      else if (there > 0)
-        std::memcpy(to, &sum[r][v], size_t(there) * sizeof(float));
-    }
+    for (int v = 0; v < kVectors; ++v)
+      std::memcpy(y + r * y_step + v * kWidth, &sum[r][v], sizeof(V));
 }
 
 // sums[r][k] (+)= sum over positions of x[position][r] * y[position][k] for kRows rows and kVectors
@@ -107,7 +114,7 @@ void add_outer_products(const float* x, int64_t x_step, const int64_t* offsets, 
     }
 }
 
-using Multiply = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, int64_t);
+using Multiply = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
 using AddOuterProducts = void (*)(const float*, int64_t, const int64_t*, int64_t, int64_t, const float*,
                                   float*, int64_t, bool);
 

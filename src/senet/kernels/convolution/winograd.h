@@ -1,10 +1,6 @@
-// 3x3 convolutions with stride 1 by Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308): 2x2
-// outputs at a time in 16 products for each pair of channels instead of 36. Of the transforms known
-// it is the one whose rounding errors stay at those of the plain sum.
-//
-//   forward:   y  = A'[(G w G') * (B' x B)]A
-//   weights:   dw = G'[sum over tiles of (B' x B) * (A y' A')]G
-//   input: the forward pass of y', the gradient of y, with the weights mirrored and transposed
+// 3x3 convolutions with stride 1 by Winograd's F(4x4, 3x3), see transforms.h: 4x4 outputs at a time in
+// 36 products for each pair of channels instead of 144. The gradient of the input is the forward pass
+// of y', the gradient of y, with the weights mirrored and transposed.
 //
 // Channels of x and y are multiples of kGroup.
 #pragma once
@@ -14,78 +10,27 @@
 #include "../memory.h"
 #include "../threads.h"
 #include "arguments.h"
-#include "tiles.h"
+#include "transforms.h"
 
 namespace senet {
 namespace {
 
-constexpr int64_t kGroup = 16, kTaps = 16;
+constexpr int64_t kGroup = 16;
+// Floats of transformed weights that are kept, and of transformed inputs that are there at once.
+constexpr int64_t kKept = 600000, kSpan = 6000000;
 
-// B'd, A'm, Ag, Gw, G'm along one axis.
-template <class T>
-SENET_INLINE void to_products(const T* d, int s, T* out, int t) {
-  out[0] = d[0] - d[2 * s];
-  out[t] = d[s] + d[2 * s];
-  out[2 * t] = d[2 * s] - d[s];
-  out[3 * t] = d[s] - d[3 * s];
-}
-template <class T>
-SENET_INLINE void to_outputs(const T* m, int s, T* out, int t) {
-  out[0] = m[0] + m[s] + m[2 * s];
-  out[t] = m[s] - m[2 * s] - m[3 * s];
-}
-template <class T>
-SENET_INLINE void of_outputs(const T* g, int s, T* out, int t) {
-  out[0] = g[0];
-  out[t] = g[0] + g[s];
-  out[2 * t] = g[0] - g[s];
-  out[3 * t] = -g[s];
-}
-template <class T>
-SENET_INLINE void of_weights(const T* w, int s, T* out, int t) {
-  const T ends = (w[0] + w[2 * s]) * 0.5f, middle = w[s] * 0.5f;
-  out[0] = w[0];
-  out[t] = ends + middle;
-  out[2 * t] = ends - middle;
-  out[3 * t] = w[2 * s];
-}
-template <class T>
-SENET_INLINE void to_weights(const T* m, int s, T* out, int t) {
-  const T half = (m[s] + m[2 * s]) * 0.5f;
-  out[0] = m[0] + half;
-  out[t] = (m[s] - m[2 * s]) * 0.5f;
-  out[2 * t] = half + m[3 * s];
-}
-
-// Both axes of kFrom x kFrom numbers, row by row, become kTo x kTo.
-#define SENET_BOTH_AXES(axis, kFrom, kTo)                              \
-  template <class T>                                                   \
-  SENET_INLINE void axis##_2d(const T* in, T* out) {                   \
-    T half[(kTo) * (kFrom)];                                           \
-    SENET_UNROLL(4)                                                    \
-    for (int j = 0; j < (kFrom); ++j) axis(in + j, kFrom, half + j, kFrom); \
-    SENET_UNROLL(4)                                                    \
-    for (int i = 0; i < (kTo); ++i) axis(half + i * (kFrom), 1, out + i * (kTo), 1); \
-  }
-SENET_BOTH_AXES(to_products, 4, 4)
-SENET_BOTH_AXES(to_outputs, 4, 2)
-SENET_BOTH_AXES(of_outputs, 2, 4)
-SENET_BOTH_AXES(of_weights, 3, 4)
-SENET_BOTH_AXES(to_weights, 4, 3)
-#undef SENET_BOTH_AXES
-
-// The 2x2 tiles of a map of N images of OH x OW outputs.
+// The tiles of a map of N images of OH x OW outputs.
 struct Tiling {
   int64_t OH, OW, down, across, count;
   Tiling(int64_t N, int64_t h, int64_t w)
-      : OH(h), OW(w), down(ceil_div(h, 2)), across(ceil_div(w, 2)), count(N * down * across) {}
+      : OH(h), OW(w), down(ceil_div(h, kOut)), across(ceil_div(w, kOut)), count(N * down * across) {}
 
   // Calls f(tile - first, image, first output row, first output column) for tiles [first, last).
   template <class F>
   void each(int64_t first, int64_t last, const F& f) const {
     int64_t column = first % across, row = first / across % down, n = first / across / down;
     for (int64_t t = first; t < last; ++t) {
-      f(t - first, n, 2 * row, 2 * column);
+      f(t - first, n, kOut * row, kOut * column);
       if (++column == across) {
         column = 0;
         if (++row == down) row = 0, ++n;
@@ -95,37 +40,27 @@ struct Tiling {
 };
 
 // Numbers from one tap's to the next one's, for `count` numbers of each: an odd number of cache lines,
-// so that the 16 taps do not fall into the same few places of the cache.
+// so that the taps do not fall into the same few places of the cache.
 SENET_INLINE int64_t tap_stride(int64_t count) { return round_up(count, 32) + 16; }
 
-// Calls f(channel, 16 vectors) for `count` channels of the 4x4 patch whose corner is (h, w) of an
-// image of C channels; zeros outside.
+// Calls f(channel, at) for `count` channels of the patch whose corner is (h, w) of an image of C
+// channels: at(i, j) are kWidth channels of its row i and column j; zeros outside.
 template <class F>
 SENET_INLINE void each_patch(const float* image, int64_t H, int64_t W, int64_t C, int64_t h, int64_t w,
                              int64_t count, const float* zeros, const F& f) {
-  if (h >= 0 && w >= 0 && h + 4 <= H && w + 4 <= W) {
+  if (h >= 0 && w >= 0 && h + kPatch <= H && w + kPatch <= W) {
     const float* corner = image + (h * W + w) * C;
-    for (int64_t c = 0; c < count; c += kWidth) {
-      V d[16];
-      SENET_UNROLL(4)
-      for (int i = 0; i < 4; ++i)
-        SENET_UNROLL(4)
-        for (int j = 0; j < 4; ++j) d[4 * i + j] = load<kWidth>(corner + i * W * C + j * C + c);
-      f(c, d);
-    }
+    for (int64_t c = 0; c < count; c += kWidth)
+      f(c, [&](int i, int j) { return load<kWidth>(corner + i * W * C + j * C + c); });
     return;
   }
-  const float* at[16];
-  for (int i = 0; i < 16; ++i) {
-    const int64_t y = h + i / 4, x = w + i % 4;
-    at[i] = y >= 0 && y < H && x >= 0 && x < W ? image + (y * W + x) * C : zeros;
+  const float* places[kTaps];
+  for (int i = 0; i < kTaps; ++i) {
+    const int64_t y = h + i / kPatch, x = w + i % kPatch;
+    places[i] = y >= 0 && y < H && x >= 0 && x < W ? image + (y * W + x) * C : zeros;
   }
-  for (int64_t c = 0; c < count; c += kWidth) {
-    V d[16];
-    SENET_UNROLL(16)
-    for (int i = 0; i < 16; ++i) d[i] = load<kWidth>(at[i] + c);
-    f(c, d);
-  }
+  for (int64_t c = 0; c < count; c += kWidth)
+    f(c, [&](int i, int j) { return load<kWidth>(places[kPatch * i + j] + c); });
 }
 
 // Tiles of a block: what is transformed of it stays in the second-level cache.
@@ -142,39 +77,49 @@ struct Winograd {
   const float* weights;  // [K][3][3][C], or, mirrored, [C][3][3][K]
   bool mirrored;
 
-  // U, [tile of outputs][tap][C][kTile]: outputs [k, k + kGroup) of inputs [c, c + kGroup).
+  // Outputs that are transformed at a time.
   template <int64_t kTile>
-  void transform_weights(int64_t k, int64_t c, float* u) const {
-    V w[kGroup][9][kGroup / kWidth];  // [c][tap][k]
-    for (int64_t i = 0; i < kGroup; ++i) {
-      for (int tap = 0; tap < 9; ++tap) {
-        float row[kGroup];
-        if (mirrored) {
-          std::memcpy(row, weights + ((c + i) * 9 + 8 - tap) * K + k, sizeof row);
-        } else {
-          for (int64_t j = 0; j < kGroup; ++j) row[j] = weights[((k + j) * 9 + tap) * C + c + i];
+  static constexpr int64_t kOutputs = std::min(kTile, kGroup);
+
+  // kOutputs outputs from k on of kGroup inputs from c on: [tap][input][kTile], `step` between taps.
+  template <int64_t kTile>
+  void transform_weights(int64_t k, int64_t c, float* to, int64_t step) const {
+    constexpr int kVectors = int(kOutputs<kTile> / kWidth);
+    V w[kGroup][9][kVectors];  // [c][tap][k]
+    for (int tap = 0; tap < 9; ++tap)
+      for (int v = 0; v < kVectors; ++v)
+        for (int64_t i = 0; i < kGroup; i += kWidth) {
+          V rows[kWidth];
+          for (int j = 0; j < kWidth; ++j)
+            rows[j] = load<kWidth>(
+                mirrored ? weights + ((c + i + j) * 9 + 8 - tap) * K + k + v * kWidth
+                         : weights + ((k + v * kWidth + j) * 9 + tap) * C + c + i);
+          if (!mirrored) transpose(rows);
+          for (int j = 0; j < kWidth; ++j) w[i + j][tap][v] = rows[j];
         }
-        std::memcpy(w[i][tap], row, sizeof row);
+    for (int64_t i = 0; i < kGroup; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        float* place = to + i * kTile + v * kWidth;
+        of_weights_2d([&](int row, int column) { return w[i][3 * row + column][v]; },
+                         [&](int row, int column, V value) {
+                           std::memcpy(place + (kPatch * row + column) * step, &value, sizeof(V));
+                         });
       }
-    }
-    for (int v = 0; v < kGroup / kWidth; ++v) {
-      const int64_t first = k + v * kWidth;
-      float* to = u + (first / kTile * kTaps * C + c) * kTile + first % kTile;
-      for (int64_t i = 0; i < kGroup; ++i) {
-        V in[9], out[16];
-        for (int tap = 0; tap < 9; ++tap) in[tap] = w[i][tap][v];
-        of_weights_2d(in, out);
-        for (int tap = 0; tap < 16; ++tap)
-          std::memcpy(to + (tap * C + i) * kTile, &out[tap], sizeof(V));
-      }
-    }
   }
 
   template <int kRows, int kVectors>
   int run() const {
+    const int64_t transformed = kTaps * C * round_up(K, kVectors * kWidth);
+    return transformed <= kKept ? run_keeping<kRows, kVectors>() : run_by_pieces<kRows, kVectors>();
+  }
+
+  // For weights that stay in the cache: all of them are transformed first, then each block of tiles
+  // goes from input to output.
+  template <int kRows, int kVectors>
+  int run_keeping() const {
     constexpr int64_t kTile = kVectors * kWidth;
     const Tiling tiling(N, OH, OW);
-    const int64_t tiles = block_tiles(C, 147456, 48), blocks = ceil_div(tiling.count, tiles);
+    const int64_t tiles = block_tiles(C, 221184, 24), blocks = ceil_div(tiling.count, tiles);
     const int64_t team = std::min(std::max<int64_t>(1, threads), blocks);
     const int64_t pieces = ceil_div(K, kTile), in_stride = tap_stride(tiles * C);
     const int64_t out_stride = tap_stride(tiles * kTile), own = kTaps * (in_stride + out_stride);
@@ -186,19 +131,20 @@ struct Winograd {
     int64_t next = 0, transformed = 0;
     parallel(team, [&](const Member& member) {
       const int64_t across = C / kGroup;
-      for (int64_t i; (i = take_number(transformed)) < K / kGroup * across;)
-        transform_weights<kTile>(i / across * kGroup, i % across * kGroup, u);
+      for (int64_t i; (i = take_number(transformed)) < K / kOutputs<kTile> * across;) {
+        const int64_t k = i / across * kOutputs<kTile>, c = i % across * kGroup;
+        float* to = u + (k / kTile * kTaps * C + c) * kTile + k % kTile;
+        transform_weights<kTile>(k, c, to, C * kTile);
+      }
       member.barrier();
       float *in = work + member.id * own, *products = in + kTaps * in_stride;
       for (int64_t block; (block = take_number(next)) < blocks;) {
         const int64_t first = block * tiles, last = std::min(tiling.count, first + tiles);
-        transform_inputs(tiling, first, last, in_stride, zeros, in);
+        transform_inputs(tiling, first, last, C, in_stride, zeros, in);
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          for (int64_t tap = 0; tap < kTaps; ++tap)
-            for (int64_t t = 0; t < last - first; t += kRows)
-              multiply_of<kRows, kVectors>(std::min<int64_t>(kRows, last - first - t))(
-                  in + tap * in_stride + t * C, C, C, u + (piece * kTaps + tap) * C * kTile,
-                  products + tap * out_stride + t * kTile, kTile, kTile);
+          const float* taps = u + piece * kTaps * C * kTile;
+          add_products<kRows, kVectors>(last - first, in, C, in_stride, C, taps, C * kTile, products,
+                                        out_stride, true);
           transform_outputs<kTile>(tiling, first, last, out_stride, piece * kTile, products);
         }
       }
@@ -206,17 +152,87 @@ struct Winograd {
     return 0;
   }
 
-  // [tap][tile][C].
-  void transform_inputs(const Tiling& tiling, int64_t first, int64_t last, int64_t stride,
-                        const float* zeros, float* to) const {
-    tiling.each(first, last, [&](int64_t t, int64_t n, int64_t h, int64_t w) {
-      each_patch(x + n * H * W * C, H, W, C, h - pad_h, w - pad_w, C, zeros, [&](int64_t c, const V* d) {
-        V out[16];
-        to_products_2d(d, out);
-        SENET_UNROLL(16)
-        for (int tap = 0; tap < 16; ++tap)
-          std::memcpy(to + tap * stride + t * C + c, &out[tap], sizeof(V));
-      });
+  // For weights that would not stay there: the inputs are transformed first, then each block of tiles
+  // and piece of outputs transforms the weights as it needs them.
+  template <int kRows, int kVectors>
+  int run_by_pieces() const {
+    constexpr int64_t kTile = kVectors * kWidth, kDepth = 32, kBlock = 60;
+    const Tiling tiling(N, OH, OW);
+    const int64_t chunks = ceil_div(C, kDepth), pieces = ceil_div(K, kTile);
+    // Tiles of a span, whose transformed inputs are there at once, and of a block.
+    const int64_t span = std::min(
+        tiling.count, std::max(kBlock, kSpan / (kTaps * chunks * kDepth) / kBlock * kBlock));
+    const int64_t spans = ceil_div(tiling.count, span);
+    const int64_t block = round_up(ceil_div(span, ceil_div(span, kBlock)), kRows);
+    const int64_t tasks = ceil_div(span, block) * pieces, groups = ceil_div(span, kGroup);
+    const int64_t in_stride = tap_stride(span * kDepth), out_stride = tap_stride(block * kTile);
+    const int64_t weights_stride = tap_stride(kDepth * kTile);
+    const int64_t team = std::min(std::max<int64_t>(1, threads), std::max(tasks, groups));
+    const int64_t inputs = chunks * kTaps * in_stride, own = kTaps * (out_stride + weights_stride);
+    float* memory = scratch<float>(inputs + C + team * own);
+    if (!memory) return 1;
+    float *in = memory, *zeros = in + inputs, *work = zeros + C;
+    std::fill(zeros, zeros + C, 0.0f);
+    int64_t next_group = 0, next_task = 0;
+    parallel(team, [&](const Member& member) {
+      float *products = work + member.id * own, *u = products + kTaps * out_stride;
+      // A number beyond those of a span is kept for the next one.
+      int64_t group = take_number(next_group), task = take_number(next_task);
+      for (int64_t s = 0; s < spans; ++s) {
+        const int64_t begin = s * span, end = std::min(tiling.count, begin + span);
+        for (; group < (s + 1) * groups; group = take_number(next_group)) {
+          const int64_t first = begin + (group - s * groups) * kGroup;
+          transform_inputs(tiling, first, std::min(end, first + kGroup), kDepth, in_stride, zeros,
+                           in + (first - begin) * kDepth);
+        }
+        member.barrier();
+        for (; task < (s + 1) * tasks; task = take_number(next_task)) {
+          const int64_t piece = (task - s * tasks) % pieces;
+          const int64_t first = begin + (task - s * tasks) / pieces * block;
+          const int64_t last = std::min(end, first + block);
+          for (int64_t c = 0; c < C && first < last; c += kDepth) {
+            const int64_t depth = std::min(kDepth, C - c);
+            for (int64_t k = piece * kTile; k < std::min(K, (piece + 1) * kTile);
+                 k += kOutputs<kTile>)
+              for (int64_t i = 0; i < depth; i += kGroup)
+                transform_weights<kTile>(k, c + i, u + i * kTile + k % kTile, weights_stride);
+            const float* from = in + c / kDepth * kTaps * in_stride + (first - begin) * kDepth;
+            add_products<kRows, kVectors>(last - first, from, kDepth, in_stride, depth, u,
+                                          weights_stride, products, out_stride, c == 0);
+          }
+          transform_outputs<kTile>(tiling, first, last, out_stride, piece * kTile, products);
+        }
+        member.barrier();
+      }
+    });
+    return 0;
+  }
+
+  // products [tap][tile][kTile] (+)= in [tap][tile][depth] times u [tap][depth][kTile].
+  template <int kRows, int kVectors>
+  static void add_products(int64_t tiles, const float* in, int64_t in_ld, int64_t in_stride,
+                           int64_t depth, const float* u, int64_t u_stride, float* products,
+                           int64_t out_stride, bool first) {
+    constexpr int64_t kTile = kVectors * kWidth;
+    for (int64_t tap = 0; tap < kTaps; ++tap)
+      for (int64_t t = 0; t < tiles; t += kRows)
+        multiply_of<kRows, kVectors>(std::min<int64_t>(kRows, tiles - t))(
+            in + tap * in_stride + t * in_ld, in_ld, depth, u + tap * u_stride,
+            products + tap * out_stride + t * kTile, kTile, first);
+  }
+
+  // [chunk of `depth` channels][tap][tile][depth].
+  void transform_inputs(const Tiling& tiling, int64_t first, int64_t last, int64_t depth,
+                        int64_t stride, const float* zeros, float* to) const {
+    tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
+      float* tile = to + t * depth;
+      for (int64_t from = 0; from < C; from += depth, tile += kTaps * stride)
+        each_patch(x + image * H * W * C + from, H, W, C, h - pad_h, w - pad_w,
+                      std::min(depth, C - from), zeros, [&](int64_t c, const auto& at) {
+                        to_products_2d(at, [&](int i, int j, V value) {
+                          std::memcpy(tile + c + (kPatch * i + j) * stride, &value, sizeof(V));
+                        });
+                      });
     });
   }
 
@@ -224,20 +240,20 @@ struct Winograd {
   void transform_outputs(const Tiling& tiling, int64_t first, int64_t last, int64_t stride, int64_t k,
                          const float* products) const {
     const int64_t count = std::min(kTile, K - k);
-    tiling.each(first, last, [&](int64_t t, int64_t n, int64_t h, int64_t w) {
-      float* corner = y + ((n * OH + h) * OW + w) * K + k;
-      const bool below = h + 1 < OH, right = w + 1 < OW;
+    tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
+      float* corner = y + ((image * OH + h) * OW + w) * K + k;
+      const int64_t down = OH - h, right = OW - w;
       for (int64_t c = 0; c < count; c += kWidth) {
-        V m[16], out[4];
-        SENET_UNROLL(16)
-        for (int tap = 0; tap < 16; ++tap)
-          m[tap] = load<kWidth>(products + tap * stride + t * kTile + c);
-        to_outputs_2d(m, out);
-        float* to = corner + c;
-        std::memcpy(to, &out[0], sizeof(V));
-        if (right) std::memcpy(to + K, &out[1], sizeof(V));
-        if (below) std::memcpy(to + OW * K, &out[2], sizeof(V));
-        if (below && right) std::memcpy(to + (OW + 1) * K, &out[3], sizeof(V));
+        const float* from = products + t * kTile + c;
+        const auto at = [&](int i, int j) { return load<kWidth>(from + (kPatch * i + j) * stride); };
+        if (down >= kOut && right >= kOut)
+          to_outputs_2d(at, [&](int i, int j, V value) {
+            std::memcpy(corner + c + (i * OW + j) * K, &value, sizeof(V));
+          });
+        else
+          to_outputs_2d(at, [&](int i, int j, V value) {
+            if (i < down && j < right) std::memcpy(corner + c + (i * OW + j) * K, &value, sizeof(V));
+          });
       }
     });
   }
@@ -245,14 +261,14 @@ struct Winograd {
 
 inline int forward(const ConvolutionArguments& a) {
   const Winograd run{a.x,  a.N,  a.H, a.W,     a.C,     a.y,       a.OH,
-                     a.OW, a.K,  a.pad_h, a.pad_w, a.threads, a.weights, false};
+                        a.OW, a.K,  a.pad_h, a.pad_w, a.threads, a.weights, false};
   return with_tile(a.K, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
 }
 
 // x is written.
 inline int input_gradient(const ConvolutionArguments& a) {
   const Winograd run{a.y, a.N, a.OH,        a.OW,        a.K,       a.x,       a.H,
-                     a.W, a.C, 2 - a.pad_h, 2 - a.pad_w, a.threads, a.weights, true};
+                        a.W, a.C, 2 - a.pad_h, 2 - a.pad_w, a.threads, a.weights, true};
   return with_tile(a.C, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
 }
 
@@ -277,7 +293,9 @@ struct WinogradWeights {
     across = ceil_div(a.K, width);
     down = ceil_div(a.C, height);
     tiles = block_tiles(height, 98304, 96);
-    parts = std::min(ceil_div(16, across * down), ceil_div(tiling.count, tiles));
+    // A part writes all its sums once, however few its tiles are.
+    parts = std::min(ceil_div(16, across * down),
+                     ceil_div(tiling.count, std::max<int64_t>(tiles, 64)));
     x_stride = tap_stride(tiles * height);
     y_stride = tap_stride(tiles * width);
   }
@@ -289,19 +307,26 @@ struct WinogradWeights {
     const int64_t tasks = parts * chunks();
     const int64_t team = std::min(std::max<int64_t>(1, a.threads), tasks);
     const int64_t own = kTaps * (x_stride + y_stride);
-    float* sums = scratch<float>(tasks * sums_of_task() + kChunk + team * own);
+    const int64_t kept = (parts > 1 ? tasks : team) * sums_of_task();
+    float* sums = scratch<float>(kept + kChunk + team * own);
     if (!sums) return 1;
-    float *zeros = sums + tasks * sums_of_task(), *work = zeros + kChunk;
+    float *zeros = sums + kept, *work = zeros + kChunk;
     std::fill(zeros, zeros + kChunk, 0.0f);
     int64_t next = 0, merged = 0;
     parallel(team, [&](const Member& member) {
       float *x = work + member.id * own, *y = x + kTaps * x_stride;
-      for (int64_t task; (task = take_number(next)) < tasks;)
-        add_part(task / chunks(), task % chunks(), sums + task * sums_of_task(), zeros, x, y);
+      for (int64_t task; (task = take_number(next)) < tasks;) {
+        float* to = sums + (parts > 1 ? task : member.id) * sums_of_task();
+        add_part(task / chunks(), task % chunks(), to, zeros, x, y);
+        if (parts == 1) merge(task, 0, height / kGroup * (width / kGroup), to);
+      }
+      if (parts == 1) return;
       member.barrier();
-      const int64_t groups = a.C / kGroup;
-      for (int64_t i; (i = take_number(merged)) < a.K / kGroup * groups;)
-        merge(i / groups * kGroup, i % groups * kGroup, sums);
+      const int64_t groups = height / kGroup * (width / kGroup);
+      for (int64_t i; (i = take_number(merged)) < chunks() * groups;) {
+        const int64_t chunk = i / groups;
+        merge(chunk, i % groups, i % groups + 1, sums + chunk * sums_of_task());
+      }
     });
     return 0;
   }
@@ -328,16 +353,14 @@ struct WinogradWeights {
   // Channels [from, from + count) of x, [tap][group of channels][tile][kGroup].
   void transform_inputs(int64_t first, int64_t last, int64_t from, int64_t count, const float* zeros,
                         float* to) const {
-    tiling.each(first, last, [&](int64_t t, int64_t n, int64_t h, int64_t w) {
-      each_patch(a.x + n * a.H * a.W * a.C + from, a.H, a.W, a.C, h - a.pad_h, w - a.pad_w, count,
-                 zeros, [&](int64_t c, const V* d) {
-                   V out[16];
-                   to_products_2d(d, out);
-                   float* place = to + c / kGroup * kGroup * tiles + t * kGroup + c % kGroup;
-                   SENET_UNROLL(16)
-                   for (int tap = 0; tap < 16; ++tap)
-                     std::memcpy(place + tap * x_stride, &out[tap], sizeof(V));
-                 });
+    tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
+      each_patch(a.x + image * a.H * a.W * a.C + from, a.H, a.W, a.C, h - a.pad_h, w - a.pad_w,
+                    count, zeros, [&](int64_t c, const auto& at) {
+                      float* place = to + c / kGroup * kGroup * tiles + t * kGroup + c % kGroup;
+                      to_products_2d(at, [&](int i, int j, V value) {
+                        std::memcpy(place + (kPatch * i + j) * x_stride, &value, sizeof(V));
+                      });
+                    });
     });
   }
 
@@ -345,44 +368,61 @@ struct WinogradWeights {
   void transform_gradient(int64_t first, int64_t last, int64_t from, int64_t count,
                           const float* zeros, float* to) const {
     const int64_t K = a.K, whole = round_up(count, kTile);
-    tiling.each(first, last, [&](int64_t t, int64_t n, int64_t h, int64_t w) {
-      const float* corner = a.y + ((n * a.OH + h) * a.OW + w) * K + from;
-      const bool below = h + 1 < a.OH, right = w + 1 < a.OW;
-      const float* at[4] = {corner, right ? corner + K : zeros, below ? corner + a.OW * K : zeros,
-                            below && right ? corner + (a.OW + 1) * K : zeros};
+    tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
+      const float* corner = a.y + ((image * a.OH + h) * a.OW + w) * K + from;
+      const int64_t down = a.OH - h, right = a.OW - w;
+      const bool inside = down >= kOut && right >= kOut;
       for (int64_t k = 0; k < whole; k += kWidth) {
-        V g[4], out[16];
-        for (int i = 0; i < 4; ++i) g[i] = k < count ? load<kWidth>(at[i] + k) : V{};
-        of_outputs_2d(g, out);
         float* place = to + k / kTile * kTile * tiles + t * kTile + k % kTile;
-        SENET_UNROLL(16)
-        for (int tap = 0; tap < 16; ++tap)
-          std::memcpy(place + tap * y_stride, &out[tap], sizeof(V));
+        const float* from_k = corner + k;
+        const auto put = [&](int i, int j, V value) {
+          std::memcpy(place + (kPatch * i + j) * y_stride, &value, sizeof(V));
+        };
+        if (inside && k < count)
+          of_outputs_2d([&](int i, int j) { return load<kWidth>(from_k + (i * a.OW + j) * K); },
+                           put);
+        else
+          of_outputs_2d(
+              [&](int i, int j) {
+                const bool there = i < down && j < right && k < count;
+                return load<kWidth>(there ? from_k + (i * a.OW + j) * K : zeros);
+              },
+              put);
       }
     });
   }
 
-  // Adds up the parts of kGroup outputs and inputs, and turns [c][k] into [k][tap][c].
-  void merge(int64_t k, int64_t c, const float* sums) const {
-    float block[9][kGroup][kGroup];
-    const float* from = sums + (c / height * across + k / width) * sums_of_task() +
-                        c % height * width + k % width;
-    for (int64_t i = 0; i < kGroup; ++i)
-      for (int64_t v = 0; v < kGroup; v += kWidth) {
-        V m[16], out[9];
-        for (int tap = 0; tap < 16; ++tap) {
-          const float* p = from + (tap * height + i) * width + v;
-          m[tap] = load<kWidth>(p);
-          for (int64_t part = 1; part < parts; ++part)
-            m[tap] += load<kWidth>(p + part * chunks() * sums_of_task());
+  // Adds up the parts of a chunk, of kGroup outputs and inputs at a time, numbered, and turns
+  // [tap][c][k] into [k][tap][c].
+  void merge(int64_t chunk, int64_t begin, int64_t end, const float* sums) const {
+    const int64_t across_chunk = width / kGroup;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t i = group / across_chunk * kGroup, j = group % across_chunk * kGroup;
+      const int64_t c = chunk / across * height + i, k = chunk % across * width + j;
+      if (c < a.C && k < a.K) merge_group(k, c, sums + i * width + j);
+    }
+  }
+
+  void merge_group(int64_t k, int64_t c, const float* from) const {
+    const int64_t part_stride = chunks() * sums_of_task();
+    for (int64_t v = 0; v < kGroup; v += kWidth)
+      for (int64_t i = 0; i < kGroup; i += kWidth) {
+        V block[9][kWidth];
+        for (int64_t j = 0; j < kWidth; ++j) {
+          const auto sum = [&](int row, int column) {
+            const float* p = from + ((kPatch * row + column) * height + i + j) * width + v;
+            V total = load<kWidth>(p);
+            for (int64_t part = 1; part < parts; ++part) total += load<kWidth>(p + part * part_stride);
+            return total;
+          };
+          to_weights_2d(sum, [&](int row, int column, V value) { block[3 * row + column][j] = value; });
         }
-        to_weights_2d(m, out);
-        for (int tap = 0; tap < 9; ++tap) std::memcpy(&block[tap][i][v], &out[tap], sizeof(V));
+        for (int tap = 0; tap < 9; ++tap) {
+          transpose(block[tap]);
+          for (int64_t j = 0; j < kWidth; ++j)
+            std::memcpy(a.weights + ((k + v + j) * 9 + tap) * a.C + c + i, &block[tap][j], sizeof(V));
+        }
       }
-    for (int64_t j = 0; j < kGroup; ++j)
-      for (int tap = 0; tap < 9; ++tap)
-        for (int64_t i = 0; i < kGroup; ++i)
-          a.weights[((k + j) * 9 + tap) * a.C + c + i] = block[tap][i][j];
   }
 };
 

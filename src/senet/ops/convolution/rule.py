@@ -10,7 +10,6 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from math import prod
 from typing import NamedTuple
 
 from senet import kernels
@@ -19,12 +18,12 @@ from senet.ops.convolution.description import output_size
 
 _NAMES = ("auto", "torch", "senet")
 
-# Fewer tiles of 2x2 outputs do not pay for the transforms of the weights.
-_LEAST_TILES = 128
+# Fewer tiles of 4x4 outputs do not pay for the transforms of the weights.
+_LEAST_TILES, _TILE = 32, 4
 # What the kernels take, see `kernels/convolution/arguments.h`.
 _GROUP, _MOST_PADDING = 16, 2
 # Up to here they work in less than 64 MB.
-_MOST_CHANNELS, _MOST_WEIGHTS = 1024, 9 * 512 * 512
+_MOST_CHANNELS = 2048
 
 
 class Passes(NamedTuple):
@@ -104,15 +103,13 @@ def _passes(
         return Passes()
     if choice == "senet":
         return Passes(True, True, True)
-    N, K, height, width = output_size(x, weight, stride, padding)
-    fewer, more = sorted((x[1], K))
-    tiles = N * ((height + 1) // 2) * ((width + 1) // 2)
+    N, _, height, width = output_size(x, weight, stride, padding)
+    tiles = N * -(-height // _TILE) * -(-width // _TILE)
     if isa not in ("avx512", "avx2") or tiles < _LEAST_TILES:  # others: not measured
         return Passes()
-    # The transforms take a share that falls with the channels, and a smaller one where vectors are
-    # half as wide. Of more than 256 channels the transformed weights leave the caches.
-    maps = fewer >= 32 and more <= 256
-    return Passes(maps, maps, fewer >= (16 if isa == "avx2" else 32))
+    # On maps of 1, 2 or 5 rows and columns most of a tile is computed for nothing.
+    filled = 2 * N * height * width >= tiles * _TILE**2
+    return Passes(filled, filled, weight=True)
 
 
 def _able(
@@ -126,6 +123,5 @@ def _able(
         and max(padding) <= _MOST_PADDING
         and C % _GROUP == K % _GROUP == 0
         and max(C, K) <= _MOST_CHANNELS
-        and prod(weight) <= _MOST_WEIGHTS
         and min(output_size(x, weight, stride, padding)) > 0
     )
