@@ -139,6 +139,8 @@ import test_convolution as t
 print(kernels.instruction_set())
 for shape in t.SHAPES:
     t.test_every_pass_against_float64(shape)
+for shape in t.GROUPED_SHAPES:
+    t.test_groups_against_float64(shape)
 """
 
 
@@ -177,7 +179,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     result = subprocess.run([driver], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout == "18 passes\n"
+    assert result.stdout == "21 passes\n"
 
 
 def test_layouts_and_gradients_without_memory_of_their_own() -> None:
@@ -199,7 +201,8 @@ def test_layouts_and_gradients_without_memory_of_their_own() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 def test_schema_and_opcheck() -> None:
     assert str(torch.ops.senet.convolution.default._schema) == (
-        "senet::convolution(Tensor x, Tensor weight, int[] stride, int[] padding) -> Tensor y"
+        "senet::convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int groups) "
+        "-> Tensor y"
     )
     for sizes, stride, name in (
         ((2, 16, 6, 6, 16), [1, 1], "senet"),
@@ -207,9 +210,9 @@ def test_schema_and_opcheck() -> None:
     ):
         x, weight = numbers(*sizes)
         with use(name):
-            opcheck(torch.ops.senet.convolution.default, (x, weight, stride, [1, 1]))
-            y = torch.ops.senet.convolution(x.detach(), weight.detach(), stride, [1, 1])
-            backward = (torch.randn_like(y), x.detach(), weight.detach(), stride, [1, 1])
+            opcheck(torch.ops.senet.convolution.default, (x, weight, stride, [1, 1], 1))
+            y = torch.ops.senet.convolution(x.detach(), weight.detach(), stride, [1, 1], 1)
+            backward = (torch.randn_like(y), x.detach(), weight.detach(), stride, [1, 1], 1)
             for wanted in ([True, True], [False, True]):
                 opcheck(torch.ops.senet.convolution_backward.default, (*backward, wanted))
 
@@ -218,10 +221,11 @@ def test_gradcheck_and_second_derivatives() -> None:
     x, weight = numbers(1, 2, 4, 3, 2, dtype=torch.float64)
 
     def f(x: Tensor, weight: Tensor) -> Tensor:
-        return convolve(x, weight, stride=(2, 1), padding=1)
+        return convolve(x, weight, stride=(2, 1), padding=1, groups=2 // weight.shape[1])
 
-    assert torch.autograd.gradcheck(f, (x, weight))
-    assert torch.autograd.gradgradcheck(f, (x, weight))
+    for given in (weight, weight.detach()[:, :1].requires_grad_()):
+        assert torch.autograd.gradcheck(f, (x, given))
+        assert torch.autograd.gradgradcheck(f, (x, given))
 
 
 def test_second_derivatives_of_what_the_kernels_computed() -> None:
@@ -267,6 +271,10 @@ def test_what_is_refused() -> None:
         convolve(x, weight, padding=(1, -1))
     with pytest.raises(UserError, match=r"x has shape \(1, 2, 4, 4\) and weight \(2, 1, 3, 3\)"):
         convolve(x, weight[:, :1])
+    with pytest.raises(UserError, match=r"in 2 groups they must be .* a multiple of the groups"):
+        convolve(x, torch.zeros(3, 1, 3, 3), groups=2)
+    with pytest.raises(UserError, match="groups is 0; give an integer of at least 1"):
+        convolve(x, weight, groups=0)
     with pytest.raises(UserError, match="'fast'; choose one of auto, torch, senet"):
         use("fast")
     result = run_python("import senet.ops.convolution", SENET_CONVOLUTION="fast")
@@ -274,6 +282,7 @@ def test_what_is_refused() -> None:
 
 
 ALL, NONE, WEIGHT = Passes(True, True, True), Passes(), Passes(weight=True)
+MAPS = Passes(True, True)
 RULE = [  # x, K, kernel, stride, padding: avx512, avx2
     ((8, 64, 56, 56), 64, 3, 1, 1, ALL, ALL),
     ((8, 256, 14, 14), 256, 3, 1, 1, ALL, ALL),
@@ -290,15 +299,65 @@ RULE = [  # x, K, kernel, stride, padding: avx512, avx2
     ((8, 2064, 14, 14), 1024, 3, 1, 1, NONE, NONE),  # workspace
     ((8, 64, 2, 1), 64, 3, 1, 0, NONE, NONE),  # smaller than the kernel
 ]
+GROUPED = [  # x, K, groups: avx512, avx2
+    ((8, 128, 56, 56), 128, 32, ALL, MAPS),
+    ((8, 256, 28, 28), 256, 32, WEIGHT, MAPS),
+    ((8, 1024, 7, 7), 1024, 32, WEIGHT, ALL),
+    ((8, 256, 14, 14), 512, 2, ALL, ALL),
+    ((8, 64, 14, 14), 64, 32, NONE, NONE),  # two channels
+    ((8, 64, 14, 14), 64, 64, NONE, NONE),
+    ((8, 24, 14, 14), 24, 3, NONE, NONE),  # an odd number of groups of eight
+    ((8, 64, 14, 14), 128, 8, NONE, NONE),  # eight to sixteen
+]
 
 
 @pytest.mark.parametrize("case", RULE, ids=str)
 def test_the_rule(case: tuple[Any, ...]) -> None:
     x, K, kernel, stride, padding, *expected = case
     sizes = (x, (K, x[1], kernel, kernel), (stride, stride), (padding, padding))
-    assert [rule._passes(*sizes, "auto", isa) for isa in ("avx512", "avx2")] == expected
+    assert [rule._passes(*sizes, 1, "auto", isa) for isa in ("avx512", "avx2")] == expected
     for choice, isa in (("auto", "baseline"), ("auto", ""), ("torch", "avx512"), ("senet", "")):
-        assert rule._passes(*sizes, choice, isa) == NONE
+        assert rule._passes(*sizes, 1, choice, isa) == NONE
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_the_rule_of_groups(case: tuple[Any, ...]) -> None:
+    x, K, groups, *expected = case
+    sizes = (x, (K, x[1] // groups, 3, 3), (1, 1), (1, 1), groups)
+    assert [rule._passes(*sizes, "auto", isa) for isa in ("avx512", "avx2")] == expected
+
+
+GROUPED_SHAPES = [  # N, C, H, W, K, groups
+    (2, 32, 9, 7, 32, 8),  # groups of 4: four together
+    (2, 64, 9, 7, 64, 8),
+    (3, 96, 8, 6, 192, 3),
+    (2, 96, 5, 5, 160, 2),  # outputs that fill no tile
+    (2, 512, 7, 7, 512, 32),
+    (1, 288, 9, 5, 320, 2),  # weights that are transformed piece by piece
+]
+
+
+@pytest.mark.parametrize("sizes", GROUPED_SHAPES, ids=str)
+def test_groups_against_float64(sizes: tuple[int, ...]) -> None:
+    N, C, H, W, K, groups = sizes
+    x, weight = numbers(N, C, H, W, K)
+    weight = weight.detach()[:, : C // groups].contiguous(memory_format=LAST).requires_grad_()
+
+    def grouped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, padding: f(x, weight, padding=padding, groups=groups)
+
+    with use("senet"):
+        assert all(passes(tuple(x.shape), tuple(weight.shape), (1, 1), (1, 1), groups))
+        found = gradients(grouped(convolve), x, weight, 1)
+        plain = weight.detach().contiguous().requires_grad_()
+        other = gradients(grouped(convolve), x, plain, 1)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = gradients(grouped(torch.conv2d), *wide, 1)
+    for ours, theirs, right in zip(found, other, expected, strict=True):
+        assert error(ours, right) < 5e-6
+        assert torch.equal(ours, theirs)
+    assert found[2].stride() == weight.stride()
+    assert other[2].stride() == plain.stride()
 
 
 def layer_and_input() -> tuple[nn.Conv2d, Tensor]:
@@ -336,6 +395,7 @@ def test_plain_layers_go_through_the_kernels() -> None:
         lambda layer: setattr(layer, "padding", "same"),
         lambda layer: layer.__class__.__init__(layer, 16, 32, 3, padding=2, dilation=2, bias=False),
         lambda layer: layer.__class__.__init__(layer, 16, 32, 3, padding=1, groups=2, bias=False),
+        lambda layer: layer.__class__.__init__(layer, 16, 16, 3, padding=1, groups=16, bias=False),
     ],
 )
 def test_other_layers_run_themselves(change: Callable[[nn.Conv2d], object]) -> None:

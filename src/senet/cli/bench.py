@@ -49,7 +49,7 @@ def _steps_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def bench(
-    what: Literal["ops", "train", "inference", "data"],
+    what: Literal["ops", "convolutions", "train", "inference", "data"],
     /,
     *,
     models: Annotated[Names, Parameter(name=("--models", "--model"))] = None,
@@ -70,10 +70,11 @@ def bench(
     Prints quantiles over the rounds, ratios to senet, and what they amount to.
 
     Args:
-        what: 'ops' for the operators and a copy of the same map; 'train' for a training step of
-            (SE-)ResNet-50 and its peak memory; 'inference' for senet.optimize and senet.export
-            against timm, torch.compile, ONNX Runtime and OpenVINO; 'data' for decoding and
-            augmenting JPEG files with each decoder, by loader workers.
+        what: 'ops' for the operators and a copy of the same map; 'convolutions' for each pass of a
+            training step's convolutions; 'train' for a training step of (SE-)ResNet-50 and its
+            peak memory; 'inference' for senet.optimize and senet.export against timm,
+            torch.compile, ONNX Runtime and OpenVINO; 'data' for decoding and augmenting JPEG files
+            with each decoder, by loader workers.
         models: with 'inference' what to run, with commas between them (default: se_resnet50):
             networks with SE, run folders or checkpoints of yours, 'torchvision:NAME', 'timm:NAME'
             or 'FILE.py:FUNCTION'; the network without SE runs too where it is known. With 'train'
@@ -82,7 +83,7 @@ def bench(
         rounds: measured rounds; each contestant has a turn in each.
         warmup: rounds before that.
         batch_sizes: images at a time, such as 8,16 (default: both for 'train', 1,16 for
-            'inference'); not with 'ops' and 'data'.
+            'inference'); with no other.
         images: with 'data': folder of JPEG files, of which up to 192 are used (default: 192
             synthetic ones of 500×375 pixels).
         workers: with 'data': numbers of loader workers (default: 0,1,2; 0 is the process itself).
@@ -102,11 +103,13 @@ def bench(
                 raise UserError(f"--{flag} is an option of 'data', not of {what!r}")
     if no_memory and what != "train":
         raise UserError(f"--no-memory is an option of 'train', not of {what!r}")
-    if what == "data" and no_compile:
-        raise UserError("--no-compile is for networks and operators, not for 'data'")
+    if what in ("data", "convolutions") and no_compile:
+        raise UserError(f"--no-compile is for networks and operators, not for {what!r}")
     if device == "cuda":
         if what == "data":
             raise UserError("images are decoded on the CPU: leave out --device cuda")
+        if what == "convolutions":
+            raise UserError("'convolutions' compares kernels of the CPU: leave out --device cuda")
         for flag, given in (("models", models), ("only", only), ("no-memory", no_memory or None)):
             if given is not None:
                 raise UserError(f"--{flag} is for the CPU; --device cuda measures fixed cases")
@@ -114,7 +117,7 @@ def bench(
     from senet.bench.setting import SETTINGS, check_device
 
     timing.check_rounds(rounds, warmup)
-    if batch_sizes is not None and what in ("ops", "data"):
+    if batch_sizes is not None and what not in ("train", "inference"):
         raise UserError(f"--batch-sizes is an option of 'train' and 'inference'; {what!r} has none")
     check_device(device)
     allocator = "untuned" if no_tune_allocator else "tuned"
@@ -211,6 +214,10 @@ def _plan(
         from senet.bench import ops as bench_ops
 
         return _Plan(bench_ops.cases(settings, compiled=compiled), bench_ops.conclusions)
+    if what == "convolutions":
+        from senet.bench import convolutions as bench_convolutions
+
+        return _Plan(bench_convolutions.cases(), bench_convolutions.conclusions)
     if what == "train":
         from senet.bench import train as bench_train
 

@@ -18,6 +18,7 @@ from senet.anatomy.graph import Node
 from senet.nn.block import GATES
 from senet.nn.sync_bn import SyncBatchNorm
 from senet.ops import BRANCH_ACTIVATIONS, HIDDEN_ACTIVATIONS, Activation
+from senet.ops.convolution import packed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)
 _LINEAR = Activation("linear")
@@ -81,10 +82,9 @@ def is_three_by_three(module: nn.Module | None) -> bool:
         type(module) is nn.Conv2d
         and module.bias is None
         and (module.kernel_size, module.stride, module.dilation) == ((3, 3), (1, 1), (1, 1))
-        and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and module.in_channels % 16 == module.out_channels % 16 == 0
+        and packed(module.weight.shape[1], module.out_channels // module.groups, module.groups) > 0
     )
 
 

@@ -13,8 +13,8 @@ from senet.ops.convolution import passes
 def convolve(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), through `senet.ops.convolution` where its kernels are the faster ones.
 
-    The layer itself is called for everything but a plain `nn.Conv2d` without bias, groups and
-    dilation, hooks included, whose input is a float32 map in channels_last on the CPU; and wherever
+    The layer itself is called for everything but a plain `nn.Conv2d` without bias and dilation,
+    hooks included, whose input is a float32 map in channels_last on the CPU; and wherever
     somebody looks at single operations: torch.compile, export, a trace, autocast, torch.func,
     dispatch and function modes.
 
@@ -33,7 +33,9 @@ def by_kernels(layer: nn.Module, x: Tensor) -> Tensor | None:
     """layer(x) through `senet.ops.convolution`; None where the layer itself has to compute it."""
     if type(layer) is nn.Conv2d and not torch.compiler.is_compiling() and _worthwhile(layer, x):
         assert isinstance(layer.padding, tuple)
-        return operator(x, layer.weight, stride=layer.stride, padding=layer.padding)
+        return operator(
+            x, layer.weight, stride=layer.stride, padding=layer.padding, groups=layer.groups
+        )
     return None
 
 
@@ -42,7 +44,8 @@ def _worthwhile(layer: nn.Conv2d, x: Tensor) -> bool:
     if not plain(layer, x):
         return False
     assert isinstance(layer.padding, tuple)
-    found = passes(tuple(x.shape), tuple(layer.weight.shape), layer.stride, layer.padding)
+    sizes = tuple(x.shape), tuple(layer.weight.shape), layer.stride, layer.padding
+    found = passes(*sizes, layer.groups)
     if found.forward:
         return True
     if not torch.is_grad_enabled():
@@ -59,13 +62,12 @@ def plain(layer: nn.Conv2d, x: Tensor) -> bool:
         or type(x) is not Tensor
         or type(weight) is not nn.Parameter
         or x.ndim != 4
-        or x.shape[1] != weight.shape[1]
+        or x.shape[1] != weight.shape[1] * layer.groups
         or x.dtype is not torch.float32
         or weight.dtype is not torch.float32
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or layer.bias is not None
-        or layer.groups != 1
         or layer.dilation != (1, 1)
         or layer.padding_mode != "zeros"
         or isinstance(layer.padding, str)

@@ -47,6 +47,7 @@ def beside(shortcut: nn.Module | None, layer: nn.Module, x: Tensor) -> tuple[Ten
         torch.compiler.is_compiling()
         or type(shortcut) is not PaddedShortcut
         or type(layer) is not nn.Conv2d
+        or layer.groups != 1
         or not plain(layer, x)
         or hooked(shortcut)
     ):

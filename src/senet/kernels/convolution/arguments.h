@@ -6,9 +6,10 @@
 namespace senet {
 
 // A 3x3 convolution with stride 1 of float32 maps in channels_last order: x is [N][H][W][C], weights
-// [K][3][3][C], y [N][OH][OW][K]. C and K are multiples of 16, the padding is at most 2.
+// [K][3][3][C / groups], y [N][OH][OW][K]. C and K are multiples of 16 in each group, the padding is at
+// most 2.
 struct ConvolutionArguments {
-  int64_t N, H, W, C, OH, OW, K, pad_h, pad_w, threads;
+  int64_t N, H, W, C, OH, OW, K, pad_h, pad_w, groups, threads;
   float *x, *weights, *y;  // one of them is written; of a gradient pass it and y are gradients
 };
 
@@ -17,7 +18,7 @@ namespace {
 #define FIELD(name) SENET_FIELD(ConvolutionArguments, name)
 constexpr Field kConvolutionFields[] = {
     FIELD(N), FIELD(H), FIELD(W), FIELD(C), FIELD(OH), FIELD(OW), FIELD(K),
-    FIELD(pad_h), FIELD(pad_w), FIELD(threads), FIELD(x), FIELD(weights), FIELD(y),
+    FIELD(pad_h), FIELD(pad_w), FIELD(groups), FIELD(threads), FIELD(x), FIELD(weights), FIELD(y),
 };
 static_assert(covers(kConvolutionFields, sizeof(ConvolutionArguments)));
 #undef FIELD

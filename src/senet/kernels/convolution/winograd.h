@@ -2,7 +2,7 @@
 // 36 products for each pair of channels instead of 144. The gradient of the input is the forward pass
 // of y', the gradient of y, with the weights mirrored and transposed.
 //
-// Channels of x and y are multiples of kGroup.
+// Channels of a group of x and y are multiples of kGroup.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kGroup = 16;
 // Floats of transformed weights that are kept, and of transformed inputs that are there at once.
 constexpr int64_t kKept = 600000, kSpan = 6000000;
+constexpr int64_t kStrip = 128;  // channels of narrow groups that go together
 
 // The tiles of a map of N images of OH x OW outputs.
 struct Tiling {
@@ -43,21 +44,21 @@ struct Tiling {
 // so that the taps do not fall into the same few places of the cache.
 SENET_INLINE int64_t tap_stride(int64_t count) { return round_up(count, 32) + 16; }
 
-// Calls f(channel, at) for `count` channels of the patch whose corner is (h, w) of an image of C
-// channels: at(i, j) are kWidth channels of its row i and column j; zeros outside.
+// Calls f(channel, at) for `count` channels of the patch whose corner is (h, w) of an image whose
+// pixels are ld apart: at(i, j) are kWidth channels of its row i and column j; zeros outside.
 template <class F>
-SENET_INLINE void each_patch(const float* image, int64_t H, int64_t W, int64_t C, int64_t h, int64_t w,
+SENET_INLINE void each_patch(const float* image, int64_t H, int64_t W, int64_t ld, int64_t h, int64_t w,
                              int64_t count, const float* zeros, const F& f) {
   if (h >= 0 && w >= 0 && h + kPatch <= H && w + kPatch <= W) {
-    const float* corner = image + (h * W + w) * C;
+    const float* corner = image + (h * W + w) * ld;
     for (int64_t c = 0; c < count; c += kWidth)
-      f(c, [&](int i, int j) { return load<kWidth>(corner + i * W * C + j * C + c); });
+      f(c, [&](int i, int j) { return load<kWidth>(corner + (i * W + j) * ld + c); });
     return;
   }
   const float* places[kTaps];
   for (int i = 0; i < kTaps; ++i) {
     const int64_t y = h + i / kPatch, x = w + i % kPatch;
-    places[i] = y >= 0 && y < H && x >= 0 && x < W ? image + (y * W + x) * C : zeros;
+    places[i] = y >= 0 && y < H && x >= 0 && x < W ? image + (y * W + x) * ld : zeros;
   }
   for (int64_t c = 0; c < count; c += kWidth)
     f(c, [&](int i, int j) { return load<kWidth>(places[kPatch * i + j] + c); });
@@ -68,14 +69,25 @@ inline int64_t block_tiles(int64_t C, int64_t floats, int64_t most) {
   return std::max<int64_t>(12, std::min(most, floats / (kTaps * C) / 12 * 12));
 }
 
-// A Winograd convolution of x [N][H][W][C] with zeros around: y [N][OH][OW][K].
+// A Winograd convolution of x [N][H][W][groups][C] with zeros around: y [N][OH][OW][groups][K].
 struct Winograd {
   const float* x;
   int64_t N, H, W, C;
   float* y;
-  int64_t OH, OW, K, pad_h, pad_w, threads;
-  const float* weights;  // [K][3][3][C], or, mirrored, [C][3][3][K]
+  int64_t OH, OW, K, pad_h, pad_w, groups, threads;
+  const float* weights;  // of each group [K][3][3][C], or, mirrored, [C][3][3][K]
   bool mirrored;
+  int64_t x_ld = groups * C, y_ld = groups * K;
+
+  // One group alone.
+  Winograd alone(int64_t group) const {
+    Winograd one = *this;
+    one.groups = 1;
+    one.x += group * C;
+    one.y += group * K;
+    one.weights += group * 9 * C * K;
+    return one;
+  }
 
   // Outputs that are transformed at a time.
   template <int64_t kTile>
@@ -110,43 +122,61 @@ struct Winograd {
   template <int kRows, int kVectors>
   int run() const {
     const int64_t transformed = kTaps * C * round_up(K, kVectors * kWidth);
-    return transformed <= kKept ? run_keeping<kRows, kVectors>() : run_by_pieces<kRows, kVectors>();
+    if (transformed <= kKept) return run_keeping<kRows, kVectors>();
+    int failed = 0;
+    for (int64_t group = 0; group < groups && !failed; ++group)
+      failed = alone(group).run_by_pieces<kRows, kVectors>();
+    return failed;
   }
 
-  // For weights that stay in the cache: all of them are transformed first, then each block of tiles
-  // goes from input to output.
+  // For weights of a group that stay in the cache: all weights are transformed first, then each block
+  // of tiles goes from input to output.
   template <int kRows, int kVectors>
   int run_keeping() const {
     constexpr int64_t kTile = kVectors * kWidth;
     const Tiling tiling(N, OH, OW);
     const int64_t tiles = block_tiles(C, 221184, 24), blocks = ceil_div(tiling.count, tiles);
-    const int64_t team = std::min(std::max<int64_t>(1, threads), blocks);
+    // Narrow groups that lie beside each other go together: a few numbers of each pixel at a time
+    // would be slow to read and write.
+    const int64_t strip = K % kTile ? 1 : std::min(groups, std::max<int64_t>(1, kStrip / C));
+    const int64_t strips = ceil_div(groups, strip), tasks = strips * blocks;
+    const int64_t team = std::min(std::max<int64_t>(1, threads), tasks);
     const int64_t pieces = ceil_div(K, kTile), in_stride = tap_stride(tiles * C);
-    const int64_t out_stride = tap_stride(tiles * kTile), own = kTaps * (in_stride + out_stride);
+    const int64_t held = strip > 1 ? strip * pieces : 1, out_stride = tap_stride(tiles * kTile);
+    const int64_t own = kTaps * (strip * in_stride + held * out_stride);
     const int64_t weights_size = pieces * kTaps * C * kTile;
-    float* memory = scratch<float>(weights_size + C + team * own);
+    float* memory = scratch<float>(groups * weights_size + strip * C + team * own);
     if (!memory) return 1;
-    float *u = memory, *zeros = u + weights_size, *work = zeros + C;
-    std::fill(zeros, zeros + C, 0.0f);
+    float *u = memory, *zeros = u + groups * weights_size, *work = zeros + strip * C;
+    std::fill(zeros, zeros + strip * C, 0.0f);
     int64_t next = 0, transformed = 0;
     parallel(team, [&](const Member& member) {
-      const int64_t across = C / kGroup;
-      for (int64_t i; (i = take_number(transformed)) < K / kOutputs<kTile> * across;) {
-        const int64_t k = i / across * kOutputs<kTile>, c = i % across * kGroup;
-        float* to = u + (k / kTile * kTaps * C + c) * kTile + k % kTile;
-        transform_weights<kTile>(k, c, to, C * kTile);
+      const int64_t across = C / kGroup, each = K / kOutputs<kTile> * across;
+      for (int64_t i; (i = take_number(transformed)) < groups * each;) {
+        const int64_t group = i / each, k = i % each / across * kOutputs<kTile>;
+        const int64_t c = i % across * kGroup;
+        float* to = u + group * weights_size + (k / kTile * kTaps * C + c) * kTile + k % kTile;
+        alone(group).transform_weights<kTile>(k, c, to, C * kTile);
       }
       member.barrier();
-      float *in = work + member.id * own, *products = in + kTaps * in_stride;
-      for (int64_t block; (block = take_number(next)) < blocks;) {
-        const int64_t first = block * tiles, last = std::min(tiling.count, first + tiles);
-        transform_inputs(tiling, first, last, C, in_stride, zeros, in);
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const float* taps = u + piece * kTaps * C * kTile;
-          add_products<kRows, kVectors>(last - first, in, C, in_stride, C, taps, C * kTile, products,
+      float *in = work + member.id * own, *products = in + strip * kTaps * in_stride;
+      for (int64_t task; (task = take_number(next)) < tasks;) {
+        const int64_t group = task % strips * strip, beside = std::min(strip, groups - group);
+        const int64_t first = task / strips * tiles, last = std::min(tiling.count, first + tiles);
+        const Winograd one = alone(group);
+        one.transform_inputs(tiling, first, last, beside * C, C, in_stride, zeros, in);
+        for (int64_t piece = 0; piece < beside * pieces; ++piece) {
+          const float* from = in + piece / pieces * kTaps * in_stride;
+          const float* taps = u + group * weights_size + piece * kTaps * C * kTile;
+          float* to = products + piece % held * kTaps * out_stride;
+          add_products<kRows, kVectors>(last - first, from, C, in_stride, C, taps, C * kTile, to,
                                         out_stride, true);
-          transform_outputs<kTile>(tiling, first, last, out_stride, piece * kTile, products);
+          if (held == 1)
+            one.transform_outputs<kTile>(tiling, first, last, out_stride, piece * kTile,
+                                         std::min(kTile, K - piece * kTile), to);
         }
+        if (held > 1)
+          one.transform_outputs<kTile>(tiling, first, last, out_stride, 0, beside * K, products);
       }
     });
     return 0;
@@ -182,7 +212,7 @@ struct Winograd {
         const int64_t begin = s * span, end = std::min(tiling.count, begin + span);
         for (; group < (s + 1) * groups; group = take_number(next_group)) {
           const int64_t first = begin + (group - s * groups) * kGroup;
-          transform_inputs(tiling, first, std::min(end, first + kGroup), kDepth, in_stride, zeros,
+          transform_inputs(tiling, first, std::min(end, first + kGroup), C, kDepth, in_stride, zeros,
                            in + (first - begin) * kDepth);
         }
         member.barrier();
@@ -200,7 +230,8 @@ struct Winograd {
             add_products<kRows, kVectors>(last - first, from, kDepth, in_stride, depth, u,
                                           weights_stride, products, out_stride, c == 0);
           }
-          transform_outputs<kTile>(tiling, first, last, out_stride, piece * kTile, products);
+          transform_outputs<kTile>(tiling, first, last, out_stride, piece * kTile,
+                                   std::min(kTile, K - piece * kTile), products);
         }
         member.barrier();
       }
@@ -221,38 +252,41 @@ struct Winograd {
             products + tap * out_stride + t * kTile, kTile, first);
   }
 
-  // [chunk of `depth` channels][tap][tile][depth].
-  void transform_inputs(const Tiling& tiling, int64_t first, int64_t last, int64_t depth,
-                        int64_t stride, const float* zeros, float* to) const {
+  // `count` channels, [chunk of `depth` channels][tap][tile][depth].
+  void transform_inputs(const Tiling& tiling, int64_t first, int64_t last, int64_t count,
+                        int64_t depth, int64_t stride, const float* zeros, float* to) const {
     tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
-      float* tile = to + t * depth;
-      for (int64_t from = 0; from < C; from += depth, tile += kTaps * stride)
-        each_patch(x + image * H * W * C + from, H, W, C, h - pad_h, w - pad_w,
-                      std::min(depth, C - from), zeros, [&](int64_t c, const auto& at) {
-                        to_products_2d(at, [&](int i, int j, V value) {
-                          std::memcpy(tile + c + (kPatch * i + j) * stride, &value, sizeof(V));
-                        });
-                      });
+      float* place = to + t * depth;
+      int64_t left = depth;  // of the chunk
+      each_patch(x + image * H * W * x_ld, H, W, x_ld, h - pad_h, w - pad_w, count, zeros,
+                 [&](int64_t, const auto& at) {
+                   to_products_2d(at, [&](int i, int j, V value) {
+                     std::memcpy(place + (kPatch * i + j) * stride, &value, sizeof(V));
+                   });
+                   place += kWidth, left -= kWidth;
+                   if (!left) place += kTaps * stride - depth, left = depth;
+                 });
     });
   }
 
+  // `count` channels from k on, of products [piece of kTile channels][tap][tile][kTile].
   template <int64_t kTile>
   void transform_outputs(const Tiling& tiling, int64_t first, int64_t last, int64_t stride, int64_t k,
-                         const float* products) const {
-    const int64_t count = std::min(kTile, K - k);
+                         int64_t count, const float* products) const {
     tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
-      float* corner = y + ((image * OH + h) * OW + w) * K + k;
+      float* corner = y + ((image * OH + h) * OW + w) * y_ld + k;
       const int64_t down = OH - h, right = OW - w;
       for (int64_t c = 0; c < count; c += kWidth) {
-        const float* from = products + t * kTile + c;
+        const float* from = products + c / kTile * kTaps * stride + t * kTile + c % kTile;
         const auto at = [&](int i, int j) { return load<kWidth>(from + (kPatch * i + j) * stride); };
         if (down >= kOut && right >= kOut)
           to_outputs_2d(at, [&](int i, int j, V value) {
-            std::memcpy(corner + c + (i * OW + j) * K, &value, sizeof(V));
+            std::memcpy(corner + c + (i * OW + j) * y_ld, &value, sizeof(V));
           });
         else
           to_outputs_2d(at, [&](int i, int j, V value) {
-            if (i < down && j < right) std::memcpy(corner + c + (i * OW + j) * K, &value, sizeof(V));
+            if (i < down && j < right)
+              std::memcpy(corner + c + (i * OW + j) * y_ld, &value, sizeof(V));
           });
       }
     });
@@ -260,19 +294,22 @@ struct Winograd {
 };
 
 inline int forward(const ConvolutionArguments& a) {
-  const Winograd run{a.x,  a.N,  a.H, a.W,     a.C,     a.y,       a.OH,
-                        a.OW, a.K,  a.pad_h, a.pad_w, a.threads, a.weights, false};
-  return with_tile(a.K, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
+  const int64_t C = a.C / a.groups, K = a.K / a.groups;
+  const Winograd run{a.x, a.N,     a.H,     a.W,      C,         a.y,       a.OH, a.OW,
+                     K,   a.pad_h, a.pad_w, a.groups, a.threads, a.weights, false};
+  return with_tile(K, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
 }
 
 // x is written.
 inline int input_gradient(const ConvolutionArguments& a) {
-  const Winograd run{a.y, a.N, a.OH,        a.OW,        a.K,       a.x,       a.H,
-                        a.W, a.C, 2 - a.pad_h, 2 - a.pad_w, a.threads, a.weights, true};
-  return with_tile(a.C, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
+  const int64_t C = a.C / a.groups, K = a.K / a.groups;
+  const Winograd run{a.y, a.N,         a.OH,        a.OW,     K,         a.x,       a.H, a.W,
+                     C,   2 - a.pad_h, 2 - a.pad_w, a.groups, a.threads, a.weights, true};
+  return with_tile(C, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
 }
 
-// The gradient of the weights. Tiles are cut into parts, C and K into chunks; a task is one of each,
+// The gradient of the weights. Tiles are cut into parts, a group's C and K into chunks; a task is one of
+// each,
 // with sums of its own, [tap][channel of x][channel of y]. The cut depends on the shape only, and parts
 // are merged in their order: the result does not depend on the threads.
 template <int kRows, int kVectors>
@@ -282,25 +319,33 @@ struct WinogradWeights {
 
   const ConvolutionArguments& a;
   const Tiling tiling;
-  int64_t width, height;  // channels of a chunk of y, of x
+  int64_t C, K;           // channels of a group of x, of y
+  int64_t width, height;  // those of a chunk of y, of x
   int64_t across, down;   // chunks of y, of x
   int64_t parts, tiles, x_stride, y_stride;
 
   explicit WinogradWeights(const ConvolutionArguments& arguments)
       : a(arguments), tiling(a.N, a.OH, a.OW) {
-    width = std::min(round_up(a.K, kTile), kChunk);
-    height = std::min(a.C, kChunk);
-    across = ceil_div(a.K, width);
-    down = ceil_div(a.C, height);
+    C = a.C / a.groups, K = a.K / a.groups;
+    width = std::min(round_up(K, kTile), kChunk);
+    height = std::min(C, kChunk);
+    across = ceil_div(K, width);
+    down = ceil_div(C, height);
     tiles = block_tiles(height, 98304, 96);
     // A part writes all its sums once, however few its tiles are.
-    parts = std::min(ceil_div(16, across * down),
+    parts = std::min(ceil_div(16, chunks()),
                      ceil_div(tiling.count, std::max<int64_t>(tiles, 64)));
     x_stride = tap_stride(tiles * height);
     y_stride = tap_stride(tiles * width);
   }
 
-  int64_t chunks() const { return across * down; }
+  int64_t chunks() const { return a.groups * across * down; }
+
+  // Calls f(group, first channel of x, of y) of a chunk; channels count within the group.
+  template <class F>
+  void at_chunk(int64_t chunk, const F& f) const {
+    f(chunk / (across * down), chunk / across % down * height, chunk % across * width);
+  }
   int64_t sums_of_task() const { return kTaps * height * width; }
 
   int run() const {
@@ -322,10 +367,10 @@ struct WinogradWeights {
       }
       if (parts == 1) return;
       member.barrier();
-      const int64_t groups = height / kGroup * (width / kGroup);
-      for (int64_t i; (i = take_number(merged)) < chunks() * groups;) {
-        const int64_t chunk = i / groups;
-        merge(chunk, i % groups, i % groups + 1, sums + chunk * sums_of_task());
+      const int64_t blocks = height / kGroup * (width / kGroup);
+      for (int64_t i; (i = take_number(merged)) < chunks() * blocks;) {
+        const int64_t chunk = i / blocks;
+        merge(chunk, i % blocks, i % blocks + 1, sums + chunk * sums_of_task());
       }
     });
     return 0;
@@ -334,20 +379,21 @@ struct WinogradWeights {
   void add_part(int64_t part, int64_t chunk, float* sums, const float* zeros, float* x,
                 float* y) const {
     const int64_t from = tiling.count * part / parts, end = tiling.count * (part + 1) / parts;
-    const int64_t c = chunk / across * height, k = chunk % across * width, none = 0;
-    const int64_t rows = std::min(height, a.C - c), columns = std::min(width, a.K - k);
-    for (int64_t first = from; first < end; first += tiles) {
-      const int64_t last = std::min(end, first + tiles);
-      transform_inputs(first, last, c, rows, zeros, x);
-      transform_gradient(first, last, k, columns, zeros, y);
-      for (int64_t tap = 0; tap < kTaps; ++tap)
-        for (int64_t j = 0; j < columns; j += kTile)
-          for (int64_t i = 0; i < rows; i += kRows)
-            add_outer_products<kRows, kVectors>(
-                x + tap * x_stride + i / kGroup * kGroup * tiles + i % kGroup, kGroup, &none, 1,
-                last - first, y + tap * y_stride + j * tiles, sums + (tap * height + i) * width + j,
-                width, first == from);
-    }
+    at_chunk(chunk, [&](int64_t group, int64_t c, int64_t k) {
+      const int64_t rows = std::min(height, C - c), columns = std::min(width, K - k), none = 0;
+      for (int64_t first = from; first < end; first += tiles) {
+        const int64_t last = std::min(end, first + tiles);
+        transform_inputs(first, last, group * C + c, rows, zeros, x);
+        transform_gradient(first, last, group * K + k, columns, zeros, y);
+        for (int64_t tap = 0; tap < kTaps; ++tap)
+          for (int64_t j = 0; j < columns; j += kTile)
+            for (int64_t i = 0; i < rows; i += kRows)
+              add_outer_products<kRows, kVectors>(
+                  x + tap * x_stride + i / kGroup * kGroup * tiles + i % kGroup, kGroup, &none, 1,
+                  last - first, y + tap * y_stride + j * tiles,
+                  sums + (tap * height + i) * width + j, width, first == from);
+      }
+    });
   }
 
   // Channels [from, from + count) of x, [tap][group of channels][tile][kGroup].
@@ -367,9 +413,9 @@ struct WinogradWeights {
   // Channels [from, from + count) of y, [tap][tile of channels][tile][kTile], filled up by zeros.
   void transform_gradient(int64_t first, int64_t last, int64_t from, int64_t count,
                           const float* zeros, float* to) const {
-    const int64_t K = a.K, whole = round_up(count, kTile);
+    const int64_t ld = a.K, whole = round_up(count, kTile);
     tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
-      const float* corner = a.y + ((image * a.OH + h) * a.OW + w) * K + from;
+      const float* corner = a.y + ((image * a.OH + h) * a.OW + w) * ld + from;
       const int64_t down = a.OH - h, right = a.OW - w;
       const bool inside = down >= kOut && right >= kOut;
       for (int64_t k = 0; k < whole; k += kWidth) {
@@ -379,13 +425,13 @@ struct WinogradWeights {
           std::memcpy(place + (kPatch * i + j) * y_stride, &value, sizeof(V));
         };
         if (inside && k < count)
-          of_outputs_2d([&](int i, int j) { return load<kWidth>(from_k + (i * a.OW + j) * K); },
+          of_outputs_2d([&](int i, int j) { return load<kWidth>(from_k + (i * a.OW + j) * ld); },
                            put);
         else
           of_outputs_2d(
               [&](int i, int j) {
                 const bool there = i < down && j < right && k < count;
-                return load<kWidth>(there ? from_k + (i * a.OW + j) * K : zeros);
+                return load<kWidth>(there ? from_k + (i * a.OW + j) * ld : zeros);
               },
               put);
       }
@@ -396,14 +442,16 @@ struct WinogradWeights {
   // [tap][c][k] into [k][tap][c].
   void merge(int64_t chunk, int64_t begin, int64_t end, const float* sums) const {
     const int64_t across_chunk = width / kGroup;
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t i = group / across_chunk * kGroup, j = group % across_chunk * kGroup;
-      const int64_t c = chunk / across * height + i, k = chunk % across * width + j;
-      if (c < a.C && k < a.K) merge_group(k, c, sums + i * width + j);
-    }
+    at_chunk(chunk, [&](int64_t group, int64_t c, int64_t k) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t i = block / across_chunk * kGroup, j = block % across_chunk * kGroup;
+        if (c + i < C && k + j < K)
+          merge_block(a.weights + (group * K + k + j) * 9 * C + c + i, sums + i * width + j);
+      }
+    });
   }
 
-  void merge_group(int64_t k, int64_t c, const float* from) const {
+  void merge_block(float* to, const float* from) const {
     const int64_t part_stride = chunks() * sums_of_task();
     for (int64_t v = 0; v < kGroup; v += kWidth)
       for (int64_t i = 0; i < kGroup; i += kWidth) {
@@ -420,7 +468,7 @@ struct WinogradWeights {
         for (int tap = 0; tap < 9; ++tap) {
           transpose(block[tap]);
           for (int64_t j = 0; j < kWidth; ++j)
-            std::memcpy(a.weights + ((k + v + j) * 9 + tap) * a.C + c + i, &block[tap][j], sizeof(V));
+            std::memcpy(to + ((v + j) * 9 + tap) * C + i, &block[tap][j], sizeof(V));
         }
       }
   }
@@ -428,8 +476,9 @@ struct WinogradWeights {
 
 inline int weights_gradient(const ConvolutionArguments& a) {
 #if SENET_REGISTERS == 32
-  if (a.K <= kWidth) return WinogradWeights<16, 1>(a).run();
-  if (a.K <= 2 * kWidth) return WinogradWeights<8, 2>(a).run();
+  const int64_t K = a.K / a.groups;
+  if (K <= kWidth) return WinogradWeights<16, 1>(a).run();
+  if (K <= 2 * kWidth) return WinogradWeights<8, 2>(a).run();
   return WinogradWeights<4, 4>(a).run();
 #else
   return WinogradWeights<4, 2>(a).run();

@@ -6,6 +6,6 @@ other passes, `operator` puts them together. docs/performance.md says what was m
 """
 
 from senet.ops.convolution.operator import convolve
-from senet.ops.convolution.rule import Passes, chosen, passes, use
+from senet.ops.convolution.rule import Passes, chosen, packed, passes, use
 
-__all__ = ["Passes", "chosen", "convolve", "passes", "use"]
+__all__ = ["Passes", "chosen", "convolve", "packed", "passes", "use"]

@@ -16,7 +16,7 @@ from senet.ops.convolution.description import (
     empty_like,
     output_size,
 )
-from senet.ops.convolution.rule import Passes, passes
+from senet.ops.convolution.rule import Passes, packed, passes
 from senet.ops.description import Momenta
 
 _BLOCK = packer(ConvolutionArguments)
@@ -37,7 +37,8 @@ def _passes(a: Arguments | Saved) -> Passes:
     x, weight = a.x, a.weight
     if weight.dtype is not x.dtype or not x.is_contiguous(memory_format=torch.channels_last):
         return Passes()
-    return passes(tuple(x.shape), tuple(weight.shape), tuple(a.stride), tuple(a.padding))
+    sizes = tuple(x.shape), tuple(weight.shape), tuple(a.stride), tuple(a.padding)
+    return passes(*sizes, a.groups)
 
 
 def forward(a: Arguments, _: Momenta | None) -> Outputs:
@@ -46,7 +47,7 @@ def forward(a: Arguments, _: Momenta | None) -> Outputs:
         return pytorch.forward(a)
     size = output_size(a.x.shape, a.weight.shape, a.stride, a.padding)
     y = torch.empty(size, memory_format=torch.channels_last)
-    _call("forward", a, a.x, a.weight, y)
+    _call("forward", a, a.x, _dense(a), y)
     return Outputs(y)
 
 
@@ -60,12 +61,14 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
         gradient = gradient.contiguous(memory_format=torch.channels_last)
     if ours.x:
         x = torch.empty_like(saved.x, memory_format=torch.channels_last)
-        _call("input_gradient", saved, x, saved.weight, gradient)
+        _call("input_gradient", saved, x, _dense(saved), gradient)
     if ours.weight:
-        weight = torch.empty_like(saved.weight, memory_format=torch.channels_last)
-        _call("weights_gradient", saved, saved.x, weight, gradient)
-        if weight.stride() != saved.weight.stride():
-            weight = empty_like(saved.weight).copy_(weight)
+        dense = torch.empty(_dense_shape(saved), memory_format=torch.channels_last)
+        _call("weights_gradient", saved, saved.x, dense, gradient)
+        weight = dense
+        if dense.shape != saved.weight.shape or dense.stride() != saved.weight.stride():
+            weight = empty_like(saved.weight)
+            _blocks(weight, saved).copy_(_diagonal(dense, saved))
     rest = Gradients(wanted.x and not ours.x, wanted.weight and not ours.weight)
     if any(rest):
         others = pytorch.backward(gradient, saved, rest)
@@ -73,11 +76,45 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
     return Gradients(x, weight)
 
 
+def _dense_shape(a: Arguments | Saved) -> tuple[int, int, int, int]:
+    """Of the weights that the kernels take: several small groups are one, with zeros between."""
+    K, C, height, width = a.weight.shape
+    return K, C * packed(C, K // a.groups, a.groups), height, width
+
+
+def _dense(a: Arguments | Saved) -> Tensor:
+    """The weights so."""
+    shape = _dense_shape(a)
+    if shape == a.weight.shape:
+        return a.weight
+    dense = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+    _diagonal(dense, a).copy_(_blocks(a.weight, a))
+    return dense
+
+
+def _blocks(weight: Tensor, a: Arguments | Saved) -> Tensor:
+    """(which, of those that run as one, outputs, inputs, h, w) of weights (K,C/groups,h,w)."""
+    K, C = a.weight.shape[:2]
+    together = packed(C, K // a.groups, a.groups)
+    return weight.unflatten(0, (a.groups // together, together, K // a.groups))
+
+
+def _diagonal(dense: Tensor, a: Arguments | Saved) -> Tensor:
+    """The same of the weights that the kernels take."""
+    K, C = a.weight.shape[:2]
+    together = packed(C, K // a.groups, a.groups)
+    parts = dense.unflatten(1, (together, C))
+    parts = parts.unflatten(0, (a.groups // together, together, K // a.groups))
+    return parts.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
 def _call(name: str, a: Arguments | Saved, x: Tensor, weight: Tensor, y: Tensor) -> None:
     N, C, H, W = x.shape
     weight = weight.contiguous(memory_format=torch.channels_last)
+    groups = C // weight.shape[1]
     block = _BLOCK.pack(
-        *(N, H, W, C, y.shape[2], y.shape[3], y.shape[1], *a.padding, torch.get_num_threads()),
+        *(N, H, W, C, y.shape[2], y.shape[3], y.shape[1], *a.padding),
+        *(groups, torch.get_num_threads()),
         *(x.data_ptr(), weight.data_ptr(), y.data_ptr()),
     )
     if getattr(kernels.LIBRARY, f"senet_convolution_{name}")(block):

@@ -1,4 +1,4 @@
-"""The operator `senet::convolution`: a convolution without bias, groups and dilation.
+"""The operator `senet::convolution`: a convolution without bias and dilation.
 
 N images, C channels, H, W; K output channels.
 """
@@ -22,14 +22,16 @@ class Arguments(NamedTuple):
 
     Attributes:
         x: (N,C,H,W).
-        weight: (K,C,kernel_h,kernel_w).
+        weight: (K,C/groups,kernel_h,kernel_w).
         stride, padding: along H and W.
+        groups: of channels; the outputs of one see its inputs only.
     """
 
     x: Tensor
     weight: Tensor
     stride: list[int]
     padding: list[int]
+    groups: int
 
 
 class Outputs(NamedTuple):
@@ -45,6 +47,7 @@ class Saved(NamedTuple):
     weight: Tensor
     stride: list[int]
     padding: list[int]
+    groups: int
 
 
 class Gradients(NamedTuple, Generic[T]):

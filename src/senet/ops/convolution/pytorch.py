@@ -11,16 +11,16 @@ from senet.ops.maps import memory_format
 
 def forward(a: Arguments) -> Outputs:
     """y, in the format that the description promises."""
-    y = torch.conv2d(a.x, a.weight, None, a.stride, a.padding)
+    y = torch.conv2d(a.x, a.weight, None, a.stride, a.padding, groups=a.groups)
     return Outputs(y.contiguous(memory_format=output_format(a.x, a.weight)))
 
 
 def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:
     """The gradients that are wanted, each in the format of what it belongs to."""
-    x, weight, stride, padding = saved
+    x, weight, stride, padding, groups = saved
     mask = [wanted.x, wanted.weight, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask
+        gradient, x, weight, None, stride, padding, [1, 1], False, [0, 0], groups, mask
     )
     return Gradients(
         dx.contiguous(memory_format=memory_format(x)) if wanted.x else None,

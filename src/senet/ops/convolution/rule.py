@@ -20,8 +20,12 @@ _NAMES = ("auto", "torch", "senet")
 
 # Fewer tiles of 4x4 outputs do not pay for the transforms of the weights.
 _LEAST_TILES, _TILE = 32, 4
-# What the kernels take, see `kernels/convolution/arguments.h`.
+# What the kernels take, see `kernels/convolution/arguments.h`; channels of a group are multiples.
 _GROUP, _MOST_PADDING = 16, 2
+# Smaller groups run several as one, with zeros between: of fewer channels most would be zeros.
+_LEAST_GROUP = 4
+# Of groups of so many channels PyTorch's kernels are sometimes the faster ones.
+_NARROW = 32
 # Up to here they work in less than 64 MB.
 _MOST_CHANNELS = 2048
 
@@ -84,10 +88,30 @@ def _restoring(previous: str) -> Iterator[None]:
 
 
 def passes(
-    x: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int = 1,
 ) -> Passes:
-    """What the kernels compute of float32 maps (N,C,H,W), channels_last, and weights (K,C,h,w)."""
-    return _passes(x, weight, stride, padding, _choice, kernels.instruction_set())
+    """What the kernels compute of float32 maps, channels_last, in that many groups of channels.
+
+    Args:
+        x: (N,C,H,W).
+        weight: (K,C/groups,h,w).
+        stride, padding: along H and W.
+        groups: of channels.
+    """
+    return _passes(x, weight, stride, padding, groups, _choice, kernels.instruction_set())
+
+
+def packed(channels: int, outputs: int, groups: int) -> int:
+    """How many groups of so many inputs and outputs run as one; 0: the kernels do not take them."""
+    if channels % _GROUP == outputs % _GROUP == 0:
+        return 1
+    fits = channels == outputs >= _LEAST_GROUP and _GROUP % channels == 0
+    together = _GROUP // channels if fits else 0
+    return together if fits and groups % together == 0 else 0
 
 
 @functools.lru_cache(4096)
@@ -96,10 +120,11 @@ def _passes(
     weight: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
+    groups: int,
     choice: str,
     isa: str,
 ) -> Passes:
-    if choice == "torch" or not isa or not _able(x, weight, stride, padding):
+    if choice == "torch" or not isa or not _able(x, weight, stride, padding, groups):
         return Passes()
     if choice == "senet":
         return Passes(True, True, True)
@@ -109,11 +134,20 @@ def _passes(
         return Passes()
     # On maps of 1, 2 or 5 rows and columns most of a tile is computed for nothing.
     filled = 2 * N * height * width >= tiles * _TILE**2
-    return Passes(filled, filled, weight=True)
+    if groups == 1 or weight[1] > _NARROW:
+        return Passes(filled, filled, weight=True)
+    if isa == "avx512":
+        maps = filled and weight[1] == _LEAST_GROUP
+        return Passes(maps, maps, weight=True)
+    return Passes(filled, filled, weight[1] >= _GROUP)
 
 
 def _able(
-    x: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
 ) -> bool:
     """Whether the kernels can compute it, in less than 64 MB."""
     K, C = weight[:2]
@@ -121,7 +155,7 @@ def _able(
         weight[2:] == (3, 3)
         and stride == (1, 1)
         and max(padding) <= _MOST_PADDING
-        and C % _GROUP == K % _GROUP == 0
+        and packed(C, K // groups, groups) > 0
         and max(C, K) <= _MOST_CHANNELS
         and min(output_size(x, weight, stride, padding)) > 0
     )
