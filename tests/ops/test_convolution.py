@@ -40,6 +40,10 @@ SHAPES = [
 ]
 
 
+ALL, NONE, WEIGHT = Passes(True, True, True), Passes(), Passes(weight=True)
+MAPS = Passes(True, True)
+
+
 def numbers(N: int, C: int, H: int, W: int, K: int, **options: Any) -> tuple[Tensor, Tensor]:
     """x and weights, channels_last, that require gradients."""
     torch.manual_seed(N * C + K)
@@ -71,6 +75,23 @@ def test_every_pass_against_float64(shape: tuple[int, ...]) -> None:
         assert ours.shape == expected.shape
         assert ours.is_contiguous(memory_format=LAST)
         assert error(ours, expected) < 3e-6
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (3, 2)])
+def test_weights_of_one_by_one(stride: int, groups: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 96, 8, 7).contiguous(memory_format=LAST)
+    weight = torch.randn(160, 96 // groups, 1, 1).requires_grad_()
+    sizes = tuple(x.shape), tuple(weight.shape), (stride, stride), (0, 0), groups
+    with use("senet"):
+        assert passes(*sizes) == WEIGHT
+        y = convolve(x, weight, stride=stride, groups=groups)
+        gradient = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, weight, gradient)
+    wide = weight.detach().double().requires_grad_()
+    y = torch.conv2d(x.double(), wide, None, stride, 0, 1, groups)
+    (expected,) = torch.autograd.grad(y, wide, gradient.double())
+    assert error(found, expected) < 1e-6
 
 
 def test_errors_are_about_twice_those_of_a_plain_sum() -> None:
@@ -139,6 +160,8 @@ import test_convolution as t
 print(kernels.instruction_set())
 for shape in t.SHAPES:
     t.test_every_pass_against_float64(shape)
+for case in (1, 1), (2, 1), (3, 2):
+    t.test_weights_of_one_by_one(*case)
 for shape in t.GROUPED_SHAPES:
     t.test_groups_against_float64(shape)
 """
@@ -179,7 +202,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     result = subprocess.run([driver], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout == "21 passes\n"
+    assert result.stdout == "22 passes\n"
 
 
 def test_layouts_and_gradients_without_memory_of_their_own() -> None:
@@ -281,8 +304,6 @@ def test_what_is_refused() -> None:
     assert "the environment's SENET_CONVOLUTION is 'fast'" in result.stderr
 
 
-ALL, NONE, WEIGHT = Passes(True, True, True), Passes(), Passes(weight=True)
-MAPS = Passes(True, True)
 RULE = [  # x, K, kernel, stride, padding: avx512, avx2
     ((8, 64, 56, 56), 64, 3, 1, 1, ALL, ALL),
     ((8, 256, 14, 14), 256, 3, 1, 1, ALL, ALL),
@@ -294,6 +315,10 @@ RULE = [  # x, K, kernel, stride, padding: avx512, avx2
     ((8, 64, 56, 56), 64, 3, 2, 1, NONE, NONE),
     ((8, 64, 56, 56), 64, 3, 1, 3, NONE, NONE),
     ((8, 64, 56, 56), 64, 1, 1, 0, NONE, NONE),
+    ((8, 2048, 7, 7), 512, 1, 1, 0, WEIGHT, NONE),
+    ((8, 1024, 14, 14), 2048, 1, 2, 0, WEIGHT, NONE),
+    ((8, 2048, 7, 7), 512, 1, 1, 1, NONE, NONE),
+    ((64, 2048, 7, 7), 512, 1, 1, 0, NONE, NONE),  # many positions
     ((8, 40, 56, 56), 64, 3, 1, 1, NONE, NONE),
     ((8, 2048, 14, 14), 1024, 3, 1, 1, ALL, ALL),
     ((8, 2064, 14, 14), 1024, 3, 1, 1, NONE, NONE),  # workspace

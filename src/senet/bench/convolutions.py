@@ -97,8 +97,8 @@ def _contestants(layer: Layer, index: int) -> list[Contestant]:
     weight = ON_CPU.noise(*shape)
     gradient = ON_CPU.noise(layer.batch, layer.outputs, layer.output_side, layer.output_side)
     a, b = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
-    ours = _ours(layer, x, weight, gradient)
-    found = [] if ours is None else [Contestant(OURS, ours[index])]
+    ours = _ours(layer, x, weight, gradient)[index]
+    found = [] if ours is None else [Contestant(OURS, ours)]
     found.append(Contestant(PEER, _peers(layer, x, weight, gradient)[index]))
     return [*found, Contestant(PRODUCT, partial(torch.mm, a, b), yardstick=True)]
 
@@ -118,17 +118,14 @@ def _peers(layer: Layer, x: Tensor, weight: Tensor, gradient: Tensor) -> tuple[C
     )
 
 
-def _ours(
-    layer: Layer, x: Tensor, weight: Tensor, gradient: Tensor
-) -> tuple[Call, Call, Call] | None:
-    """The three passes in our kernels; None where there are none."""
+def _ours(layer: Layer, x: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Call | None, ...]:
+    """The three passes in our kernels; None for one that these do not compute."""
     stride, padding = layer.stride, layer.kernel // 2
     if layer.groups == layer.channels > 1:
         return _depthwise(layer, x, weight, gradient)
     shapes = tuple(x.shape), tuple(weight.shape), (stride, stride), (padding, padding)
     with convolution.use("senet"):
-        if not all(convolution.passes(*shapes, layer.groups)):
-            return None
+        able = convolution.passes(*shapes, layer.groups)
 
     def forward() -> object:
         with convolution.use("senet"):
@@ -142,7 +139,8 @@ def _ours(
                 gradient, x, weight, [stride] * 2, [padding] * 2, layer.groups, wanted
             )
 
-    return forward, partial(back, True, False), partial(back, False, True)
+    calls: tuple[Call, ...] = (forward, partial(back, True, False), partial(back, False, True))
+    return tuple(call if there else None for call, there in zip(calls, able, strict=True))
 
 
 def _depthwise(

@@ -188,7 +188,7 @@ class ConvolutionArguments(ctypes.Structure):
     """Arguments of the convolution kernels, `convolution/arguments.h`."""
 
     _fields_ = (
-        *_fields(ctypes.c_int64, "N H W C OH OW K pad_h pad_w groups threads"),
+        *_fields(ctypes.c_int64, "N H W C OH OW K pad_h pad_w kernel stride groups threads"),
         *_fields(ctypes.c_void_p, "x weights y"),
     )
 

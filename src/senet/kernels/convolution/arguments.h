@@ -5,11 +5,11 @@
 
 namespace senet {
 
-// A 3x3 convolution with stride 1 of float32 maps in channels_last order: x is [N][H][W][C], weights
-// [K][3][3][C / groups], y [N][OH][OW][K]. C and K are multiples of 16 in each group, the padding is at
-// most 2.
+// A convolution of float32 maps in channels_last order: x is [N][H][W][C], weights [K][kernel][kernel]
+// [C / groups], y [N][OH][OW][K]. C and K are multiples of 16 in each group. The kernel is 3, with
+// stride 1 and a padding of at most 2; or, for the gradient of the weights, 1 without padding.
 struct ConvolutionArguments {
-  int64_t N, H, W, C, OH, OW, K, pad_h, pad_w, groups, threads;
+  int64_t N, H, W, C, OH, OW, K, pad_h, pad_w, kernel, stride, groups, threads;
   float *x, *weights, *y;  // one of them is written; of a gradient pass it and y are gradients
 };
 
@@ -18,7 +18,7 @@ namespace {
 #define FIELD(name) SENET_FIELD(ConvolutionArguments, name)
 constexpr Field kConvolutionFields[] = {
     FIELD(N), FIELD(H), FIELD(W), FIELD(C), FIELD(OH), FIELD(OW), FIELD(K),
-    FIELD(pad_h), FIELD(pad_w), FIELD(groups), FIELD(threads), FIELD(x), FIELD(weights), FIELD(y),
+    FIELD(pad_h), FIELD(pad_w), FIELD(kernel), FIELD(stride), FIELD(groups), FIELD(threads), FIELD(x), FIELD(weights), FIELD(y),
 };
 static_assert(covers(kConvolutionFields, sizeof(ConvolutionArguments)));
 #undef FIELD

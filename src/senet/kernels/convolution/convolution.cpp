@@ -2,7 +2,7 @@
 // SENET_ISA its name. Everything is in an unnamed namespace but the table at the end, so that the
 // linker cannot take code of one set for that of another.
 
-#include "winograd.h"
+#include "weights.h"
 
 namespace senet::SENET_ISA {
 

@@ -308,182 +308,66 @@ inline int input_gradient(const ConvolutionArguments& a) {
   return with_tile(C, [&](auto rows, auto vectors) { return run.run<rows, vectors>(); });
 }
 
-// The gradient of the weights. Tiles are cut into parts, a group's C and K into chunks; a task is one of
-// each,
-// with sums of its own, [tap][channel of x][channel of y]. The cut depends on the shape only, and parts
-// are merged in their order: the result does not depend on the threads.
-template <int kRows, int kVectors>
-struct WinogradWeights {
-  static constexpr int64_t kTile = kVectors * kWidth, kChunk = std::max<int64_t>(64, kTile);
-  static_assert(kGroup % kRows == 0 && kChunk % kTile == 0 && kChunk % kGroup == 0);
+// What the gradient of the weights is summed over, see weights.h: the tiles.
+struct Tiles {
+  static constexpr int64_t kTaps = senet::kTaps, kWeights = 9, kChunk = 64, kMost = 96;
 
   const ConvolutionArguments& a;
   const Tiling tiling;
-  int64_t C, K;           // channels of a group of x, of y
-  int64_t width, height;  // those of a chunk of y, of x
-  int64_t across, down;   // chunks of y, of x
-  int64_t parts, tiles, x_stride, y_stride;
 
-  explicit WinogradWeights(const ConvolutionArguments& arguments)
-      : a(arguments), tiling(a.N, a.OH, a.OW) {
-    C = a.C / a.groups, K = a.K / a.groups;
-    width = std::min(round_up(K, kTile), kChunk);
-    height = std::min(C, kChunk);
-    across = ceil_div(K, width);
-    down = ceil_div(C, height);
-    tiles = block_tiles(height, 98304, 96);
-    // A part writes all its sums once, however few its tiles are.
-    parts = std::min(ceil_div(16, chunks()),
-                     ceil_div(tiling.count, std::max<int64_t>(tiles, 64)));
-    x_stride = tap_stride(tiles * height);
-    y_stride = tap_stride(tiles * width);
-  }
+  explicit Tiles(const ConvolutionArguments& arguments)
+      : a(arguments), tiling(a.N, a.OH, a.OW) {}
+  int64_t count() const { return tiling.count; }
 
-  int64_t chunks() const { return a.groups * across * down; }
-
-  // Calls f(group, first channel of x, of y) of a chunk; channels count within the group.
-  template <class F>
-  void at_chunk(int64_t chunk, const F& f) const {
-    f(chunk / (across * down), chunk / across % down * height, chunk % across * width);
-  }
-  int64_t sums_of_task() const { return kTaps * height * width; }
-
-  int run() const {
-    const int64_t tasks = parts * chunks();
-    const int64_t team = std::min(std::max<int64_t>(1, a.threads), tasks);
-    const int64_t own = kTaps * (x_stride + y_stride);
-    const int64_t kept = (parts > 1 ? tasks : team) * sums_of_task();
-    float* sums = scratch<float>(kept + kChunk + team * own);
-    if (!sums) return 1;
-    float *zeros = sums + kept, *work = zeros + kChunk;
-    std::fill(zeros, zeros + kChunk, 0.0f);
-    int64_t next = 0, merged = 0;
-    parallel(team, [&](const Member& member) {
-      float *x = work + member.id * own, *y = x + kTaps * x_stride;
-      for (int64_t task; (task = take_number(next)) < tasks;) {
-        float* to = sums + (parts > 1 ? task : member.id) * sums_of_task();
-        add_part(task / chunks(), task % chunks(), to, zeros, x, y);
-        if (parts == 1) merge(task, 0, height / kGroup * (width / kGroup), to);
-      }
-      if (parts == 1) return;
-      member.barrier();
-      const int64_t blocks = height / kGroup * (width / kGroup);
-      for (int64_t i; (i = take_number(merged)) < chunks() * blocks;) {
-        const int64_t chunk = i / blocks;
-        merge(chunk, i % blocks, i % blocks + 1, sums + chunk * sums_of_task());
-      }
-    });
-    return 0;
-  }
-
-  void add_part(int64_t part, int64_t chunk, float* sums, const float* zeros, float* x,
-                float* y) const {
-    const int64_t from = tiling.count * part / parts, end = tiling.count * (part + 1) / parts;
-    at_chunk(chunk, [&](int64_t group, int64_t c, int64_t k) {
-      const int64_t rows = std::min(height, C - c), columns = std::min(width, K - k), none = 0;
-      for (int64_t first = from; first < end; first += tiles) {
-        const int64_t last = std::min(end, first + tiles);
-        transform_inputs(first, last, group * C + c, rows, zeros, x);
-        transform_gradient(first, last, group * K + k, columns, zeros, y);
-        for (int64_t tap = 0; tap < kTaps; ++tap)
-          for (int64_t j = 0; j < columns; j += kTile)
-            for (int64_t i = 0; i < rows; i += kRows)
-              add_outer_products<kRows, kVectors>(
-                  x + tap * x_stride + i / kGroup * kGroup * tiles + i % kGroup, kGroup, &none, 1,
-                  last - first, y + tap * y_stride + j * tiles,
-                  sums + (tap * height + i) * width + j, width, first == from);
-      }
-    });
-  }
-
-  // Channels [from, from + count) of x, [tap][group of channels][tile][kGroup].
-  void transform_inputs(int64_t first, int64_t last, int64_t from, int64_t count, const float* zeros,
-                        float* to) const {
+  // Channels [from, from + count) of x; place(tile - first, channel - from) is where the first tap of
+  // kWidth of them goes, the next ones `stride` apart.
+  template <class Place>
+  void inputs(int64_t first, int64_t last, int64_t from, int64_t count, int64_t stride,
+              const float* zeros, const Place& place) const {
     tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
       each_patch(a.x + image * a.H * a.W * a.C + from, a.H, a.W, a.C, h - a.pad_h, w - a.pad_w,
-                    count, zeros, [&](int64_t c, const auto& at) {
-                      float* place = to + c / kGroup * kGroup * tiles + t * kGroup + c % kGroup;
-                      to_products_2d(at, [&](int i, int j, V value) {
-                        std::memcpy(place + (kPatch * i + j) * x_stride, &value, sizeof(V));
-                      });
-                    });
+                 count, zeros, [&](int64_t c, const auto& at) {
+                   float* to = place(t, c);
+                   to_products_2d(at, [&](int i, int j, V value) {
+                     std::memcpy(to + (kPatch * i + j) * stride, &value, sizeof(V));
+                   });
+                 });
     });
   }
 
-  // Channels [from, from + count) of y, [tap][tile of channels][tile][kTile], filled up by zeros.
-  void transform_gradient(int64_t first, int64_t last, int64_t from, int64_t count,
-                          const float* zeros, float* to) const {
-    const int64_t ld = a.K, whole = round_up(count, kTile);
+  // The same of y, and zeros for the channels from `count` up to `whole`.
+  template <class Place>
+  void gradient(int64_t first, int64_t last, int64_t from, int64_t count, int64_t whole,
+                int64_t stride, const float* zeros, const Place& place) const {
     tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
-      const float* corner = a.y + ((image * a.OH + h) * a.OW + w) * ld + from;
+      const float* corner = a.y + ((image * a.OH + h) * a.OW + w) * a.K + from;
       const int64_t down = a.OH - h, right = a.OW - w;
       const bool inside = down >= kOut && right >= kOut;
       for (int64_t k = 0; k < whole; k += kWidth) {
-        float* place = to + k / kTile * kTile * tiles + t * kTile + k % kTile;
-        const float* from_k = corner + k;
+        float* to = place(t, k);
         const auto put = [&](int i, int j, V value) {
-          std::memcpy(place + (kPatch * i + j) * y_stride, &value, sizeof(V));
+          std::memcpy(to + (kPatch * i + j) * stride, &value, sizeof(V));
         };
+        const auto there = [&](int i, int j) { return corner + (i * a.OW + j) * a.K + k; };
         if (inside && k < count)
-          of_outputs_2d([&](int i, int j) { return load<kWidth>(from_k + (i * a.OW + j) * ld); },
-                           put);
+          of_outputs_2d([&](int i, int j) { return load<kWidth>(there(i, j)); }, put);
         else
           of_outputs_2d(
               [&](int i, int j) {
-                const bool there = i < down && j < right && k < count;
-                return load<kWidth>(there ? from_k + (i * a.OW + j) * ld : zeros);
+                return load<kWidth>(i < down && j < right && k < count ? there(i, j) : zeros);
               },
               put);
       }
     });
   }
 
-  // Adds up the parts of a chunk, of kGroup outputs and inputs at a time, numbered, and turns
-  // [tap][c][k] into [k][tap][c].
-  void merge(int64_t chunk, int64_t begin, int64_t end, const float* sums) const {
-    const int64_t across_chunk = width / kGroup;
-    at_chunk(chunk, [&](int64_t group, int64_t c, int64_t k) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t i = block / across_chunk * kGroup, j = block % across_chunk * kGroup;
-        if (c + i < C && k + j < K)
-          merge_block(a.weights + (group * K + k + j) * 9 * C + c + i, sums + i * width + j);
-      }
-    });
-  }
-
-  void merge_block(float* to, const float* from) const {
-    const int64_t part_stride = chunks() * sums_of_task();
-    for (int64_t v = 0; v < kGroup; v += kWidth)
-      for (int64_t i = 0; i < kGroup; i += kWidth) {
-        V block[9][kWidth];
-        for (int64_t j = 0; j < kWidth; ++j) {
-          const auto sum = [&](int row, int column) {
-            const float* p = from + ((kPatch * row + column) * height + i + j) * width + v;
-            V total = load<kWidth>(p);
-            for (int64_t part = 1; part < parts; ++part) total += load<kWidth>(p + part * part_stride);
-            return total;
-          };
-          to_weights_2d(sum, [&](int row, int column, V value) { block[3 * row + column][j] = value; });
-        }
-        for (int tap = 0; tap < 9; ++tap) {
-          transpose(block[tap]);
-          for (int64_t j = 0; j < kWidth; ++j)
-            std::memcpy(to + ((v + j) * 9 + tap) * C + i, &block[tap][j], sizeof(V));
-        }
-      }
+  // Weights put(number, vector) from the sums at(tap).
+  template <class At, class Put>
+  static void weights(const At& at, const Put& put) {
+    to_weights_2d([&](int i, int j) { return at(kPatch * i + j); },
+                  [&](int i, int j, V value) { put(3 * i + j, value); });
   }
 };
-
-inline int weights_gradient(const ConvolutionArguments& a) {
-#if SENET_REGISTERS == 32
-  const int64_t K = a.K / a.groups;
-  if (K <= kWidth) return WinogradWeights<16, 1>(a).run();
-  if (K <= 2 * kWidth) return WinogradWeights<8, 2>(a).run();
-  return WinogradWeights<4, 4>(a).run();
-#else
-  return WinogradWeights<4, 2>(a).run();
-#endif
-}
 
 }  // namespace
 }  // namespace senet

@@ -114,7 +114,7 @@ def _call(name: str, a: Arguments | Saved, x: Tensor, weight: Tensor, y: Tensor)
     groups = C // weight.shape[1]
     block = _BLOCK.pack(
         *(N, H, W, C, y.shape[2], y.shape[3], y.shape[1], *a.padding),
-        *(groups, torch.get_num_threads()),
+        *(weight.shape[2], a.stride[0], groups, torch.get_num_threads()),
         *(x.data_ptr(), weight.data_ptr(), y.data_ptr()),
     )
     if getattr(kernels.LIBRARY, f"senet_convolution_{name}")(block):

@@ -26,6 +26,9 @@ _GROUP, _MOST_PADDING = 16, 2
 _LEAST_GROUP = 4
 # Of groups of so many channels PyTorch's kernels are sometimes the faster ones.
 _NARROW = 32
+# Of a 1x1 convolution the weights' gradient is ours where PyTorch's is slow: many inputs, many
+# outputs and few positions.
+_LEAST_WIDE, _LEAST_OUTPUTS, _MOST_POSITIONS = 1024, 256, 1600
 # Up to here they work in less than 64 MB.
 _MOST_CHANNELS = 2048
 
@@ -124,13 +127,19 @@ def _passes(
     choice: str,
     isa: str,
 ) -> Passes:
-    if choice == "torch" or not isa or not _able(x, weight, stride, padding, groups):
+    able = _able(x, weight, stride, padding, groups)
+    if choice == "torch" or not isa or not able.weight:
         return Passes()
     if choice == "senet":
-        return Passes(True, True, True)
-    N, _, height, width = output_size(x, weight, stride, padding)
+        return able
+    if isa not in ("avx512", "avx2"):  # others: not measured
+        return Passes()
+    N, K, height, width = output_size(x, weight, stride, padding)
+    if not able.forward:
+        wide = x[1] >= _LEAST_WIDE and K >= _LEAST_OUTPUTS and N * height * width <= _MOST_POSITIONS
+        return Passes(weight=wide and isa == "avx512")
     tiles = N * -(-height // _TILE) * -(-width // _TILE)
-    if isa not in ("avx512", "avx2") or tiles < _LEAST_TILES:  # others: not measured
+    if tiles < _LEAST_TILES:
         return Passes()
     # On maps of 1, 2 or 5 rows and columns most of a tile is computed for nothing.
     filled = 2 * N * height * width >= tiles * _TILE**2
@@ -148,14 +157,16 @@ def _able(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     groups: int,
-) -> bool:
-    """Whether the kernels can compute it, in less than 64 MB."""
+) -> Passes:
+    """What the kernels can compute, in less than 64 MB."""
     K, C = weight[:2]
-    return (
-        weight[2:] == (3, 3)
-        and stride == (1, 1)
-        and max(padding) <= _MOST_PADDING
-        and packed(C, K // groups, groups) > 0
-        and max(C, K) <= _MOST_CHANNELS
-        and min(output_size(x, weight, stride, padding)) > 0
-    )
+    if (
+        packed(C, K // groups, groups) == 0
+        or max(C, K) > _MOST_CHANNELS
+        or min(output_size(x, weight, stride, padding)) <= 0
+    ):
+        return Passes()
+    if weight[2:] == (3, 3) and stride == (1, 1) and max(padding) <= _MOST_PADDING:
+        return Passes(True, True, True)
+    point = weight[2:] == (1, 1) and stride[0] == stride[1] and max(padding) == 0
+    return Passes(weight=point and C % _GROUP == 0)
