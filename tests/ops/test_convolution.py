@@ -298,7 +298,7 @@ def test_what_is_refused() -> None:
         convolve(x, torch.zeros(3, 1, 3, 3), groups=2)
     with pytest.raises(UserError, match="groups is 0; give an integer of at least 1"):
         convolve(x, weight, groups=0)
-    with pytest.raises(UserError, match="'fast'; choose one of auto, torch, senet"):
+    with pytest.raises(UserError, match="'fast'; choose one of auto, direct, torch, senet"):
         use("fast")
     result = run_python("import senet.ops.convolution", SENET_CONVOLUTION="fast")
     assert "the environment's SENET_CONVOLUTION is 'fast'" in result.stderr
@@ -325,7 +325,7 @@ RULE = [  # x, K, kernel, stride, padding: avx512, avx2
     ((8, 64, 2, 1), 64, 3, 1, 0, NONE, NONE),  # smaller than the kernel
 ]
 GROUPED = [  # x, K, groups: avx512, avx2
-    ((8, 128, 56, 56), 128, 32, ALL, MAPS),
+    ((8, 128, 56, 56), 128, 32, ALL, ALL),
     ((8, 256, 28, 28), 256, 32, WEIGHT, MAPS),
     ((8, 1024, 7, 7), 1024, 32, WEIGHT, ALL),
     ((8, 256, 14, 14), 512, 2, ALL, ALL),
@@ -341,6 +341,8 @@ def test_the_rule(case: tuple[Any, ...]) -> None:
     x, K, kernel, stride, padding, *expected = case
     sizes = (x, (K, x[1], kernel, kernel), (stride, stride), (padding, padding))
     assert [rule._passes(*sizes, 1, "auto", isa) for isa in ("avx512", "avx2")] == expected
+    direct = NONE if kernel == 3 else expected[0]
+    assert rule._passes(*sizes, 1, "direct", "avx512") == direct
     for choice, isa in (("auto", "baseline"), ("auto", ""), ("torch", "avx512"), ("senet", "")):
         assert rule._passes(*sizes, 1, choice, isa) == NONE
 

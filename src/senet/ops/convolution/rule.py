@@ -16,7 +16,7 @@ from senet import kernels
 from senet.errors import UserError
 from senet.ops.convolution.description import output_size
 
-_NAMES = ("auto", "torch", "senet")
+_NAMES = ("auto", "direct", "torch", "senet")
 
 # Fewer tiles of 4x4 outputs do not pay for the transforms of the weights.
 _LEAST_TILES, _TILE = 32, 4
@@ -26,9 +26,10 @@ _GROUP, _MOST_PADDING = 16, 2
 _LEAST_GROUP = 4
 # Of groups of so many channels PyTorch's kernels are sometimes the faster ones.
 _NARROW = 32
+_SLOW_GROUP = 8  # with AVX2, for the gradient of the weights
 # Of a 1x1 convolution the weights' gradient is ours where PyTorch's is slow: many inputs, many
 # outputs and few positions.
-_LEAST_WIDE, _LEAST_OUTPUTS, _MOST_POSITIONS = 1024, 256, 1600
+_LEAST_WIDE, _LEAST_OUTPUTS, _MOST_POSITIONS = 1024, 512, 1600
 # Up to here they work in less than 64 MB.
 _MOST_CHANNELS = 2048
 
@@ -70,7 +71,8 @@ def use(name: str) -> AbstractContextManager[None]:
 
     Args:
         name: "auto" (the default: senet's kernels for the passes and shapes in which they were
-            measured to be faster), "torch" (never) or "senet" (wherever they can).
+            measured to be faster), "direct" (the same without Winograd's transforms), "torch"
+            (never) or "senet" (wherever they can).
 
     Raises:
         UserError: another name, or "senet" without the C++ kernels.
@@ -132,6 +134,8 @@ def _passes(
         return Passes()
     if choice == "senet":
         return able
+    if choice == "direct" and able.forward:  # 3x3: Winograd's
+        return Passes()
     if isa not in ("avx512", "avx2"):  # others: not measured
         return Passes()
     N, K, height, width = output_size(x, weight, stride, padding)
@@ -148,7 +152,7 @@ def _passes(
     if isa == "avx512":
         maps = filled and weight[1] == _LEAST_GROUP
         return Passes(maps, maps, weight=True)
-    return Passes(filled, filled, weight[1] >= _GROUP)
+    return Passes(filled, filled, weight[1] != _SLOW_GROUP)
 
 
 def _able(
