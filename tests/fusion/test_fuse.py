@@ -157,7 +157,11 @@ MODELS = {
         "norm → se → add → relu": 16,
         "3×3 convolution": 13,
     },
-    "timm:seresnext50_32x4d": {"norm → relu": 33, "norm → se → add → relu": 16},
+    "timm:seresnext50_32x4d": {
+        "norm → relu": 33,
+        "norm → se → add → relu": 16,
+        "3×3 convolution": 13,
+    },
     "torchvision:efficientnet_b0": {"norm → silu": 17, "norm → silu → se": 16, "depthwise": 9},
     "torchvision:mobilenet_v3_large": {
         "norm → relu": 8,
@@ -171,6 +175,7 @@ MODELS = {
         "norm → relu": 15,
         "norm → relu → se": 14,
         "norm → add → relu": 14,
+        "3×3 convolution": 10,
     },
     "torchvision:resnet50": {
         "norm → relu": 33,
@@ -823,18 +828,19 @@ def test_plain_three_by_three_convolutions(monkeypatch: pytest.MonkeyPatch) -> N
         nn.Conv2d(48, 32, 3, padding=1),
         nn.Conv2d(32, 32, 3, 2, 1, bias=False),
         nn.Conv2d(32, 32, 3, padding=1, groups=2, bias=False),
+        nn.Conv2d(32, 32, 3, padding=1, groups=16, bias=False),
         nn.Conv2d(32, 40, 3, padding=1, bias=False),
     ]
     plain = nn.Sequential(nn.Conv2d(3, 32, 1), *layers).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
     report = senet.fuse(fused, torch.zeros(1, 3, 20, 20))
     assert [(part.name, part.form) for part in report.fused] == [
-        *(("1", "3×3 convolution"), ("2", "3×3 convolution"))
+        *(("1", "3×3 convolution"), ("2", "3×3 convolution"), ("5", "3×3 convolution"))
     ]
     used.clear()
     x = images(4, 20).float().contiguous(memory_format=torch.channels_last)
     assert_same(step(fused, x), step(plain, x), 1e-4)
-    assert used == [32, 48]
+    assert used == [32, 48, 32]
     senet.unfuse(fused)
     assert ran(fused) == []
 
