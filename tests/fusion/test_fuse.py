@@ -478,6 +478,17 @@ def test_graphs_that_leave_the_process_hold_pytorchs_operators() -> None:
     torch.testing.assert_close(symbolic(images()), plain(images()))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_whose_own_forward_is_fused_is_exported() -> None:
+    plain = timm.create_model("test_resnet", num_classes=3).eval()
+    fused = copy.deepcopy(plain)
+    senet.fuse(fused, torch.zeros(1, 3, 64, 64))
+    assert "forward" in vars(fused)
+    x = torch.randn(2, 3, 64, 64)
+    exported = torch.export.export(fused, (x,))
+    torch.testing.assert_close(exported.module()(x), plain(x))
+
+
 def test_under_torch_func() -> None:
     plain, fused = pair()
     plain.eval(), fused.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -86,6 +87,11 @@ class FusedForward:
             f"torch.jit.script cannot compile a fused {type(self.owner).__name__}: undo it with "
             "senet.unfuse(model), or use torch.jit.trace(model.eval(), example_input)"
         )
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the class's forward, for torch.export, which names the root's file and line."""
+        return type(self.owner).forward.__code__
 
     def obstacle(self) -> str | None:
         """Why it would step aside now."""
