@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from senet.bench.convolutions import PASSES
 from senet.checkpoint.files import open_checkpoint
 from senet.data import Augmentation, load_data, train_loader
 from senet.ops import convolution
-
-PASSES = ("forward", "gradient of the input", "gradient of the weights")
 
 
 def passes_of(layer: nn.Conv2d, x: Tensor, gradient: Tensor, by: str) -> list[Tensor]:

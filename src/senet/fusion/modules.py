@@ -84,7 +84,7 @@ def is_three_by_three(module: nn.Module | None) -> bool:
         and (module.kernel_size, module.stride, module.dilation) == ((3, 3), (1, 1), (1, 1))
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and packed(module.weight.shape[1], module.out_channels // module.groups, module.groups) > 0
+        and packed(module.weight.shape, module.groups) > 0
     )
 
 

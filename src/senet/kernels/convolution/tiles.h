@@ -78,31 +78,27 @@ void multiply(const float* x, int64_t x_step, int64_t depth, const float* w, flo
 }
 
 // sums[r][k] (+)= sum over positions of x[position][r] * y[position][k] for kRows rows and kVectors
-// vectors; `first`: nothing is there to add to. Positions lie in `runs` runs of `run`, each at its
-// offset in x, and one behind the other in y.
+// vectors; `first`: nothing is there to add to. Positions are x_step apart in x.
 template <int kRows, int kVectors>
-void add_outer_products(const float* x, int64_t x_step, const int64_t* offsets, int64_t runs,
-                        int64_t run, const float* y, float* sums, int64_t sums_ld, bool first) {
+void add_outer_products(const float* x, int64_t x_step, int64_t positions, const float* y, float* sums,
+                        int64_t sums_ld, bool first) {
   V sum[kRows][kVectors];
   SENET_UNROLL(16)
   for (int r = 0; r < kRows; ++r)
     SENET_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = V{};
-  for (int64_t i = 0; i < runs; ++i) {
-    const float* p = x + offsets[i];
-    for (int64_t w = 0; w < run; ++w) {
-      V g[kVectors];
+  for (int64_t position = 0; position < positions; ++position) {
+    V g[kVectors];
+    SENET_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) g[v] = load<kWidth>(y + v * kWidth);
+    SENET_UNROLL(16)
+    for (int r = 0; r < kRows; ++r) {
+      const V value = x[r] - V{};
       SENET_UNROLL(4)
-      for (int v = 0; v < kVectors; ++v) g[v] = load<kWidth>(y + v * kWidth);
-      SENET_UNROLL(16)
-      for (int r = 0; r < kRows; ++r) {
-        const V value = p[r] - V{};
-        SENET_UNROLL(4)
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * g[v];
-      }
-      p += x_step;
-      y += kVectors * kWidth;
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += value * g[v];
     }
+    x += x_step;
+    y += kVectors * kWidth;
   }
   SENET_UNROLL(16)
   for (int r = 0; r < kRows; ++r)
@@ -115,8 +111,7 @@ void add_outer_products(const float* x, int64_t x_step, const int64_t* offsets, 
 }
 
 using Multiply = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
-using AddOuterProducts = void (*)(const float*, int64_t, const int64_t*, int64_t, int64_t, const float*,
-                                  float*, int64_t, bool);
+using AddOuterProducts = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
 
 template <int kVectors, int... kRows>
 Multiply multiply_of(int64_t rows, std::integer_sequence<int, kRows...>) {

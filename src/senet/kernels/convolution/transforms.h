@@ -1,10 +1,10 @@
-// The transforms of Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308), by Cook and Toom for the
-// points 0, a, -a, b, -b and infinity.
+// The transforms of Winograd's F(4x4, 3x3) for all three passes, see ../winograd.h.
 //
 //   forward:   y  = A'[(G w G') * (B' x B)]A
 //   weights:   dw = G'[sum over tiles of (B' x B) * (A y' A')]G
 #pragma once
 
+#include "../winograd.h"
 #include "tiles.h"
 
 namespace senet {
@@ -14,23 +14,10 @@ namespace {
 constexpr int kOut = 4, kPatch = kOut + 2;
 constexpr int64_t kTaps = kPatch * kPatch;
 
-// With a b = 1 the coefficients stay near 1, and rounding errors small: of sums over 64 channels 5 times
-// those of the plain sum (root mean square), and 11 times for the better known points 1 and 2.
-constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;  // roots of 1/2 and 2
-constexpr float kAA = 0.5f, kBB = 2.0f, kAAA = kA * kAA, kBBB = kB * kBB;
+constexpr float kAAA = kA * kAA, kBBB = kB * kBB;
 constexpr float kOfA = -1.0f / 1.5f, kOfB = 1.0f / 6.0f;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
 
-// B'd, A'm, Ag, Gw, G'm along one axis.
-SENET_INLINE void to_products(const V* d, V* out) {
-  const V even_a = d[4] - kBB * d[2], odd_a = kA * (d[3] - kBB * d[1]);
-  const V even_b = d[4] - kAA * d[2], odd_b = kB * (d[3] - kAA * d[1]);
-  out[0] = d[0] - (kAA + kBB) * d[2] + d[4];
-  out[1] = even_a + odd_a;
-  out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b;
-  out[4] = even_b - odd_b;
-  out[5] = d[1] - (kAA + kBB) * d[3] + d[5];
-}
+// A'm, Ag, Gw, G'm along one axis; B'd is to_products.
 SENET_INLINE void to_outputs(const V* p, V* out) {
   const V even_a = p[1] + p[2], odd_a = p[1] - p[2], even_b = p[3] + p[4], odd_b = p[3] - p[4];
   out[0] = p[0] + even_a + even_b;
@@ -42,20 +29,14 @@ SENET_INLINE void of_outputs(const V* g, V* out) {
   const V even_a = g[0] + kAA * g[2], odd_a = kA * g[1] + kAAA * g[3];
   const V even_b = g[0] + kBB * g[2], odd_b = kB * g[1] + kBBB * g[3];
   out[0] = g[0];
-  out[1] = even_a + odd_a;
-  out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b;
-  out[4] = even_b - odd_b;
+  at_points(even_a, odd_a, even_b, odd_b, out + 1);
   out[5] = g[3];
 }
 SENET_INLINE void of_weights(const V* w, V* out) {
   const V even_a = (w[0] + kAA * w[2]) * kOfA, odd_a = w[1] * (kA * kOfA);
   const V even_b = (w[0] + kBB * w[2]) * kOfB, odd_b = w[1] * (kB * kOfB);
   out[0] = w[0];
-  out[1] = even_a + odd_a;
-  out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b;
-  out[4] = even_b - odd_b;
+  at_points(even_a, odd_a, even_b, odd_b, out + 1);
   out[5] = w[2];
 }
 SENET_INLINE void to_weights(const V* p, V* out) {
@@ -86,6 +67,13 @@ SENET_INLINE void both_axes(const At& at, const Axis& axis, const Put& put) {
     SENET_UNROLL(6)
     for (int j = 0; j < kTo; ++j) put(i, j, out[j]);
   }
+}
+
+// Where the taps of a patch go, `stride` apart.
+SENET_INLINE auto taps_at(float* to, int64_t stride) {
+  return [=](int i, int j, V value) {
+    std::memcpy(to + (kPatch * i + j) * stride, &value, sizeof(V));
+  };
 }
 
 #define SENET_AXIS(name) [](const V* in, V* out) { name(in, out); }

@@ -65,7 +65,7 @@ struct WeightsGradient {
     height = std::min(C, kChunk);
     across = ceil_div(K, width);
     down = ceil_div(C, height);
-    tiles = std::max<int64_t>(12, std::min(Domain::kMost, 98304 / (kTaps * height) / 12 * 12));
+    tiles = block_tiles(kTaps, height, 98304, Domain::kMost);
     // A part writes all its sums once, however few its tiles are.
     parts = std::min(ceil_div(16, chunks()),
                      ceil_div(domain.count(), std::max<int64_t>(tiles, 64)));
@@ -114,7 +114,7 @@ struct WeightsGradient {
                 float* y) const {
     const int64_t from = domain.count() * part / parts, end = domain.count() * (part + 1) / parts;
     at_chunk(chunk, [&](int64_t group, int64_t c, int64_t k) {
-      const int64_t rows = std::min(height, C - c), columns = std::min(width, K - k), none = 0;
+      const int64_t rows = std::min(height, C - c), columns = std::min(width, K - k);
       for (int64_t first = from; first < end; first += tiles) {
         const int64_t last = std::min(end, first + tiles);
         domain.inputs(first, last, group * C + c, rows, x_stride, zeros, [&](int64_t t, int64_t i) {
@@ -128,8 +128,8 @@ struct WeightsGradient {
           for (int64_t j = 0; j < columns; j += kTile)
             for (int64_t i = 0; i < rows; i += kRows)
               add_outer_products<kRows, kVectors>(
-                  x + tap * x_stride + i / kGroup * kGroup * tiles + i % kGroup, kGroup, &none, 1,
-                  last - first, y + tap * y_stride + j * tiles,
+                  x + tap * x_stride + i / kGroup * kGroup * tiles + i % kGroup, kGroup, last - first,
+                  y + tap * y_stride + j * tiles,
                   sums + (tap * height + i) * width + j, width, first == from);
       }
     });

@@ -65,8 +65,8 @@ SENET_INLINE void each_patch(const float* image, int64_t H, int64_t W, int64_t l
 }
 
 // Tiles of a block: what is transformed of it stays in the second-level cache.
-inline int64_t block_tiles(int64_t C, int64_t floats, int64_t most) {
-  return std::max<int64_t>(12, std::min(most, floats / (kTaps * C) / 12 * 12));
+inline int64_t block_tiles(int64_t taps, int64_t C, int64_t floats, int64_t most) {
+  return std::max<int64_t>(12, std::min(most, floats / (taps * C) / 12 * 12));
 }
 
 // A Winograd convolution of x [N][H][W][groups][C] with zeros around: y [N][OH][OW][groups][K].
@@ -113,9 +113,7 @@ struct Winograd {
       for (int v = 0; v < kVectors; ++v) {
         float* place = to + i * kTile + v * kWidth;
         of_weights_2d([&](int row, int column) { return w[i][3 * row + column][v]; },
-                         [&](int row, int column, V value) {
-                           std::memcpy(place + (kPatch * row + column) * step, &value, sizeof(V));
-                         });
+                      taps_at(place, step));
       }
   }
 
@@ -135,7 +133,7 @@ struct Winograd {
   int run_keeping() const {
     constexpr int64_t kTile = kVectors * kWidth;
     const Tiling tiling(N, OH, OW);
-    const int64_t tiles = block_tiles(C, 221184, 24), blocks = ceil_div(tiling.count, tiles);
+    const int64_t tiles = block_tiles(kTaps, C, 221184, 24), blocks = ceil_div(tiling.count, tiles);
     // Narrow groups that lie beside each other go together: a few numbers of each pixel at a time
     // would be slow to read and write.
     const int64_t strip = K % kTile ? 1 : std::min(groups, std::max<int64_t>(1, kStrip / C));
@@ -260,9 +258,7 @@ struct Winograd {
       int64_t left = depth;  // of the chunk
       each_patch(x + image * H * W * x_ld, H, W, x_ld, h - pad_h, w - pad_w, count, zeros,
                  [&](int64_t, const auto& at) {
-                   to_products_2d(at, [&](int i, int j, V value) {
-                     std::memcpy(place + (kPatch * i + j) * stride, &value, sizeof(V));
-                   });
+                   to_products_2d(at, taps_at(place, stride));
                    place += kWidth, left -= kWidth;
                    if (!left) place += kTaps * stride - depth, left = depth;
                  });
@@ -327,10 +323,7 @@ struct Tiles {
     tiling.each(first, last, [&](int64_t t, int64_t image, int64_t h, int64_t w) {
       each_patch(a.x + image * a.H * a.W * a.C + from, a.H, a.W, a.C, h - a.pad_h, w - a.pad_w,
                  count, zeros, [&](int64_t c, const auto& at) {
-                   float* to = place(t, c);
-                   to_products_2d(at, [&](int i, int j, V value) {
-                     std::memcpy(to + (kPatch * i + j) * stride, &value, sizeof(V));
-                   });
+                   to_products_2d(at, taps_at(place(t, c), stride));
                  });
     });
   }
@@ -344,10 +337,7 @@ struct Tiles {
       const int64_t down = a.OH - h, right = a.OW - w;
       const bool inside = down >= kOut && right >= kOut;
       for (int64_t k = 0; k < whole; k += kWidth) {
-        float* to = place(t, k);
-        const auto put = [&](int i, int j, V value) {
-          std::memcpy(to + (kPatch * i + j) * stride, &value, sizeof(V));
-        };
+        const auto put = taps_at(place(t, k), stride);
         const auto there = [&](int i, int j) { return corner + (i * a.OW + j) * a.K + k; };
         if (inside && k < count)
           of_outputs_2d([&](int i, int j) { return load<kWidth>(there(i, j)); }, put);

@@ -1,22 +1,18 @@
 // 3×3 convolutions of stride 1 by Winograd's minimal filtering F(m×m, 3×3) (Lavin and Gray, arXiv
 // 1509.09308): patches of (m+2)² inputs and the weights are transformed, multiplied as (m+2)² matrix
 // products over the channels, and transformed back to m² outputs: 2.25 (m = 2) or 4 (m = 4) times
-// fewer multiplications. The transforms follow Cook and Toom for the points 0, ±a, ±b and infinity
-// (m = 2: 0, ±1, infinity).
+// fewer multiplications. The transforms of m = 4 are those of ../winograd.h; of m = 2 they follow Cook
+// and Toom for the points 0, ±1 and infinity.
 #pragma once
 
 #include <algorithm>
 
+#include "../winograd.h"
 #include "geometry.h"
 #include "product.h"
 
 namespace senet {
 namespace {
-
-// Squares of a and b for m = 4. With a·b = 1 all coefficients stay near 1, which keeps the rounding
-// error about as low as that of a direct convolution (measured in tests/inference/test_kernels.py).
-constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
-constexpr float kAA = 0.5f, kBB = 2.0f;
 
 // out = Bᵀ in, one axis; `step` between the entries.
 template <int m>
@@ -27,15 +23,7 @@ SENET_INLINE void to_patch_domain(const V* in, V* out, int step) {
     out[2 * step] = in[2 * step] - in[step];
     out[3 * step] = in[step] - in[3 * step];
   } else {
-    const V d1 = in[step], d2 = in[2 * step], d3 = in[3 * step], d4 = in[4 * step];
-    const V even_a = d4 - kBB * d2, odd_a = kA * (d3 - kBB * d1);
-    const V even_b = d4 - kAA * d2, odd_b = kB * (d3 - kAA * d1);
-    out[0] = kAA * kBB * in[0] - (kAA + kBB) * d2 + d4;
-    out[step] = even_a + odd_a;
-    out[2 * step] = even_a - odd_a;
-    out[3 * step] = even_b + odd_b;
-    out[4 * step] = even_b - odd_b;
-    out[5 * step] = kAA * kBB * d1 - (kAA + kBB) * d3 + in[5 * step];
+    to_products(in, out, step);
   }
 }
 

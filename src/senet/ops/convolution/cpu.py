@@ -79,7 +79,7 @@ def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradien
 def _dense_shape(a: Arguments | Saved) -> tuple[int, int, int, int]:
     """Of the weights that the kernels take: several small groups are one, with zeros between."""
     K, C, height, width = a.weight.shape
-    return K, C * packed(C, K // a.groups, a.groups), height, width
+    return K, C * packed(a.weight.shape, a.groups), height, width
 
 
 def _dense(a: Arguments | Saved) -> Tensor:
@@ -93,18 +93,14 @@ def _dense(a: Arguments | Saved) -> Tensor:
 
 
 def _blocks(weight: Tensor, a: Arguments | Saved) -> Tensor:
-    """(which, of those that run as one, outputs, inputs, h, w) of weights (K,C/groups,h,w)."""
-    K, C = a.weight.shape[:2]
-    together = packed(C, K // a.groups, a.groups)
-    return weight.unflatten(0, (a.groups // together, together, K // a.groups))
+    """(which, of those that run as one, outputs, inputs, h, w) of weights (K,any,h,w)."""
+    together = packed(a.weight.shape, a.groups)
+    return weight.unflatten(0, (a.groups // together, together, -1))
 
 
 def _diagonal(dense: Tensor, a: Arguments | Saved) -> Tensor:
     """The same of the weights that the kernels take."""
-    K, C = a.weight.shape[:2]
-    together = packed(C, K // a.groups, a.groups)
-    parts = dense.unflatten(1, (together, C))
-    parts = parts.unflatten(0, (a.groups // together, together, K // a.groups))
+    parts = _blocks(dense, a).unflatten(3, (-1, a.weight.shape[1]))
     return parts.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 

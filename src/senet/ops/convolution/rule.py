@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
@@ -110,13 +110,15 @@ def passes(
     return _passes(x, weight, stride, padding, groups, _choice, kernels.instruction_set())
 
 
-def packed(channels: int, outputs: int, groups: int) -> int:
-    """How many groups of so many inputs and outputs run as one; 0: the kernels do not take them."""
+def packed(weight: Sequence[int], groups: int) -> int:
+    """How many groups of weights (K,C/groups,h,w) run as one; 0: the kernels do not take them."""
+    channels, outputs = weight[1], weight[0] // groups
     if channels % _GROUP == outputs % _GROUP == 0:
         return 1
-    fits = channels == outputs >= _LEAST_GROUP and _GROUP % channels == 0
-    together = _GROUP // channels if fits else 0
-    return together if fits and groups % together == 0 else 0
+    if channels != outputs or channels < _LEAST_GROUP or _GROUP % channels:
+        return 0
+    together = _GROUP // channels
+    return together if groups % together == 0 else 0
 
 
 @functools.lru_cache(4096)
@@ -165,7 +167,7 @@ def _able(
     """What the kernels can compute, in less than 64 MB."""
     K, C = weight[:2]
     if (
-        packed(C, K // groups, groups) == 0
+        packed(weight, groups) == 0
         or max(C, K) > _MOST_CHANNELS
         or min(output_size(x, weight, stride, padding)) <= 0
     ):
