@@ -1,8 +1,8 @@
 // 3×3 convolutions of stride 1 by Winograd's minimal filtering F(m×m, 3×3) (Lavin and Gray, arXiv
 // 1509.09308): patches of (m+2)² inputs and the weights are transformed, multiplied as (m+2)² matrix
 // products over the channels, and transformed back to m² outputs: 2.25 (m = 2) or 4 (m = 4) times
-// fewer multiplications. The transforms of m = 4 are those of ../winograd.h; of m = 2 they follow Cook
-// and Toom for the points 0, ±1 and infinity.
+// fewer multiplications. The transforms follow Cook and Toom, for m = 4 with the points of
+// ../winograd.h (m = 2: 0, ±1, infinity).
 #pragma once
 
 #include <algorithm>
