@@ -91,6 +91,13 @@ def numbers(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.detach().to(dtype).contiguous()
 
 
+def moves_in_kernel(mean: Tensor | None, var: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether running statistics are as the kernel moves them: float32, without gaps."""
+    return dtype == torch.float32 and all(
+        t is not None and t.dtype == dtype and t.is_contiguous() for t in (mean, var)
+    )
+
+
 class Call:
     """What all launches for a map x share.
 
@@ -150,19 +157,25 @@ class Call:
         running: tuple[Tensor | None, Tensor | None],
         eps: float,
         momentum: float | None,
+        affine: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> None:
-        """Fill three rows of `out` from the moments, or without them from the running ones."""
+        """Fill rows of `out` from the moments, or without them from the running ones.
+
+        Three, or five with the weight and bias of a normalization: see `statistics_kernel`.
+        """
         cut, block = self.sums, 8
         batch = moments[0] is not None
         self.launch(
             self.maps.statistics_kernel,
             -(-self.C // block),
-            *(*moments, *running, out, self.N * cut.splits, cut.splits, cut.chunk),
+            *(*moments, *running, out, *(affine or (None, None))),
+            *(self.N * cut.splits, cut.splits, cut.chunk),
             *(self.C, self.P, self.M, 0.0 if momentum is None else momentum),
             first_row=first_row,
             EPS=eps,
             BATCH=batch,
             MOVE=batch and momentum is not None,
+            AFFINE=affine is not None,
             ACC=self.acc,
             BLOCK_R=128,
             BLOCK_C=block,

@@ -133,14 +133,17 @@ def gate_gradient_tile(
     sums, gates, statistics, weight, bias, n, c, N, C,
     NORMALIZED: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the gate's argument, (gain Σ g'(x - mean) + bias Σ g') times its slope."""
+    """Gradient of the gate's argument, (gain Σ g'(x - mean) + bias Σ g') times its slope.
+
+    Σ g' is read where there is a bias only.
+    """
     _, gain, offset = affine(statistics, 0, weight, bias, c, c < C, C, NORMALIZED, ACC)
     inside = (n < N)[:, None] & (c < C)[None, :]
     at = n.to(tl.int64)[:, None] * C + c[None, :]
-    g1 = tl.load(sums + at, inside, other=0)
-    g2 = tl.load(sums + tl.cast(N, tl.int64) * C + at, inside, other=0)
+    ds = gain[None, :] * tl.load(sums + tl.cast(N, tl.int64) * C + at, inside, other=0)
+    if bias is not None:
+        ds += offset[None, :] * tl.load(sums + at, inside, other=0)
     s = tl.load(gates + at, inside, other=0)
-    ds = gain[None, :] * g2 + offset[None, :] * g1
     return tl.where(inside, ds * gate_slope(s, GATE), 0)
 
 
@@ -279,3 +282,47 @@ def channel_gradients_kernel(
         s_inv_std = tl.load(statistics + tl.cast(C, tl.int64) * 4 + c, kept, other=0)
         tl.store(s_dbias + c, plain.to(ACC), kept)
         tl.store(s_dweight + c, (other * s_inv_std).to(ACC), kept)
+
+
+@triton.jit
+def branch_channels_kernel(
+    sums, rows, gates, dz, dweight, dbias, per_channel, N, C, P, M,
+    BATCH: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What a join's branch sums over its images, in float64.
+
+    The gradients of its normalization's parameters (C,), each if its pointer is, and the terms of
+    dx that are the same for all images: per_channel (2,C), see `branch_gradient_kernel`.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    kept = c < C
+    inv_std = tl.load(rows + C + c, kept, other=0).to(tl.float64)
+    scale = tl.load(rows + tl.cast(C, tl.int64) * 3 + c, kept, other=0).to(tl.float64)
+    size = tl.cast(N, tl.int64) * C
+    plain = tl.zeros([BLOCK_C], tl.float64)
+    moment = tl.zeros([BLOCK_C], tl.float64)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        inside = (n < N)[:, None] & kept[None, :]
+        at = n.to(tl.int64)[:, None] * C + c[None, :]
+        a1 = tl.load(sums + at, inside, other=0).to(tl.float64)
+        a2 = tl.load(sums + size + at, inside, other=0).to(tl.float64)
+        if gates is not None:
+            s = tl.load(gates + at, inside, other=0).to(tl.float64)
+            d = tl.load(dz + at, inside, other=0).to(tl.float64) / P
+            a1 = s * a1 + d * tl.load(sums + 2 * size + at, inside, other=0).to(tl.float64)
+            a2 = s * a2 + d * tl.load(sums + 3 * size + at, inside, other=0).to(tl.float64)
+        plain += tl.sum(a1, 0)
+        moment += tl.sum(a2, 0)
+    moment *= inv_std
+    if dbias is not None:
+        tl.store(dbias + c, plain.to(ACC), kept)
+    if dweight is not None:
+        tl.store(dweight + c, moment.to(ACC), kept)
+    pull = tl.zeros([BLOCK_C], tl.float64)
+    constant = pull
+    if BATCH:
+        pull = scale * inv_std * moment / -M
+        constant = scale * plain / -M
+    tl.store(per_channel + c, pull.to(ACC), kept)
+    tl.store(per_channel + C + c, constant.to(ACC), kept)

@@ -1,22 +1,24 @@
 """The join in Triton: `forward` and `backward`, for non-empty maps that `takes` accepts.
 
 Each branch for itself: forward its moments, one pass that sums its activation, one that writes it
-scaled; backward one pass of sums and one for its gradient. PyTorch concatenates several branches,
-takes their gradient apart, and does what arithmetic of (N,C) size is no product.
+scaled; backward one pass of sums and one for its gradient. PyTorch concatenates several branches
+and takes their gradient apart; of one it does nothing, as each of its calls costs the host as much
+as a launch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from senet.ops.description import Momenta
+from senet.ops.description import Momenta, move_running
 from senet.ops.join import (
     BATCH,
-    JOIN,
     NONE,
+    ROWS,
     Arguments,
     Gradients,
     Outputs,
@@ -26,9 +28,7 @@ from senet.ops.join import (
     empty_outputs,
 )
 from senet.ops.maps import common_format
-from senet.ops.triton.common import GATE_BLOCKS, Call, like, numbers, on
-
-_SUMS = 5  # of `branch_sums_kernel`
+from senet.ops.triton.common import GATE_BLOCKS, Call, like, moves_in_kernel, numbers, on
 
 
 def _functions(a: Arguments | Saved, kind: int, call: Call) -> dict[str, Any]:
@@ -39,25 +39,31 @@ def _functions(a: Arguments | Saved, kind: int, call: Call) -> dict[str, Any]:
 
 def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
     """y and what `backward` needs."""
-    layout, sizes = common_format(a.maps), channels(a.maps)
+    layout, sizes, one = common_format(a.maps), channels(a.maps), len(a.maps) == 1
     maps = [x.detach().contiguous(memory_format=layout) for x in a.maps]
     with on(maps[0]):
         outputs = empty_outputs(a)
         hidden_width = 0 if a.w1 is None else a.w1.shape[0]
         calls = [Call(x, hidden_width) for x in maps]
-        norms = zip(a.weights, a.biases, a.means, a.variances, a.normalizations, a.eps, strict=True)
-        rows = [_rows(call, x, *norm) for call, x, norm in zip(calls, maps, norms, strict=True)]
-        torch.cat(rows, 1, out=outputs.statistics)
+        rows = [outputs.statistics] if one else [call.empty(ROWS, call.C) for call in calls]
+        moved = (None,) * len(maps) if momenta is None else momenta
+        for branch, (call, x, out) in enumerate(zip(calls, maps, rows, strict=True)):
+            _fill_rows(call, x, out, a, branch, moved[branch])
+        if not one:
+            torch.cat(rows, 1, out=outputs.statistics)
         branches = list(zip(calls, maps, rows, a.normalizations, strict=True))
         shares: list[Tensor | None] = [None] * len(maps)
         if a.w1 is not None:
-            squeezes = [_squeeze(call, x, r, _functions(a, k, call)) for call, x, r, k in branches]
-            torch.cat(squeezes, 1, out=outputs.squeezed)
+            wholes = [outputs.squeezed] if one else [call.empty(call.N, call.C) for call in calls]
+            for (call, x, r, kind), squeezed in zip(branches, wholes, strict=True):
+                _fill_squeezed(call, x, r, squeezed, _functions(a, kind, call))
+            if not one:
+                torch.cat(wholes, 1, out=outputs.squeezed)
             _excite(a, outputs, calls[0])
-            shares = [s.contiguous() for s in outputs.gates.split(sizes, 1)]
+            shares = list(_parts(outputs.gates, sizes))
         parts = []
         for (call, x, r, kind), s in zip(branches, shares, strict=True):
-            y, cut = outputs.y if len(maps) == 1 else torch.empty_like(x), call.element
+            y, cut = outputs.y if one else torch.empty_like(x), call.element
             call.launch(
                 call.maps.branch_kernel,
                 cut.programs,
@@ -66,51 +72,54 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
                 **cut.constants,
             )
             parts.append(y)
-        if len(maps) > 1:
+        if not one:
             torch.cat(parts, 1, out=outputs.y)
-        if momenta is not None:
-            JOIN.move(a, outputs, momenta)
     return outputs
 
 
-def _rows(
-    call: Call,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    normalization: int,
-    eps: float,
-) -> Tensor:
-    """Statistics (ROWS,C) of a branch."""
-    rows = call.empty(5, call.C)
+def _parts(t: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The share of each branch in (N,C) numbers."""
+    return [t] if len(sizes) == 1 else [part.contiguous() for part in t.split(sizes, 1)]
+
+
+def _fill_rows(
+    call: Call, x: Tensor, rows: Tensor, a: Arguments, branch: int, momentum: float | None
+) -> None:
+    """Fill the statistics (ROWS,C) of a branch, and move its running ones."""
+    mean, variance = a.means[branch], a.variances[branch]
+    normalization = a.normalizations[branch]
     if normalization == NONE:
         rows.zero_()
         rows[1] = rows[3] = 1
-        return rows
-    batch = normalization == BATCH
+        return
+    batch, dtype = normalization == BATCH, call.dtype
     moments = call.moments(x, second=True) if batch else (None, None)
-    running = (None, None) if batch else (numbers(mean, call.dtype), numbers(variance, call.dtype))
-    call.statistics(rows, 0, moments, running, eps, None)
-    rows[3] = rows[1] if weight is None else rows[1] * weight.detach()
-    rows[4] = 0 if bias is None else bias.detach()
-    return rows
+    inside = momentum is not None and moves_in_kernel(mean, variance, dtype)
+    if not batch:
+        running = (numbers(mean, dtype), numbers(variance, dtype))
+    else:
+        running = (mean, variance) if inside else (None, None)
+    affine = (numbers(a.weights[branch], dtype), numbers(a.biases[branch], dtype))
+    call.statistics(rows, 0, moments, running, a.eps[branch], momentum if inside else None, affine)
+    if batch and not inside:
+        move_running(mean, variance, momentum, rows)
 
 
-def _squeeze(call: Call, x: Tensor, rows: Tensor, functions: dict[str, Any]) -> Tensor:
-    """(N,C): means of a branch's activation over the pixels of an image."""
+def _fill_squeezed(
+    call: Call, x: Tensor, rows: Tensor, squeezed: Tensor, functions: dict[str, Any]
+) -> None:
+    """Fill (N,C): means of a branch's activation over the pixels of an image."""
     cut = call.sums
-    parts, squeezed = call.empty(call.N * cut.splits, call.C), call.empty(call.N, call.C)
+    chunks = squeezed if cut.splits == 1 else call.empty(call.N * cut.splits, call.C)
     call.launch(
         call.maps.branch_squeeze_kernel,
         cut.programs,
-        *(x, parts, rows, call.C, call.P, cut.splits, cut.tiles),
+        *(x, chunks, rows, call.C, call.P, cut.splits, cut.tiles),
         **functions,
         **cut.constants,
     )
-    call.merge(parts, squeezed, mean=False)
-    return squeezed.div_(call.P)
+    if chunks is not squeezed:
+        call.merge(chunks, squeezed, mean=True)
 
 
 def _gate_sizes(squeezed: Tensor, hidden: Tensor) -> tuple[int, int, int]:
@@ -141,84 +150,82 @@ def _excite(a: Arguments, outputs: Outputs, call: Call) -> None:
 
 def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:
     """The gradients that are wanted, from that of y."""
-    layout, sizes = common_format(saved.maps), channels(saved.maps)
+    layout, sizes, w1 = common_format(saved.maps), channels(saved.maps), saved.w1
+    one, gated = len(sizes) == 1, w1 is not None
     maps = [x.detach().contiguous(memory_format=layout) for x in saved.maps]
-    w1, w2 = saved.w1, saved.w2
     with on(maps[0]):
         calls = [Call(x, 0 if w1 is None else w1.shape[0]) for x in maps]
         found = empty_gradients(saved, wanted)
-        parts = [g.contiguous(memory_format=layout) for g in gradient.split(sizes, 1)]
-        gradients = [g for g in map(like, parts, maps) if g is not None]
-        rows = [r.contiguous() for r in saved.statistics.split(sizes, 1)]
+        parts = [gradient] if one else gradient.split(sizes, 1)
+        gradients = [
+            like(g.contiguous(memory_format=layout), x) for g, x in zip(parts, maps, strict=True)
+        ]
+        rows = _parts(saved.statistics, sizes)
         branches = list(zip(calls, maps, rows, saved.normalizations, gradients, strict=True))
         sums = [_sums(*branch, saved) for branch in branches]
-        shares: list[Tensor | None] = [None] * len(maps)
-        insides: list[Tensor | None] = [None] * len(maps)
-        if w1 is not None and w2 is not None:
-            dz = _gate_gradients(saved, torch.cat([s[4] for s in sums], 1), calls[0], found)
-            shares = list(saved.gates.split(sizes, 1))
-            insides = list((dz / calls[0].P).split(sizes, 1))
+        nothing: list[Tensor | None] = [None] * len(maps)
+        shares, inner = nothing, nothing
+        if gated:
+            ds = sums[0][3:] if one else torch.cat([s[3:] for s in sums], 2)
+            shares = list(_parts(saved.gates, sizes))
+            inner = list(_parts(_gate_gradients(saved, ds, calls[0], found), sizes))
         results = zip(found.maps, found.weights, found.biases, strict=True)
-        for (call, x, r, kind, g), s, d, of, (dx, dweight, dbias) in zip(
-            branches, shares, insides, sums, results, strict=True
+        for (call, x, r, kind, g), of, s, dz, (dx, dweight, dbias) in zip(
+            branches, sums, shares, inner, results, strict=True
         ):
-            a1, a2, n1, n2, _ = of.double()
-            if s is not None and d is not None:
-                a1, a2 = s * a1 + d * n1, s * a2 + d * n2
-            bias, weight = a1.sum(0), a2.sum(0) * r[1]
-            if dbias is not None:
-                dbias.copy_(bias)
-            if dweight is not None:
-                dweight.copy_(weight)
+            per_channel = call.empty(2, call.C)
+            call.launch(
+                call.gate.branch_channels_kernel,
+                -(-call.C // 16),
+                *(of, r, s, dz, dweight, dbias, per_channel, call.N, call.C, call.P, call.M),
+                BATCH=kind == BATCH,
+                ACC=call.acc,
+                BLOCK_N=64,
+                BLOCK_C=16,
+            )
             if dx is None:
                 continue
-            scale, inv_std = r[3].double(), r[1].double()
-            per_image = call.empty(2, call.N, call.C)
-            per_image[0] = scale if s is None else s * scale
-            per_image[1] = 0 if d is None else d * scale
-            per_channel = torch.zeros_like(r[:2])
-            if kind == BATCH:
-                per_channel[0] = scale * inv_std * weight / -call.M
-                per_channel[1] = scale * bias / -call.M
             cut = call.element
             call.launch(
                 call.maps.branch_gradient_kernel,
                 cut.programs,
-                *(g, x, dx, r, per_image, per_channel),
-                *(call.N, call.C, call.P, cut.splits, cut.tiles),
+                *(g, x, dx, r, s, dz, per_channel, call.C, call.P, cut.splits, cut.tiles),
                 **_functions(saved, kind, call),
                 **cut.constants,
             )
     return found
 
 
-def _sums(call: Call, x: Tensor, rows: Tensor, kind: int, g: Tensor, saved: Saved) -> Tensor:
-    """(5,N,C) sums over the pixels of an image, see `branch_sums_kernel`."""
-    cut = call.sums
-    parts = call.empty(_SUMS, call.N * cut.splits, call.C)
+def _sums(call: Call, x: Tensor, rows: Tensor, kind: int, g: Tensor | None, saved: Saved) -> Tensor:
+    """(2|5,N,C) sums over the pixels of an image, see `branch_sums_kernel`."""
+    cut, gated = call.sums, call.H > 0
+    kinds = 5 if gated else 2
+    parts = call.empty(kinds, call.N * cut.splits, call.C)
     call.launch(
         call.maps.branch_sums_kernel,
         cut.programs,
         *(g, x, parts, rows, call.C, call.P, call.N * cut.splits, cut.splits, cut.tiles),
+        GATED=gated,
         **_functions(saved, kind, call),
         **cut.constants,
     )
     if cut.splits == 1:
         return parts
-    sums = call.empty(_SUMS, call.N, call.C)
+    sums = call.empty(kinds, call.N, call.C)
     call.merge(parts, sums, mean=False)
     return sums
 
 
 def _gate_gradients(
-    saved: Saved, ds: Tensor, call: Call, found: Gradients[Tensor | None]
+    saved: Saved, sums: Tensor, call: Call, found: Gradients[Tensor | None]
 ) -> Tensor:
-    """Fill the gradients of the gate's weights that are wanted; returns dz (N,C)."""
+    """Fill the gradients of the gate's weights that are wanted; returns dz (N,C).
+
+    Of sums (2,N,C) the kernels read the gates' gradient, the second, as there is no bias.
+    """
     sizes = N, C, H = _gate_sizes(saved.squeezed, saved.hidden)
     w1, w2 = numbers(saved.w1, call.dtype), numbers(saved.w2, call.dtype)
     dhidden, dz = call.empty(N, H), call.empty(N, C)
-    # The kernels take gain · second + offset · first of two sums; without a norm 1 and 0.
-    sums = torch.stack((torch.zeros_like(ds), ds))
     flags = {"NORMALIZED": False, "ACC": call.acc, "HIDDEN": saved.hidden_activation}
     options = {"GATE": saved.gate, **flags, **GATE_BLOCKS}
     norm = (None, None, None)

@@ -135,14 +135,15 @@ def moments_kernel(
 
 @triton.jit
 def statistics_kernel(
-    means, deviations, running_mean, running_var, statistics,
+    means, deviations, running_mean, running_var, statistics, weight, bias,
     rows, splits, chunk, C, P, M, momentum,
     first_row: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr, MOVE: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    AFFINE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rows mean, inv_std and variance of a normalization; moves running statistics if MOVE.
 
-    The partial moments are merged by Chan's formula in float64.
+    If AFFINE also scale = weight * inv_std and shift = bias, which are 1 and 0 where None. The
+    partial moments are merged by Chan's formula in float64.
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
@@ -175,13 +176,22 @@ def statistics_kernel(
             tl.store(running_var + channel, old + (unbiased.to(ACC) - old) * momentum, inside)
     else:
         mean = tl.load(running_mean + channel, inside, other=0).to(tl.float64)
-        biased = tl.load(running_var + channel, inside, other=0).to(tl.float64)
+        biased = tl.load(running_var + channel, inside, other=1).to(tl.float64)
         unbiased = biased
     eps = tl.full([BLOCK_C], EPS, tl.float64)
     target = statistics + tl.cast(first_row, tl.int64) * C + channel
+    inv_std = (1 / tl.sqrt(biased + eps)).to(ACC)
     tl.store(target, mean.to(ACC), inside)
-    tl.store(target + C, (1 / tl.sqrt(biased + eps)).to(ACC), inside)
+    tl.store(target + C, inv_std, inside)
     tl.store(target + 2 * C, unbiased.to(ACC), inside)
+    if AFFINE:
+        shift = tl.zeros([BLOCK_C], ACC)
+        if weight is not None:
+            inv_std *= tl.load(weight + channel, inside, other=0)
+        if bias is not None:
+            shift = tl.load(bias + channel, inside, other=0)
+        tl.store(target + 3 * C, inv_std, inside)
+        tl.store(target + 4 * C, shift, inside)
 
 
 @triton.jit
@@ -386,7 +396,7 @@ def branch_squeeze_kernel(
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of act(norm(x)) over `tiles` tiles of an image."""
+    """Means of act(norm(x)) over `tiles` tiles of an image."""
     n, first_channel, first, row = locate(
         tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
     )
@@ -401,7 +411,8 @@ def branch_squeeze_kernel(
         u = tl.load(x + start + offsets, inside, other=0).to(ACC)
         u = tl.fma(u - mean[None, :], scale[None, :], shift[None, :])
         total += tl.where(inside, activate(u, ACTIVATION, SLOPE), 0)
-    tl.store(parts + tl.cast(row, tl.int64) * C + channel, tl.sum(total, 0), kept)
+    mean = tl.sum(total, 0) / tl.minimum(P - first, tiles * BLOCK_P)
+    tl.store(parts + tl.cast(row, tl.int64) * C + channel, mean, kept)
 
 
 @triton.jit
@@ -432,13 +443,13 @@ def branch_kernel(
 @triton.jit
 def branch_sums_kernel(
     gradient, x, sums, rows, C, P, count, splits, tiles,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """sums (5,count,C) over `tiles` tiles: m g, m g (x - mean), m, m (x - mean), g act(u).
+    """sums (2|5,count,C) over `tiles` tiles: m g, m g (x - mean); m, m (x - mean), g act(u).
 
-    u = norm(x), m the activation's derivative there.
+    u = norm(x), m the activation's derivative there. The last three if GATED.
     """
     n, first_channel, first, row = locate(
         tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
@@ -462,35 +473,40 @@ def branch_sums_kernel(
         mg = through(g, m, ACTIVATION)
         sum0 += tl.sum(tl.where(inside, mg, 0), 0)
         sum1 += tl.sum(tl.where(inside, mg * d, 0), 0)
-        sum2 += tl.sum(tl.where(inside, m, 0), 0)
-        sum3 += tl.sum(tl.where(inside, through(d, m, ACTIVATION), 0), 0)
-        sum4 += tl.sum(tl.where(inside, g * activate(u, ACTIVATION, SLOPE), 0), 0)
+        if GATED:
+            sum2 += tl.sum(tl.where(inside, m, 0), 0)
+            sum3 += tl.sum(tl.where(inside, through(d, m, ACTIVATION), 0), 0)
+            sum4 += tl.sum(tl.where(inside, g * activate(u, ACTIVATION, SLOPE), 0), 0)
     size = tl.cast(count, tl.int64) * C
     target = sums + tl.cast(row, tl.int64) * C + channel
     tl.store(target, sum0, kept)
     tl.store(target + size, sum1, kept)
-    tl.store(target + 2 * size, sum2, kept)
-    tl.store(target + 3 * size, sum3, kept)
-    tl.store(target + 4 * size, sum4, kept)
+    if GATED:
+        tl.store(target + 2 * size, sum2, kept)
+        tl.store(target + 3 * size, sum3, kept)
+        tl.store(target + 4 * size, sum4, kept)
 
 
 @triton.jit
 def branch_gradient_kernel(
-    gradient, x, dx, rows, per_image, per_channel, N, C, P, splits, tiles,
+    gradient, x, dx, rows, gates, dz, per_channel, C, P, splits, tiles,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = m (a g + b) + c (x - mean) + e; a, b = per_image (2,N,C), c, e = per_channel (2,C)."""
+    """dx = m scale (s g + dz / P) + c (x - mean) + e, s the gate; c, e = per_channel (2,C)."""
     n, first_channel, first, _ = locate(
         tl.program_id(0), C, P, splits, tiles, CHANNELS_LAST, WIDE, BLOCK_P, BLOCK_C
     )
     channel = first_channel + tl.arange(0, BLOCK_C)
     kept = channel < C
     mean, scale, shift = branch_rows(rows, channel, kept, C)
-    at = tl.cast(n, tl.int64) * C + channel
-    a = tl.load(per_image + at, kept, other=0)
-    b = tl.load(per_image + tl.cast(N, tl.int64) * C + at, kept, other=0)
+    a = scale
+    b = tl.zeros([BLOCK_C], ACC)
+    if gates is not None:
+        at = tl.cast(n, tl.int64) * C + channel
+        a = scale * tl.load(gates + at, kept, other=0)
+        b = scale * (tl.load(dz + at, kept, other=0) / P)
     c = tl.load(per_channel + channel, kept, other=0)
     e = tl.load(per_channel + C + channel, kept, other=0)
     for tile in range(tiles):

@@ -25,14 +25,7 @@ from senet.ops.tail import (
     empty_outputs,
     final_activation,
 )
-from senet.ops.triton.common import GATE_BLOCKS, Call, like, numbers, on
-
-
-def _moves_in_kernel(mean: Tensor | None, var: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether running statistics are as the kernel moves them: float32, without gaps."""
-    return dtype == torch.float32 and all(
-        t is not None and t.dtype == dtype and t.is_contiguous() for t in (mean, var)
-    )
+from senet.ops.triton.common import GATE_BLOCKS, Call, like, moves_in_kernel, numbers, on
 
 
 def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
@@ -67,7 +60,7 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
         for row, map_, run_mean, run_var, epsilon, moved in norms:
             if batch:
                 of_map = moments if row == 0 else call.moments(map_, second=True)
-                inside = moved is not None and _moves_in_kernel(run_mean, run_var, dtype)
+                inside = moved is not None and moves_in_kernel(run_mean, run_var, dtype)
                 running = (run_mean, run_var) if inside else (None, None)
                 call.statistics(
                     statistics, row, of_map, running, epsilon, moved if inside else None
