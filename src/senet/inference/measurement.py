@@ -54,15 +54,15 @@ def called(network: nn.Module, *inputs: Tensor) -> Callable[[], object]:
     return once
 
 
-def left_to_pytorch(network: nn.Module, x: Tensor) -> dict[str, int]:
-    """By operation, how many nodes of the optimized parts of a network run outside of the kernels.
+@contextmanager
+def left_to_pytorch(network: nn.Module) -> Iterator[Counter[str]]:
+    """Count in a run of a network which nodes of its optimized parts run outside of the kernels.
 
     Args:
         network: an optimized network, or one with optimized parts.
-        x: images.
 
-    Returns:
-        The most frequent ones first.
+    Yields:
+        By operation, how many of the network's run so far.
     """
     found: Counter[str] = Counter()
 
@@ -74,9 +74,8 @@ def left_to_pytorch(network: nn.Module, x: Tensor) -> dict[str, int]:
             steps = [s for s in plans.program(args[0]).parts if isinstance(s, TorchStep)]
             found.update(_name(part.graph_module, step.node) for step in steps)
 
-    with torch.no_grad(), _before_each(_outermost(network), note):
-        network(x)
-    return dict(found.most_common())
+    with _before_each(_outermost(network), note):
+        yield found
 
 
 def _outermost(network: nn.Module) -> list[OptimizedPart]:
