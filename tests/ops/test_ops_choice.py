@@ -70,7 +70,7 @@ def test_meta_tensors(calls: list[str]) -> None:
 
 
 def test_unknown_implementation() -> None:
-    with pytest.raises(UserError, match=r"'cuda'.*auto, reference, algebra, cpu, triton"):
+    with pytest.raises(UserError, match=r"'cuda'.*auto, reference, algebra, pytorch, cpu, triton"):
         ops.use("cuda")
 
 

@@ -70,10 +70,10 @@ class FusedForward:
         owner = self.owner
         if len(args) == 1 and not kwargs and not leaves_process(args[0]):
             rewritten = self.rewritten or self.again()
-            if rewritten is not None and (why := _obstacle(owner, rewritten)):
+            if rewritten is not None and choice.is_worth_it(args[0]):
+                if (why := _obstacle(owner, rewritten)) is None:
+                    return rewritten.function(owner, args[0])
                 _say(why)
-            elif rewritten is not None and choice.is_fast(args[0]):
-                return rewritten.function(owner, args[0])
         return type(owner).forward(owner, *args, **kwargs)
 
     @property

@@ -3,16 +3,17 @@
 `squeeze_excite` is the block alone, `bn_se_add_relu` the end of a residual branch (BN → SE → add →
 ReLU, each part optional) in the two passes over memory that its batch norm needs anyway,
 `bn_act_se` the middle of an MBConv (BN → activation → SE), `bn_relu_concat_se` the end of an
-Inception module (BN → ReLU of each branch, joined, → SE). Four implementations agree:
+Inception module (BN → ReLU of each branch, joined, → SE). Five implementations agree:
 
 - `reference`: the paper's equations in plain PyTorch, the oracle. It computes for all of them
   where a backward pass is differentiated itself (`create_graph=True`), and under torch.func.
 - `algebra`: the closed-form backward in pure PyTorch; any device, and what torch.compile fuses.
+- `pytorch`: PyTorch's own batch norm, activation and products, one pass after another; any device.
 - `cpu`: C++ and OpenMP kernels for float32, bfloat16 and float64 on the CPU.
 - `triton`: Triton kernels for CUDA and ROCm tensors; elsewhere in its interpreter, for tests.
 
-`auto`, the default, takes `triton` or `cpu` where it can and `algebra` elsewhere. Choose with
-`use`, or with the environment variable SENET_OPS.
+`auto`, the default, takes `cpu` where it can, on a GPU `triton` for large maps and `pytorch` for
+small ones, and `algebra` elsewhere. Choose with `use`, or with the environment variable SENET_OPS.
 
 `tail` and `join` describe the two operators behind the four functions, `description` makes them of
 that, `operators` names their implementations.

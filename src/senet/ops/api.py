@@ -12,7 +12,7 @@ from torch import Tensor
 from senet.errors import UserError
 from senet.ops import checks, depthwise_convolution, join, tail
 from senet.ops.activations import Activation
-from senet.ops.choice import resolve
+from senet.ops.choice import resolve, resolve_maps
 from senet.ops.cpu.depthwise import KERNELS
 from senet.ops.maps import memory_format
 from senet.ops.operators import DEPTHWISE, JOIN, TAIL
@@ -72,9 +72,9 @@ def squeeze_excite(
             hidden_activation=hidden_activation,
             gate=gate,
         )
-        return JOIN.run(resolve(x), joined, (None,))
+        return JOIN.run(resolve_maps(x), joined, (None,))
     arguments = tail.Arguments(x, w1=w1, b1=b1, w2=w2, b2=b2, gate=gate)
-    return TAIL.run(resolve(x), arguments, (None, None))
+    return TAIL.run(resolve_maps(x), arguments, (None, None))
 
 
 def bn_se_add_relu(
@@ -171,7 +171,7 @@ def bn_se_add_relu(
         negative_slope=behind.parameter,
     )
     moved = shortcut_norm.momentum if training and shortcut_norm is not None else None
-    return TAIL.run(resolve(x), arguments, (momentum if training else None, moved))
+    return TAIL.run(resolve_maps(x), arguments, (momentum if training else None, moved))
 
 
 def bn_act_se(
@@ -260,7 +260,7 @@ def bn_act_se(
         hidden_activation=hidden_activation,
         gate=gate,
     )
-    return JOIN.run(resolve(x), arguments, (momentum if training else None,))
+    return JOIN.run(resolve_maps(x), arguments, (momentum if training else None,))
 
 
 def bn_relu_concat_se(
@@ -336,7 +336,7 @@ def bn_relu_concat_se(
     momenta = [
         norm.momentum if train else None for norm, train in zip(given, training, strict=True)
     ]
-    return JOIN.run(resolve(maps[0]), arguments, momenta)
+    return JOIN.run(resolve_maps(*maps), arguments, momenta)
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:

@@ -18,7 +18,10 @@ from senet.errors import UserError
 from senet.ops.cpu import common as cpu
 from senet.ops.triton import common as triton
 
-_NAMES = ("auto", "reference", "algebra", "cpu", "triton")
+_NAMES = ("auto", "reference", "algebra", "pytorch", "cpu", "triton")
+# Below so many bytes a map's passes take less time on a GPU than the launches that save them: on an
+# H100 three passes over this take 0.08 ms (docs/performance.md).
+LEAST_BYTES_ON_GPU = 2**26
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def implementations() -> dict[str, Implementation]:
     return {
         "reference": Implementation("reference", True, "plain PyTorch, any device"),
         "algebra": Implementation("algebra", True, "closed-form PyTorch, any device"),
+        "pytorch": Implementation("pytorch", True, "PyTorch's own functions, any device"),
         "cpu": Implementation("cpu", not kernels.MISSING, reason),
         "triton": Implementation(
             "triton", not triton.missing(), triton.missing() or triton.description()
@@ -68,8 +72,9 @@ def use(name: str) -> AbstractContextManager[None]:
     """Choose the implementation of the process, at once; as a context manager, until its end.
 
     Args:
-        name: "reference", "algebra", "cpu", "triton" or "auto" (the default: "triton" for tensors
-            on a GPU and "cpu" for those on the CPU that these can take, otherwise "algebra").
+        name: "reference", "algebra", "pytorch", "cpu", "triton" or "auto" (the default: "cpu" for
+            tensors on the CPU that it can take; on a GPU "triton" for maps of at least 64 MiB and
+            "pytorch" for smaller ones; otherwise "algebra").
 
     Raises:
         UserError: unknown or unavailable implementation.
@@ -140,8 +145,34 @@ def resolve(x: Tensor) -> str:
     return _implementation
 
 
-def is_fast(x: Tensor) -> bool:
-    """Whether kernels run for x, or an implementation that was chosen by name."""
+def resolve_maps(*maps: Tensor) -> str:
+    """The implementation for maps under the current choice, by their size too.
+
+    On a GPU small ones run by PyTorch's own functions, in eager mode: the host needs longer to
+    launch the operator's kernels than they gain. The rule knows the maps' shapes and type alone, so
+    digits do not depend on a machine.
+    """
+    found = resolve(maps[0])
+    if found != "triton" or _implementation != "auto" or torch.compiler.is_compiling():
+        return found
+    return found if large(*maps) else "pytorch"
+
+
+def large(*maps: Tensor) -> bool:
+    """Whether maps on a GPU are worth the operator's launches."""
+    return sum(x.numel() * x.element_size() for x in maps) >= LEAST_BYTES_ON_GPU
+
+
+def is_worth_it(x: Tensor) -> bool:
+    """Whether a module with x as its input shall run by the operator.
+
+    It shall where kernels run for x, or an implementation that was chosen by name; but on a GPU,
+    in eager mode, not with an input below a quarter of what `large` asks of the maps inside, which
+    may have more channels.
+    """
     if _implementation != "auto":
         return not transforms()
-    return resolve(x) in ("cpu", "triton")
+    found = resolve(x)
+    if found == "triton" and not torch.compiler.is_compiling():
+        return 4 * x.numel() * x.element_size() >= LEAST_BYTES_ON_GPU
+    return found in ("cpu", "triton")

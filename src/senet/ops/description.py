@@ -233,6 +233,7 @@ class Operator(Generic[A]):
         description: what it is.
         reference: (arguments, momenta) → y, the oracle.
         algebra: what runs anywhere.
+        pytorch: as `reference`, by PyTorch's own functions; None where the algebra is that.
         kernels: by the names that `senet.ops.use` takes; the first that takes x is dispatched to.
     """
 
@@ -242,10 +243,11 @@ class Operator(Generic[A]):
         *,
         reference: Callable[[A, Momenta], Tensor],
         algebra: Algebra,
+        pytorch: Callable[[A, Momenta], Tensor] | None = None,
         kernels: Mapping[str, Kernels],
     ) -> None:
         self.description, self.reference = description, reference
-        self.algebra, self.kernels = algebra, kernels
+        self.algebra, self.kernels, self.pytorch = algebra, kernels, pytorch
         self._arguments = _Fields(description.arguments, description.added)
         self._saved = _Fields(description.saved)
         names = self._arguments.names
@@ -262,7 +264,8 @@ class Operator(Generic[A]):
         """y, the running statistics among the arguments moved.
 
         Args:
-            implementation: one that takes them: "reference", "algebra" or one of the kernels.
+            implementation: one that takes them: "reference", "pytorch", "algebra" or one of the
+                kernels.
             arguments: of the operator.
             momenta: of its normalizations.
         """
@@ -271,6 +274,8 @@ class Operator(Generic[A]):
         empty = not traced and tensors[0].numel() == 0
         if implementation == "reference" and not empty:
             return self.reference(arguments, momenta)
+        if implementation == "pytorch" and self.pytorch is not None and not empty:
+            return self.pytorch(arguments, momenta)
         if implementation not in self.kernels:
             outputs = self._by_algebra(arguments)
         elif not (traced or empty or torch.compiler.is_compiling()) and _unobserved(tensors):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from senet.ops import depthwise_convolution, join, reference, tail
+from senet.ops import depthwise_convolution, join, pytorch, reference, tail
 from senet.ops.algebra import depthwise as algebra_depthwise
 from senet.ops.algebra import join as algebra_join
 from senet.ops.algebra import tail as algebra_tail
@@ -18,6 +18,7 @@ from senet.ops.triton import tail as triton_tail
 TAIL = Operator(
     tail.TAIL,
     reference=reference.tail,
+    pytorch=pytorch.tail,
     algebra=algebra_tail,
     kernels={
         "triton": Kernels(triton.takes, triton_tail),
@@ -27,6 +28,7 @@ TAIL = Operator(
 JOIN = Operator(
     join.JOIN,
     reference=reference.join,
+    pytorch=pytorch.join,
     algebra=algebra_join,
     kernels={
         "triton": Kernels(triton.takes, triton_join),
