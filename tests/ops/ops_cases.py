@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +20,9 @@ RUNNING = ("running_mean", "running_var", "shortcut_mean", "shortcut_var")
 TRITON = os.environ.get("SENET_TEST_TRITON") == "1"
 DEVICE = os.environ.get("SENET_TEST_DEVICE", "cpu")
 FAST = ("triton",) if TRITON else ("algebra", "cpu")
+KERNELS = "cpu" if DEVICE == "cpu" else "triton"  # that run on the device
+IMPLEMENTATIONS = ("reference", "algebra", KERNELS)
+CPP = pytest.mark.skipif(DEVICE != "cpu", reason="about the C++ kernels, not about a GPU")
 LAYOUTS = ("channels_last", "contiguous", "strided", "permuted")
 
 

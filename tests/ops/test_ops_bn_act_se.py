@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from join_cases import Join, apply, numbers, oracle, run
-from ops_cases import DEVICE, FAST, LAYOUTS
-from test_ops_operators import IMPLEMENTATIONS, NON_LEAF
+from ops_cases import CPP, FAST, IMPLEMENTATIONS, KERNELS, LAYOUTS
+from test_ops_operators import NON_LEAF
 from tolerances import assert_close, error
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -168,7 +168,7 @@ def test_gradgradcheck() -> None:
     c = case(hidden_activation="silu", **sizes)
     t = numbers(c)
     leaves = [t[name].contiguous().requires_grad_() for name in ("x0", "w1")]
-    with ops.use("cpu"):
+    with ops.use(KERNELS):
         assert torch.autograd.gradgradcheck(
             lambda x, w: apply({**{k: v.clone() for k, v in t.items()}, "x0": x, "w1": w}, c),
             leaves,
@@ -248,13 +248,13 @@ def test_keeps_only_its_input_for_backward() -> None:
     kept: list[Tensor] = []
     t = {k: v.requires_grad_() for k, v in numbers(case()).items()}
     running = {k: v.detach() for k, v in t.items() if k[:3] in ("mea", "var")}
-    with ops.use("auto"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda s: s):
+    with ops.use(KERNELS), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda s: s):
         apply({**t, **running}, case())
     large = {s.data_ptr() for s in kept if s is not None and s.ndim == 4}
     assert large == {t["x0"].data_ptr()}
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="threads of the C++ kernels")
+@CPP
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     threads = torch.get_num_threads()
     c = case(channels=(72,), N=5, spatial=(30, 31), hidden=33, hidden_activation="silu")

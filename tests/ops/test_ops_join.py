@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from join_cases import Join, apply, joins, numbers, oracle, run
-from ops_cases import FAST, LAYOUTS
-from test_ops_operators import IMPLEMENTATIONS, NON_LEAF
+from ops_cases import CPP, DEVICE, FAST, IMPLEMENTATIONS, KERNELS, LAYOUTS
+from test_ops_operators import NON_LEAF
 from tolerances import assert_close, error
 from torch import Tensor
 from torch.library import opcheck
@@ -169,7 +169,7 @@ def test_maps_of_several_types_and_layouts() -> None:
 def test_autocast_changes_nothing(implementation: str) -> None:
     case = Join(dtype=torch.bfloat16)
     plain = run(implementation, case)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         again = run(implementation, case)
     assert all(torch.equal(again[name], value) for name, value in plain.items())
 
@@ -183,6 +183,7 @@ def test_no_images(implementation: str) -> None:
     assert torch.equal(found["mean"], torch.cat(before))
 
 
+@CPP
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     threads = torch.get_num_threads()
     for kinds in ("bbnr", "rrnr"):
@@ -198,6 +199,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             assert all(torch.equal(result[name], value) for name, value in results[0].items())
 
 
+@CPP
 def test_large_maps_are_streamed_correctly() -> None:
     """Above 24 MB the kernels write past the cache: the same bits as for a part of the map."""
     for channels in ((96, 160), (95, 161)):
@@ -216,7 +218,7 @@ def test_keeps_only_its_inputs_for_backward() -> None:
     kept: list[Tensor] = []
     t = {k: v.requires_grad_() for k, v in numbers(Join()).items()}
     running = {k: v.detach() for k, v in t.items() if k[:3] in ("mea", "var")}
-    with ops.use("cpu"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda s: s):
+    with ops.use(KERNELS), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda s: s):
         apply({**t, **running}, Join())
     large = {s.data_ptr() for s in kept if s is not None and s.ndim == 4}
     assert large == {t[f"x{i}"].data_ptr() for i in range(4)}

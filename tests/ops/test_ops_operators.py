@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_cases import PARAMETERS, SHORTCUTS, Case, apply, inputs, parts
+from ops_cases import IMPLEMENTATIONS, PARAMETERS, SHORTCUTS, Case, apply, inputs, parts
 from tolerances import error
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -21,7 +21,6 @@ from senet.ops.cpu import tail as cpu_tail
 from senet.ops.tail import Gradients
 
 C, H = 6, 3
-IMPLEMENTATIONS = ("reference", "algebra", "cpu")
 
 
 def tail_arguments(
