@@ -8,6 +8,7 @@ from join_cases import run as run_join
 from ops_cases import SHORTCUTS, Case, oracle, run
 from tolerances import assert_close, error
 
+from senet import ops
 from senet.ops import BRANCH_ACTIVATIONS, choice
 
 
@@ -46,3 +47,18 @@ def test_only_large_maps_are_worth_their_launches() -> None:
     assert choice.large(large)
     assert choice.large(small.float())
     assert choice.large(small, small)
+
+
+def test_modules_with_small_inputs_run_as_they_are_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule alone, as there is no GPU."""
+    monkeypatch.setattr(choice, "resolve", lambda _: "triton")
+    small = torch.empty(128, 64, 32, 31, device="meta", dtype=torch.bfloat16)
+    large = torch.empty(128, 64, 32, 32, device="meta", dtype=torch.bfloat16)
+    assert choice.resolve_maps(large) == "pytorch"
+    assert choice.resolve_maps(large, large, large, large) == "triton"
+    assert not choice.is_worth_it(small)
+    assert choice.is_worth_it(large)
+    with ops.use("reference"):
+        assert choice.is_worth_it(small)
