@@ -125,7 +125,7 @@ def main() -> None:
     print("\n| difference | points, 95% interval |\n|---|---|")
     for a, b in PAIRS:
         d = PairedDifference.of(*([row[name] for row in rows.values()] for name in (a, b)))
-        print(f"| {b} minus {a} | {d.mean:+.2f} ({d.low:+.2f} to {d.high:+.2f}) |")
+        print(f"| {b} minus {a} | {d} |")
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def paired(before: Tensor, after: Tensor) -> str:
     """The difference in points with its 95% interval, and how many pages changed sides."""
     found = PairedDifference.of((100.0 * before).tolist(), (100.0 * after).tolist())
     sides = f"{int((after & ~before).sum())}/{int((before & ~after).sum())}"
-    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}); {sides}"
+    return f"{found}; {sides}"
 
 
 def show_gates(network: nn.Module, pages: Pages, out: Path) -> None:

@@ -64,8 +64,7 @@ def main() -> None:
         ]
         difference, ratio = "", ""
         if name != base:
-            d = PairedDifference.of(tops[base], tops[name])
-            difference = f"{d.mean:+.2f} ({d.low:+.2f} to {d.high:+.2f})"
+            difference = str(PairedDifference.of(tops[base], tops[name]))
             ratio = f"{statistics.median(speed(runs[s]) / speed(plain[s]) for s in seeds):.2f}"
         print(
             f"| {name} | {spread(tops[name], 2)} | {difference} | {' | '.join(losses)} | {ratio} |"

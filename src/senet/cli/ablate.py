@@ -15,7 +15,6 @@ from senet.support.progress import watch
 
 if TYPE_CHECKING:
     from senet.experiments.ablate import AblateConfig, Variant
-    from senet.reports.comparison import PairedDifference
 
 
 def ablate(
@@ -65,7 +64,7 @@ def _table(config: "AblateConfig", variants: "Sequence[Variant]") -> Table:
         table.add_row(
             variant.label,
             f"{statistics.fmean(variant.top1):.2f}{spread}",
-            _interval(variant.difference),
+            "" if variant.difference is None else str(variant.difference),
             f"{variant.parameters:,}",
             f"{variant.multiply_adds:,}",
             f"{paper.top1:.2f}",
@@ -83,12 +82,3 @@ def _table(config: "AblateConfig", variants: "Sequence[Variant]") -> Table:
     )
     table.caption_justify = "left"
     return table
-
-
-def _interval(difference: "PairedDifference | None") -> str:
-    """ "+0.31 (-0.10 to +0.72)"; without an interval for a single seed."""
-    if difference is None:
-        return ""
-    if difference.n == 1:
-        return f"{difference.mean:+.2f}"
-    return f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})"

@@ -48,6 +48,11 @@ class PairedDifference:
         """Whether the interval excludes 0; never for a single pair."""
         return self.low > 0 or self.high < 0
 
+    def __str__(self) -> str:
+        """ "+0.31 (-0.10 to +0.72)"; without an interval for a single pair."""
+        mean = f"{self.mean:+.2f}"
+        return mean if self.n == 1 else f"{mean} ({self.low:+.2f} to {self.high:+.2f})"
+
     @classmethod
     def of(cls, baseline: Sequence[float], other: Sequence[float]) -> "PairedDifference":
         """Differences other - baseline, seed by seed.
