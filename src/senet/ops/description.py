@@ -36,6 +36,7 @@ NO_DOUBLE_BACKWARD = (
 )
 
 _LIBRARY = torch.library.Library("senet", "DEF")
+_OPERATORS: dict[str, Operator[Any]] = {}  # by the names of their descriptions
 _SCHEMA: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -255,6 +256,7 @@ class Operator(Generic[A]):
         lists = self._arguments.lists
         self._gradient_lists = tuple(lists[i] for i in self._differentiated) if lists else ()
         self._flat_places = tuple(1 + i for i in self._differentiated)
+        _OPERATORS[description.name] = self
         self._define()
         self._direct, self._dispatched, self._transparent = self._functions()
         self._register_gradients()
@@ -355,8 +357,7 @@ class Operator(Generic[A]):
 
     def _functions(self) -> tuple[type[torch.autograd.Function], ...]:
         """Direct, dispatched, transparent: functions of what is no tensor, then of the tensors."""
-        # torch.compile does not look through `self` in functions that it traces
-        arguments, algebra = self._arguments.join, self.algebra
+        arguments, name = self._arguments.join, self.description.name
         keep, gradients, named = self._keep, self._gradients, self.description.outputs._make
         operator, by_dispatcher = self._operator, self._backward_by_dispatcher
 
@@ -389,19 +390,25 @@ class Operator(Generic[A]):
                 return gradients(ctx, by_dispatcher, gradient)
 
         class Transparent(torch.autograd.Function):
+            # torch.compile looks through these functions. It finds the operator by its name: from
+            # outside of them it takes `self` in no version, and bound methods not in 2.11.
             @staticmethod
             def forward(options: Any, *tensors: Any) -> Any:
-                return algebra.forward(arguments(tensors, options))
+                own = _OPERATORS[name]
+                return own.algebra.forward(own._arguments.join(tensors, options))
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                keep(ctx, arguments(inputs[1:], inputs[0]), named(output))
+                own = _OPERATORS[name]
+                outputs = own.description.outputs._make(output)
+                own._keep(ctx, own._arguments.join(inputs[1:], inputs[0]), outputs)
                 ctx.mark_non_differentiable(*output[1:])
                 ctx.set_materialize_grads(False)
 
             @staticmethod
             def backward(ctx: Any, gradient: Tensor | None, *_: None) -> Any:
-                return gradients(ctx, algebra.backward, gradient)
+                own = _OPERATORS[name]
+                return own._gradients(ctx, own.algebra.backward, gradient)
 
         return Direct, Dispatched, Transparent
 

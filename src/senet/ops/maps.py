@@ -52,3 +52,18 @@ def common_format(maps: Sequence[Tensor]) -> torch.memory_format:
 def dense(x: Tensor) -> Tensor:
     """x itself when it is contiguous or channels_last, otherwise a copy that is."""
     return x.contiguous(memory_format=memory_format(x))
+
+
+def stored(
+    y: Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format
+) -> Tensor:
+    """The result y in the type and layout of its storage.
+
+    Itself where it has them: torch.compile of PyTorch 2.11 gives no gradient to a result that it
+    has under two names, and a conversion to what is there makes a second one.
+    """
+    if y.dtype is not dtype:
+        y = y.to(dtype)
+    if layout is torch.preserve_format or y.is_contiguous(memory_format=layout):
+        return y
+    return y.contiguous(memory_format=layout)

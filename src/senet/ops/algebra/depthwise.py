@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senet.ops.depthwise_convolution import Arguments, Gradients, Outputs, Saved, arguments_of
+from senet.ops.maps import stored
 
 
 def forward(a: Arguments) -> Outputs:
     """y and what its backward pass needs."""
     y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, 1, a.x.shape[1])
     packed = a.weight.flatten(1).t().contiguous()
-    return Outputs(y.contiguous(memory_format=torch.channels_last), packed)
+    return Outputs(stored(y, a.x.dtype, torch.channels_last), packed)
 
 
 def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:

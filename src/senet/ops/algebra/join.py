@@ -31,7 +31,7 @@ from senet.ops.join import (
     channels,
     empty_outputs,
 )
-from senet.ops.maps import accumulator, common_format, full_precision, spread
+from senet.ops.maps import accumulator, common_format, full_precision, spread, stored
 from senet.ops.reference import activate
 
 
@@ -89,7 +89,7 @@ def forward(a: Arguments) -> Outputs:
             shares = gates.split(channels(maps), 1)
             active = [v * spread(s, v) for v, s in zip(active, shares, strict=True)]
         y = torch.cat([v.to(x.dtype) for v in active], 1)
-        y = y.contiguous(memory_format=common_format(maps))
+        y = stored(y, x.dtype, common_format(maps))
         return Outputs(y, torch.cat(rows, 1), squeezed, hidden, gates)
 
 

@@ -20,7 +20,7 @@ from senet.ops.algebra.common import (
     running_statistics,
     through,
 )
-from senet.ops.maps import accumulator, dense, full_precision, spread
+from senet.ops.maps import accumulator, dense, full_precision, spread, stored
 from senet.ops.reference import activate
 from senet.ops.tail import Arguments, Gradients, Outputs, Saved, empty_outputs, final_activation
 
@@ -92,7 +92,7 @@ def forward(a: Arguments) -> Outputs:
             hidden, gates = excite(z, a.w1, a.b1, a.w2, a.b2, a.gate)
         v = _preactivation(u, r, statistics, gates, a)
         activation = final_activation(a)
-        y = activate(v, activation, a.negative_slope).to(x.dtype)
+        y = stored(activate(v, activation, a.negative_slope), x.dtype)
         bare = activation == "linear" and gates is None and a.shortcut is None
         if bare and not statistics.shape[0]:
             y = y.clone()  # an operator's output must not be its input

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from senet.ops.convolution.description import Arguments, Gradients, Outputs, Saved, output_format
-from senet.ops.maps import memory_format
+from senet.ops.maps import memory_format, stored
 
 
 def forward(a: Arguments) -> Outputs:
     """y, in the format that the description promises."""
     y = torch.conv2d(a.x, a.weight, None, a.stride, a.padding, groups=a.groups)
-    return Outputs(y.contiguous(memory_format=output_format(a.x, a.weight)))
+    return Outputs(stored(y, a.x.dtype, output_format(a.x, a.weight)))
 
 
 def backward(gradient: Tensor, saved: Saved, wanted: Gradients[bool]) -> Gradients[Tensor | None]:
