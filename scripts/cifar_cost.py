@@ -7,72 +7,53 @@ own need beyond what was resident before (Linux). Batch 128 of 32×32 pixels, SG
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
-import torch.nn.functional as F
 from mobilenet_cifar import plain, se4, se16
 from torch import nn
 
 from senet import create_model
+from senet.bench.timing import Case, Contestant, measure
+from senet.bench.train import training_step
 from senet.cli.options import prepare_process
 
-BATCH = 128
-
-
-def _resnet(reduction: int | None) -> nn.Module:
-    if reduction is None:
-        return create_model("resnet20_cifar", num_classes=10)
-    return create_model("se_resnet20_cifar", num_classes=10, reduction=reduction)
-
-
+CLASSES, IMAGE_SIZE, BATCH = 10, 32, 128
+_resnet = partial(create_model, "se_resnet20_cifar", num_classes=CLASSES)
 FAMILIES: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "ResNet-20": {
-        "plain": partial(_resnet, None),
-        "r=4": partial(_resnet, 4),
-        "r=16": partial(_resnet, 16),
+        "plain": partial(create_model, "resnet20_cifar", num_classes=CLASSES),
+        "r=4": partial(_resnet, reduction=4),
+        "r=16": partial(_resnet, reduction=16),
     },
     "MobileNet": {"plain": plain, "r=4": se4, "r=16": se16},
 }
 
 
-def stepper(model: nn.Module) -> Callable[[], None]:
-    """A call that trains a network for one step on noise."""
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.arange(BATCH) % 10
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def step_of(make: Callable[[], nn.Module]) -> Callable[[], object]:
+    """A training step of a network."""
+    return training_step(make(), BATCH, image_size=IMAGE_SIZE, classes=CLASSES)
 
 
-def _resident(what: str) -> float:
-    """VmRSS or VmHWM (the peak) of this process on Linux, MiB."""
-    status = Path("/proc/self/status").read_text()
-    return (
-        int(next(line for line in status.splitlines() if line.startswith(what)).split()[1]) / 1024
-    )
+def contestants(family: str) -> list[Contestant]:
+    """A training step of each network of a family, the plain one first."""
+    return [Contestant(name, step_of(make)) for name, make in FAMILIES[family].items()]
 
 
 def peak_growth(family: str, name: str) -> float:
     """MiB by which three steps of a network exceed what was resident before."""
-    step = stepper(FAMILIES[family][name]())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident("VmRSS")
+    step = step_of(FAMILIES[family][name])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, begins anew
+    before = psutil.Process().memory_info().rss / 2**20
     for _ in range(3):
         step()
-    return _resident("VmHWM") - before
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) / 2**10 - before
 
 
 def main() -> None:
@@ -89,27 +70,19 @@ def main() -> None:
     if options.memory:
         print(peak_growth(*options.memory))
         return
-    print("| network | ms a step | ratio to plain (20-80% quantile) | MiB of a step |")
+    print("| network | ms a step (20-80% quantile) | ratio to plain | MiB of a step |")
     print("|---|---|---|---|")
-    for family, networks in FAMILIES.items():
-        steps = {name: stepper(make()) for name, make in networks.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for number in range(2 + options.rounds):
-            for name, step in steps.items():
-                began = time.perf_counter()
-                step()
-                if number >= 2:
-                    times[name].append(1e3 * (time.perf_counter() - began))
-        for name, found in times.items():
-            ratios = [a / b for a, b in zip(found, times["plain"], strict=True)]
-            low, *_, high = statistics.quantiles(ratios, n=5)
-            command = [sys.executable, __file__, "--threads", str(options.threads)]
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--memory"]
+    for family in FAMILIES:
+        case = Case("training step", family, partial(contestants, family))
+        for found in measure(case, rounds=options.rounds, warmup=2):
             memory = subprocess.run(
-                [*command, "--memory", family, name], capture_output=True, text=True, check=True
+                [*command, family, found.contestant], capture_output=True, text=True, check=True
             ).stdout
+            low, median, high = found.quantiles
             print(
-                f"| {family} {name} | {statistics.median(found):.1f} "
-                f"| {statistics.median(ratios):.3f} ({low:.3f}-{high:.3f}) | {float(memory):.0f} |",
+                f"| {family} {found.contestant} | {median:.1f} ({low:.1f}-{high:.1f}) "
+                f"| {found.ratio:.3f} | {float(memory):.0f} |",
                 flush=True,
             )
 

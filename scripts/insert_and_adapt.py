@@ -16,7 +16,6 @@ networks are trained first. Call it again to go on where it was stopped.
 """
 
 import argparse
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,8 @@ def trained(out: Path, **options: Any) -> Path:
 
 def adapted(options: argparse.Namespace, base: Path) -> tuple[int, dict[str, float]]:
     """Seed of a plain run, and top-1 (%) before and after each arm."""
-    known = tomllib.loads((base / RUN_CONFIG).read_text())
-    model, seed = known["model"], known["seed"]
+    known = RunConfig.from_toml(base / RUN_CONFIG)
+    model, seed = known.model, known.seed
     last, folder = base / "checkpoints" / "last", options.out / f"seed{seed}"
     blocks = folder / "blocks"
     if not blocks.is_dir():

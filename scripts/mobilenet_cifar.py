@@ -16,25 +16,22 @@ from senet import create_model
 WIDTH = 0.25
 
 
-def _first_stride_1(model: Any) -> nn.Module:
+def _small(name: str, num_classes: int, **options: Any) -> nn.Module:
+    model = create_model(name, width=WIDTH, num_classes=num_classes, **options)
     model.conv1.stride = (1, 1)
     return model
 
 
 def plain(num_classes: int = 10) -> nn.Module:
     """Without SE."""
-    return _first_stride_1(create_model("mobilenet", width=WIDTH, num_classes=num_classes))
+    return _small("mobilenet", num_classes)
 
 
 def se16(num_classes: int = 10) -> nn.Module:
     """With the paper's blocks, reduction 16."""
-    return _first_stride_1(
-        create_model("se_mobilenet", width=WIDTH, num_classes=num_classes, reduction=16)
-    )
+    return _small("se_mobilenet", num_classes, reduction=16)
 
 
 def se4(num_classes: int = 10) -> nn.Module:
     """With reduction 4."""
-    return _first_stride_1(
-        create_model("se_mobilenet", width=WIDTH, num_classes=num_classes, reduction=4)
-    )
+    return _small("se_mobilenet", num_classes, reduction=4)

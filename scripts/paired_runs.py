@@ -8,13 +8,13 @@ the median of a run's epochs, told as a ratio within each seed.
 
 import argparse
 import statistics
-import tomllib
 from pathlib import Path
 
 from senet.experiments.runs import read_rows
 from senet.reports.comparison import PairedDifference, spread
 from senet.reports.figures import learning_curves, render, themed
 from senet.support.files import atomic_write
+from senet.training.config import RUN_CONFIG, RunConfig
 
 Runs = dict[int, Path]
 
@@ -23,7 +23,7 @@ def group(values: list[str]) -> tuple[str, Runs]:
     """Name and runs by seed of NAME=RUN RUN…."""
     name, _, first = values[0].partition("=")
     runs = [Path(run) for run in (first, *values[1:])]
-    return name, {tomllib.loads((run / "config.toml").read_text())["seed"]: run for run in runs}
+    return name, {RunConfig.from_toml(run / RUN_CONFIG).seed: run for run in runs}
 
 
 def speed(run: Path) -> float:

@@ -41,11 +41,12 @@ def training_step(
     *,
     compiled: bool = False,
     image_size: int = IMAGE_SIZE,
+    classes: int = CLASSES,
 ) -> Callable[[], object]:
-    """A call that trains `model` for one step on a fixed batch of noise."""
+    """A call that trains `model` of so many classes for one step on a fixed batch of noise."""
     model = model.to(at.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images = at.noise(batch_size, 3, image_size, image_size, dtype=torch.float32)
-    labels = torch.arange(batch_size, device=at.device) % CLASSES
+    labels = torch.arange(batch_size, device=at.device) % classes
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     network = called(model, compiled=compiled)
     loss = at.autocast(lambda: F.cross_entropy(network(images), labels))

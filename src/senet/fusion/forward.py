@@ -68,11 +68,11 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if len(args) == 1 and not kwargs and not leaves_process(args[0]):
+        if len(args) == 1 and not kwargs and not leaves_process(x := args[0]):
             rewritten = self.rewritten or self.again()
-            if rewritten is not None and choice.is_worth_it(args[0]):
+            if rewritten is not None and choice.is_worth_it(x):
                 if (why := _obstacle(owner, rewritten)) is None:
-                    return rewritten.function(owner, args[0])
+                    return rewritten.function(owner, x)
                 _say(why)
         return type(owner).forward(owner, *args, **kwargs)
 

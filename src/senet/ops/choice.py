@@ -166,13 +166,9 @@ def large(*maps: Tensor) -> bool:
 def is_worth_it(x: Tensor) -> bool:
     """Whether a module with x as its input shall run by the operator.
 
-    It shall where kernels run for x, or an implementation that was chosen by name; but on a GPU,
-    in eager mode, not with an input below a quarter of what `large` asks of the maps inside, which
-    may have more channels.
+    It shall where kernels run for x, or an implementation that was chosen by name. The maps inside
+    may have more channels than x: they are taken to be four times as large.
     """
     if _implementation != "auto":
         return not transforms()
-    found = resolve(x)
-    if found == "triton" and not torch.compiler.is_compiling():
-        return 4 * x.numel() * x.element_size() >= LEAST_BYTES_ON_GPU
-    return found in ("cpu", "triton")
+    return resolve_maps(x, x, x, x) in ("cpu", "triton")

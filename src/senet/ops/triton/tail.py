@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from senet.ops.description import Momenta
+from senet.ops.description import Momenta, move_running
 from senet.ops.maps import dense
 from senet.ops.tail import (
     Arguments,
@@ -65,9 +65,8 @@ def forward(a: Arguments, momenta: Momenta | None) -> Outputs:
                 call.statistics(
                     statistics, row, of_map, running, epsilon, moved if inside else None
                 )
-                if moved is not None and not inside and run_mean is not None:
-                    for t, source in ((run_mean, row), (run_var, row + 2)):
-                        t.lerp_(statistics[source].to(t.dtype), moved)
+                if not inside:
+                    move_running(run_mean, run_var, moved, statistics[row:])
             else:
                 running = (numbers(run_mean, dtype), numbers(run_var, dtype))
                 call.statistics(statistics, row, (None, None), running, epsilon, None)
