@@ -1,8 +1,14 @@
 """`senet ablate`: the variants of the paper's tables, their runs, resume and the table."""
 
 import json
+import multiprocessing
+import os
+import pickle
 import re
 import shutil
+import signal
+import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -14,6 +20,7 @@ from senet.experiments.ablate import ABLATIONS, AblateConfig, folder_of, label_o
 from senet.experiments.runs import read_rows
 from senet.models.cards import cards
 from senet.models.options import SEOptions
+from senet.training.loop import Interrupted
 
 
 def flags(ablation: str, data: Path, out: Path) -> list[str]:
@@ -94,13 +101,8 @@ def test_each_variant_and_seed_has_a_run(ablated: Path) -> None:
 def test_resume_trains_what_is_missing_in_processes_too(
     ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "copy"
-    shutil.copytree(ablated, out)
-    config = out / "config.toml"
-    config.write_text(config.read_text().replace("processes = 1", "processes = 2"))
+    out = in_two_processes(ablated, tmp_path / "copy", "nosqueeze/seed0", "se/seed1")
     kept = (out / "plain" / "seed0" / "metrics.csv").stat().st_mtime_ns
-    for folder in ("nosqueeze/seed0", "se/seed1"):
-        shutil.rmtree(out / folder)
     found = run(capsys, "ablate", "--resume", out)
     assert found.code == 0, found.err
     assert (out / "plain" / "seed0" / "metrics.csv").stat().st_mtime_ns == kept
@@ -117,6 +119,42 @@ def test_resume_trains_what_is_missing_in_processes_too(
     before, after = (json.loads((f / "results.json").read_text()) for f in (ablated, out))
     for name, variant in before["variants"].items():
         assert after["variants"][name]["top1_error"] == pytest.approx(variant["top1_error"], abs=13)
+
+
+def in_two_processes(ablated: Path, out: Path, *missing: str) -> Path:
+    """A copy that lacks some runs, which two processes will train."""
+    shutil.copytree(ablated, out)
+    config = out / "config.toml"
+    config.write_text(config.read_text().replace("processes = 1", "processes = 2"))
+    for folder in missing:
+        shutil.rmtree(out / folder)
+    return out
+
+
+def test_sigterm_to_one_process_stops_all(
+    ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = in_two_processes(ablated, tmp_path / "copy", "se/seed1")
+
+    def stop_early() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the worker still imports PyTorch
+
+    stopper = threading.Thread(target=stop_early, daemon=True)
+    stopper.start()
+    found = run(capsys, "ablate", "--resume", out)
+    stopper.join()
+    assert found.code == 128 + signal.SIGTERM
+    assert found.err == f"senet ablate: stopped; to go on: senet ablate --resume {out}\n"
+    assert not multiprocessing.active_children()
+    assert not (out / "se" / "seed1").exists()
+
+
+def test_a_stop_in_a_worker_keeps_its_signal() -> None:
+    stopped = pickle.loads(pickle.dumps(Interrupted(Path("run"), signal.SIGINT)))
+    assert (str(stopped.run), stopped.number) == ("run", signal.SIGINT)
+    assert str(stopped) == "stopped; to go on exactly here: senet train --resume run"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 import tomllib
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +206,66 @@ def test_a_stopped_worker_begins_nothing_else(
         with pytest.raises(type(stop)):
             compare._train(run_config)
     assert begun == runs[:1]
+
+
+ORPHAN = """
+import multiprocessing, pathlib, signal, sys, time
+from senet.experiments import compare
+from senet.training.loop import Interrupted, _stop_signals
+
+folder = pathlib.Path(sys.argv[1])
+
+def until_a_signal(run):
+    with _stop_signals() as stopped:
+        (folder / "begun").touch()
+        while not stopped.requested:
+            time.sleep(0.01)
+    (folder / "checkpoint").touch()
+    raise Interrupted(folder)
+
+def work():
+    compare.begin_or_go_on = until_a_signal
+    compare._begin_worker(1, folder, asked)
+    try:
+        compare._train(folder)
+    except Interrupted:
+        time.sleep(60)  # as a pool's worker, which waits for its next job
+
+fork = multiprocessing.get_context("fork")
+asked = fork.Event()
+fork.Process(target=work).start()
+"""
+
+
+def test_a_killed_comparison_leaves_no_worker_training(tmp_path: Path) -> None:
+    """SIGKILL reaches the workers' parent alone; they write a checkpoint and end."""
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, tmp_path], stdout=subprocess.PIPE)
+    with parent:
+        while not (tmp_path / "begun").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.kill()
+        parent.communicate(timeout=30)  # the output ends with the last process that holds it
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_a_killed_worker_is_told_in_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Killed(ProcessPoolExecutor):
+        def submit(self, *_: object) -> Future[list[str]]:  # type: ignore[override]
+            job: Future[list[str]] = Future()
+            job.set_exception(BrokenProcessPool("abruptly"))
+            return job
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Killed)
+    out = tmp_path / "run"
+    found = run(capsys, *flags(data, out), "--processes", "2")
+    assert found.code == 1
+    assert found.err == (
+        "senet compare: a process that trained was killed, perhaps for want of memory; to go on: "
+        f"senet compare --resume {out}\n"
+    )
 
 
 def test_config_of_a_comparison_reruns_it(

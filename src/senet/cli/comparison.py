@@ -1,5 +1,6 @@
 """What `senet compare` and `senet ablate` share: flags, and how they are stopped and go on."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from senet.cli.options import (
     given,
     named,
 )
+from senet.errors import StopSignal
 
 if TYPE_CHECKING:
     from senet.experiments.compare import CompareConfig
@@ -77,11 +79,16 @@ NO_COMPARISON = ComparisonFlags()
 
 @contextmanager
 def telling_how_to_go_on(settings: "CompareConfig") -> Iterator[None]:
-    """Say with which command what was stopped goes on, once there is a folder to go on with."""
+    """Say with which command what was stopped goes on, once there is a folder to go on with.
+
+    Raises:
+        StopSignal: Ctrl-C or SIGTERM came.
+    """
     from senet.training.loop import Interrupted
 
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stopped:
         hint = f"stopped; to go on: senet {settings.COMMAND} --resume {settings.out}"
-        raise KeyboardInterrupt(hint if settings.started else "") from stopped
+        number = stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT
+        raise StopSignal(hint if settings.started else "", number) from stopped

@@ -3,14 +3,20 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
+import threading
+import time
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -22,7 +28,7 @@ from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import Augmentation, ImageData, absolute_data
 from senet.data.image_data import only_classes
-from senet.errors import UserError
+from senet.errors import SenetError, UserError
 from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
 from senet.models.registry import entry
@@ -336,14 +342,40 @@ def train_all(
     return judged
 
 
-# The signal that stopped this worker, as the exception that it became.
+# What stopped this worker, or shall stop it.
 _stop: BaseException | None = None
+# Held while a run is at hand in this worker.
+_working = threading.Lock()
 
 
-def _share_cores(processes: int) -> None:
-    """Give a worker its threads."""
+def _begin_worker(processes: int, out: Path, asked: Event) -> None:
+    """Give a worker its threads, and let it stop with the process that began it."""
+    global _stop
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, (cores or 1) // processes))
+    if asked.is_set():  # while this worker still loaded its modules
+        _stop = Interrupted(out)
+    threading.Thread(target=_stop_with_parent, args=(out, asked), daemon=True).start()
+
+
+def _stop_with_parent(out: Path, asked: Event) -> None:
+    """Stop the run at hand once the parent asks for it or is gone; without a parent, end.
+
+    A run that has had a signal already, as when a whole group of processes gets it, gets no second
+    one, which would end it without its checkpoint.
+    """
+    global _stop
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive() and not asked.wait(0.5):
+        pass
+    _stop = _stop or Interrupted(out)
+    while True:
+        if callable(signal.getsignal(signal.SIGTERM)):  # a run waits for one
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not parent.is_alive() and _working.acquire(blocking=False):
+            os._exit(128 + signal.SIGTERM)  # the queue of jobs has no end that could be seen
+        time.sleep(0.1)
 
 
 def _train(run: RunConfig) -> list[str]:
@@ -356,12 +388,30 @@ def _train(run: RunConfig) -> list[str]:
     if _stop is not None:
         raise _stop
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with _working, warnings.catch_warnings(record=True) as caught:
             begin_or_go_on(run)
     except (Interrupted, KeyboardInterrupt) as stop:
         _stop = stop
         raise
     return list(dict.fromkeys(str(each.message) for each in caught))
+
+
+@contextmanager
+def _passing_on_sigterm(asked: Event) -> Iterator[None]:
+    """Let the first SIGTERM ask the workers to stop; a second one acts as it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        asked.set()  # no exception, which could come in the midst of starting a worker
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _train_in_processes(
@@ -371,9 +421,14 @@ def _train_in_processes(
     tell: Callable[[str], None],
 ) -> None:
     spawn = multiprocessing.get_context("spawn")  # threads of PyTorch do not survive a fork
-    with ProcessPoolExecutor(
-        config.processes, spawn, initializer=_share_cores, initargs=(config.processes,)
-    ) as pool:
+    asked = spawn.Event()
+    about = (config.processes, config.out, asked)
+    with (
+        _passing_on_sigterm(asked),
+        ProcessPoolExecutor(
+            config.processes, spawn, initializer=_begin_worker, initargs=about
+        ) as pool,
+    ):
         jobs = {pool.submit(_train, run): run for run in left}
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
@@ -382,9 +437,17 @@ def _train_in_processes(
                 run = jobs[job]
                 top1 = read_rows(run.out / "metrics.csv")[-1]["top1"]
                 tell(f"{label(run)}: top-1 {top1:.2f}%  ({number} of {len(left)})")
+        except BrokenProcessPool as error:
+            raise SenetError(
+                "a process that trained was killed, perhaps for want of memory; to go on: senet "
+                f"{config.COMMAND} --resume {config.out}"
+            ) from error
         except BaseException:
+            asked.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    if asked.is_set():
+        raise Interrupted(config.out)
 
 
 def make_folder(config: CompareConfig) -> None:

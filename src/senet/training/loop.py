@@ -15,7 +15,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
@@ -48,6 +48,9 @@ class Interrupted(SenetError):  # noqa: N818 - not an error: the answer to a sig
         super().__init__(f"stopped; to go on exactly here: senet train --resume {run}")
         self.run = run
         self.number = number
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, int]]:
+        return type(self), (self.run, self.number)  # as it is, to the process that asked for it
 
 
 @dataclass(frozen=True)
