@@ -41,7 +41,7 @@ from senet.support.text import decoded
 from senet.tasks.task import Judgement
 from senet.training.config import RUN_CONFIG, RunConfig, absolute_model, holdable
 from senet.training.data import open_run_data
-from senet.training.loop import Interrupted, RunResult
+from senet.training.loop import Interrupted, RunResult, stop_runs
 from senet.training.loop import resume as resume_run
 from senet.training.loop import train as train_run
 from senet.training.recipe import Recipe, get_recipe
@@ -361,8 +361,8 @@ def _begin_worker(processes: int, out: Path, asked: Event) -> None:
 def _stop_with_parent(out: Path, asked: Event) -> None:
     """Stop the run at hand once the parent asks for it or is gone; without a parent, end.
 
-    A run that has had a signal already, as when a whole group of processes gets it, gets no second
-    one, which would end it without its checkpoint.
+    Not by a signal: together with one that the whole group of processes gets, as from Ctrl-C, it
+    would be the second one, which ends a run without its checkpoint.
     """
     global _stop
     parent = multiprocessing.parent_process()
@@ -371,9 +371,8 @@ def _stop_with_parent(out: Path, asked: Event) -> None:
         pass
     _stop = _stop or Interrupted(out)
     while True:
-        if callable(signal.getsignal(signal.SIGTERM)):  # a run waits for one
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif not parent.is_alive() and _working.acquire(blocking=False):
+        stop_runs()
+        if not parent.is_alive() and _working.acquire(blocking=False):
             os._exit(128 + signal.SIGTERM)  # the queue of jobs has no end that could be seen
         time.sleep(0.1)
 

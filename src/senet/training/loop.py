@@ -460,14 +460,23 @@ class StopRequest:
     number: int = signal.SIGTERM
 
 
+# Of the runs at hand in this process.
+_requests: list[StopRequest] = []
+
+
+def stop_runs() -> None:
+    """Ask the runs at hand in this process to stop, as SIGTERM would; they write a checkpoint."""
+    for request in _requests:
+        request.requested = True
+
+
 @contextmanager
 def _stop_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one acts as it did before."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # Python delivers signals to the main thread only
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that gets signals
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.requested, request.number = True, number
@@ -476,9 +485,11 @@ def _stop_signals() -> Iterator[StopRequest]:
 
     for number in before:
         signal.signal(number, ask)
+    _requests.append(request)
     try:
         yield request
     finally:
+        _requests.remove(request)
         for number, handler in before.items():
             signal.signal(number, handler)
 
