@@ -17,7 +17,6 @@ import argparse
 import csv
 import io
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from senet.experiments.runs import read_rows
@@ -29,7 +28,8 @@ from senet.training.state import load_training_state
 
 Epochs = list[dict[str, float]]
 Runs = dict[int, Epochs]  # by seed
-# Of a record, beside the columns of the run's metrics.csv.
+Record = dict[str, str]  # an epoch of a run
+# Of a record, beside the numbers of the epoch.
 OWN = ("network", "seed", "instructions", "torch")
 
 
@@ -46,16 +46,7 @@ def run_of(folder: Path) -> tuple[int, Epochs]:
     return config.seed, rows
 
 
-def recorded(file: Path) -> dict[str, Runs]:
-    """The runs of a file of records, by network."""
-    found: dict[str, Runs] = {}
-    for row in table(file):
-        epochs = found.setdefault(row["network"], {}).setdefault(int(row["seed"]), [])
-        epochs.append({key: float(value) for key, value in row.items() if key not in OWN})
-    return found
-
-
-def table(file: Path) -> list[dict[str, str]]:
+def table(file: Path) -> list[Record]:
     """The rows of a file of records; none where there is no file."""
     if not file.exists():
         return []
@@ -63,18 +54,20 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(content))
 
 
-def record(file: Path, name: str, folders: Sequence[Path]) -> None:
-    """Write the epochs of runs into a file of records, in the place of those of the same seeds."""
-    rows = table(file)
-    for folder in folders:
-        seed, epochs = run_of(folder)
-        state = load_training_state(folder)
-        assert state is not None  # it is finished
-        where = state["environment"]
-        own = {"network": name, "seed": str(seed)} | {key: str(where[key]) for key in OWN[2:]}
-        rows = [row for row in rows if (row["network"], row["seed"]) != (name, str(seed))]
-        rows += [own | {key: f"{value:.6g}" for key, value in row.items()} for row in epochs]
-    rows.sort(key=lambda row: (row["network"], int(row["seed"]), float(row["epoch"])))
+def with_run(rows: list[Record], name: str, folder: Path) -> list[Record]:
+    """Records with those of a run, in the place of what they had of the same network and seed."""
+    seed, epochs = run_of(folder)
+    state = load_training_state(folder)
+    assert state is not None  # it is finished
+    where = state["environment"]
+    own = {"network": name, "seed": str(seed)} | {key: str(where[key]) for key in OWN[2:]}
+    kept = [row for row in rows if (row["network"], row["seed"]) != (name, str(seed))]
+    return kept + [own | {key: f"{value:.6g}" for key, value in row.items()} for row in epochs]
+
+
+def write(file: Path, rows: list[Record]) -> None:
+    """Write a file of records, in order."""
+    rows = sorted(rows, key=lambda row: (row["network"], int(row["seed"]), float(row["epoch"])))
     content = io.StringIO()
     writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -82,15 +75,14 @@ def record(file: Path, name: str, folders: Sequence[Path]) -> None:
     atomic_write(file, content.getvalue())
 
 
-def group(values: Sequence[str], records: Path | None) -> tuple[str, Runs]:
-    """Name and runs of NAME=RUN RUN…, or of NAME, which is in the records."""
-    name, _, first = values[0].partition("=")
-    folders = [Path(run) for run in (first, *values[1:]) if run]
-    if records is None:
-        return name, dict(run_of(folder) for folder in folders)
-    if folders:
-        record(records, name, folders)
-    return name, recorded(records).get(name, {})
+def runs_of(rows: list[Record], name: str) -> Runs:
+    """The runs of a network among records."""
+    found: Runs = {}
+    for row in rows:
+        if row["network"] == name:
+            values = {key: float(value) for key, value in row.items() if key not in OWN}
+            found.setdefault(int(row["seed"]), []).append(values)
+    return found
 
 
 def main() -> None:
@@ -103,10 +95,19 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="CSV of runs that are kept")
     parser.add_argument("--figure", type=Path, help="PNG of the learning curves")
     arguments = parser.parse_args()
-    groups = dict(group(each, arguments.records) for each in (arguments.base, *arguments.to))
+    records = table(arguments.records) if arguments.records else []
+    names = []
+    for first, *more in (arguments.base, *arguments.to):
+        name, _, folder = first.partition("=")
+        names.append(name)
+        for run in filter(None, (folder, *more)):
+            records = with_run(records, name, Path(run))
+    groups = {name: runs_of(records, name) for name in names}
     (base, plain), *others = groups.items()
     if not plain:
-        parser.error(f"{arguments.records} has no runs of {base}")
+        parser.error(f"no runs of {base}: give some by {base}=RUN, or --records with some")
+    if arguments.records:
+        write(arguments.records, records)
     for name, runs in others:
         if runs.keys() != plain.keys():
             parser.error(f"seeds differ: {base} {sorted(plain)}, {name} {sorted(runs)}")

@@ -98,6 +98,16 @@ def test_each_variant_and_seed_has_a_run(ablated: Path) -> None:
     assert plain["multiply_adds"] < se_block["multiply_adds"] < without["multiply_adds"]
 
 
+def in_two_processes(ablated: Path, out: Path, *missing: str) -> Path:
+    """A copy that lacks some runs, which two processes will train."""
+    shutil.copytree(ablated, out)
+    config = out / "config.toml"
+    config.write_text(config.read_text().replace("processes = 1", "processes = 2"))
+    for folder in missing:
+        shutil.rmtree(out / folder)
+    return out
+
+
 def test_resume_trains_what_is_missing_in_processes_too(
     ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,21 +131,10 @@ def test_resume_trains_what_is_missing_in_processes_too(
         assert after["variants"][name]["top1_error"] == pytest.approx(variant["top1_error"], abs=13)
 
 
-def in_two_processes(ablated: Path, out: Path, *missing: str) -> Path:
-    """A copy that lacks some runs, which two processes will train."""
-    shutil.copytree(ablated, out)
-    config = out / "config.toml"
-    config.write_text(config.read_text().replace("processes = 1", "processes = 2"))
-    for folder in missing:
-        shutil.rmtree(out / folder)
-    return out
-
-
 def test_sigterm_to_one_process_stops_all(
     ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = in_two_processes(ablated, tmp_path / "copy", "se/seed1")
-
     others = set(multiprocessing.active_children())  # of other tests
 
     def stop_early() -> None:

@@ -209,7 +209,7 @@ def test_a_stopped_worker_begins_nothing_else(
 
 
 ORPHAN = """
-import multiprocessing, pathlib, signal, sys, time
+import multiprocessing, pathlib, sys, time
 from senet.experiments import compare
 from senet.training.loop import Interrupted, _stop_signals
 

@@ -9,14 +9,13 @@ import threading
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -37,6 +36,7 @@ from senet.reports.comparison import Comparison, NetworkResult, write_report
 from senet.reports.figures import neutral_gate
 from senet.support.files import atomic_write
 from senet.support.progress import Progress
+from senet.support.signals import first_signal
 from senet.support.text import decoded
 from senet.tasks.task import Judgement
 from senet.training.config import RUN_CONFIG, RunConfig, absolute_model, holdable
@@ -395,24 +395,6 @@ def _train(run: RunConfig) -> list[str]:
     return list(dict.fromkeys(str(each.message) for each in caught))
 
 
-@contextmanager
-def _passing_on_sigterm(asked: Event) -> Iterator[None]:
-    """Let the first SIGTERM ask the workers to stop; a second one acts as it did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
-        asked.set()  # no exception, which could come in the midst of starting a worker
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _train_in_processes(
     config: CompareConfig,
     left: Sequence[RunConfig],
@@ -422,8 +404,9 @@ def _train_in_processes(
     spawn = multiprocessing.get_context("spawn")  # threads of PyTorch do not survive a fork
     asked = spawn.Event()
     about = (config.processes, config.out, asked)
+    # SIGTERM is no exception here, as Ctrl-C is: it could come in the midst of starting a worker.
     with (
-        _passing_on_sigterm(asked),
+        first_signal(signal.SIGTERM, told=lambda _: asked.set()),
         ProcessPoolExecutor(
             config.processes, spawn, initializer=_begin_worker, initargs=about
         ) as pool,

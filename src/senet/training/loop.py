@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 from accelerate import Accelerator
@@ -24,6 +22,7 @@ from senet.data import DATA_SETS, ImageStream, absolute_data
 from senet.errors import SenetError, UserError
 from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
+from senet.support.signals import first_signal
 from senet.tasks.task import Judgement, Objective
 from senet.training.config import RUN_CONFIG, RunConfig, flatten
 from senet.training.evaluation import Stopped
@@ -474,24 +473,16 @@ def stop_runs() -> None:
 def _stop_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one acts as it did before."""
     request = StopRequest()
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # the only one that gets signals
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int) -> None:
         request.requested, request.number = True, number
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
-    for number in before:
-        signal.signal(number, ask)
     _requests.append(request)
     try:
-        yield request
+        with first_signal(signal.SIGINT, signal.SIGTERM, told=ask):
+            yield request
     finally:
         _requests.remove(request)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _board(session: Session, state: dict[str, Any] | None) -> Any:
