@@ -16,28 +16,53 @@ struct Tap {
 };
 constexpr int64_t kMostTaps = 7 * 7;
 
-// Results [0, B) for V vectors of channels from c on.
+// The pixels that the next rows of results will be the first to read. They are fetched while this one
+// is computed: the processor does not foresee steps of a whole pixel.
+struct Ahead {
+  const float* from;
+  int64_t pixels, C;
+
+  // Channels from c on, where a cache line of them begins.
+  SENET_INLINE void fetch_line(int64_t c) const {
+    if (c % int64_t(64 / sizeof(float))) return;
+    for (int64_t p = 0; p < pixels; ++p) fetch(from + p * C + c);
+  }
+};
+
+// Results [0, B) for V vectors of channels from c on. Without the loops unrolled GCC keeps the sums in
+// memory.
 template <int B, int V, int W>
 SENET_INLINE void results(const Tap* taps, int64_t count, const float* in, int64_t in_step,
                           const float* weights, float* out, int64_t out_step, int64_t c) {
-  Vector<float, W> sum[B][V] = {};
+  Vector<float, W> sum[B][V];
+  SENET_UNROLL(8)
+  for (int b = 0; b < B; ++b)
+    SENET_UNROLL(4)
+    for (int v = 0; v < V; ++v) sum[b][v] = Vector<float, W>{};
   for (int64_t t = 0; t < count; ++t) {
     const float *from = in + taps[t].in + c, *w = weights + taps[t].w + c;
+    SENET_UNROLL(4)
     for (int v = 0; v < V; ++v) {
       const Vector<float, W> factor = load<W>(w + v * W);
+      SENET_UNROLL(8)
       for (int b = 0; b < B; ++b) sum[b][v] += factor * load<W>(from + b * in_step + v * W);
     }
   }
+  SENET_UNROLL(8)
   for (int b = 0; b < B; ++b)
+    SENET_UNROLL(4)
     for (int v = 0; v < V; ++v) store(out + b * out_step + c + v * W, sum[b][v]);
 }
 
 template <int B, int V>
 void results_of(const Tap* taps, int64_t count, const float* in, int64_t in_step,
-                const float* weights, float* out, int64_t out_step, int64_t c, int64_t end) {
+                const float* weights, float* out, int64_t out_step, int64_t c, int64_t end,
+                const Ahead& ahead) {
   constexpr int W = kLanes<float>;
-  for (; c + V * W <= end; c += V * W)
+  for (; c + V * W <= end; c += V * W) {
+    ahead.fetch_line(c);
     results<B, V, W>(taps, count, in, in_step, weights, out, out_step, c);
+  }
   for (; c + W <= end; c += W)
     results<B, 1, W>(taps, count, in, in_step, weights, out, out_step, c);
   if constexpr (W > 8)
@@ -47,10 +72,10 @@ void results_of(const Tap* taps, int64_t count, const float* in, int64_t in_step
 }
 
 // One row of results at out + j * out_step, j in [0, J), from a row of `width` pixels: j lies at pixel
-// j * pixel_step of it.
+// j * pixel_step of it. `ahead`: pixels to fetch for each result, from `next` floats into the map on.
 struct Row {
-  int64_t J, width, C, pixel_step, out_step, count;
-  Tap taps[kMostTaps];
+  int64_t J, width, C, pixel_step, out_step, ahead = 0, next = 0, count = 0;
+  Tap taps[kMostTaps] = {};
 
   void add(int64_t row_start, int64_t shift, int64_t w) {
     taps[count++] = {row_start + shift * C, w, shift};
@@ -69,18 +94,19 @@ struct Row {
     while (first < J && !covers(first)) ++first;
     while (last > first && !covers(last - 1)) --last;
     const int64_t step = pixel_step * C;
+    const Ahead none{in, 0, C};
     for (int64_t c0 = 0; c0 < C; c0 += strip) {
       const int64_t c1 = std::min(C, c0 + strip);
       int64_t j = first;
       for (; j + 8 <= last; j += 8)
         results_of<8, 1>(taps, count, in + j * step, step, weights, out + j * out_step,
-                         out_step, c0, c1);
+                         out_step, c0, c1, {in + next + j * ahead * C, 8 * ahead, C});
       for (; j + 4 <= last; j += 4)
         results_of<4, 2>(taps, count, in + j * step, step, weights, out + j * out_step,
-                         out_step, c0, c1);
+                         out_step, c0, c1, none);
       for (; j < last; ++j)
         results_of<1, 4>(taps, count, in + j * step, step, weights, out + j * out_step,
-                         out_step, c0, c1);
+                         out_step, c0, c1, none);
     }
     for (int64_t j = 0; j < J; ++j) {
       if (j >= first && j < last) continue;
@@ -88,14 +114,16 @@ struct Row {
       int64_t held = 0;
       for (int64_t t = 0; t < count; ++t)
         if (holds(j, taps[t])) inside[held++] = taps[t];
-      results_of<1, 4>(inside, held, in + j * step, step, weights, out + j * out_step, out_step, 0, C);
+      results_of<1, 4>(inside, held, in + j * step, step, weights, out + j * out_step, out_step, 0, C,
+                       none);
     }
   }
 };
 
-// Channels of which as many rows as the kernel has stay in the first-level cache.
+// Channels of which as many rows as the kernel has stay in the second-level cache; fewer, for the
+// first-level one, are parts of pixels and come from memory slower.
 inline int64_t strip_of(const DepthwiseArguments& a, int64_t width) {
-  const int64_t fit = (24 << 10) / (4 * a.kernel * std::max<int64_t>(1, width));
+  const int64_t fit = (192 << 10) / (4 * a.kernel * std::max<int64_t>(1, width));
   return std::max<int64_t>(kLanes<float>, fit / kLanes<float> * kLanes<float>);
 }
 
@@ -116,11 +144,13 @@ inline int depthwise_forward(const DepthwiseArguments& a) {
   float* const weights = static_cast<float*>(a.packed);
   pack_weights(a, weights);
   parallel(threads_for(a, a.N * a.OH), [&](const Member& member) {
-    Row row{a.OW, a.W, a.C, a.stride, a.C, 0, {}};
+    Row row{a.OW, a.W, a.C, a.stride, a.C};
+    row.ahead = a.stride <= 2 ? a.stride * a.stride : 0;  // longer steps pass pixels by
     const Share tasks(a.N * a.OH, member.id, member.size);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t n = task / a.OH, oy = task % a.OH;
       row.count = 0;
+      row.next = (oy * a.stride + a.kernel - a.padding) * a.W * a.C;
       for (int64_t ky = 0; ky < a.kernel; ++ky) {
         const int64_t iy = oy * a.stride + ky - a.padding;
         if (iy < 0 || iy >= a.H) continue;
@@ -139,12 +169,14 @@ inline int depthwise_forward(const DepthwiseArguments& a) {
 inline void depthwise_input_gradient(const DepthwiseArguments& a) {
   const float* const weights = static_cast<const float*>(a.packed);
   parallel(threads_for(a, a.N * a.H), [&](const Member& member) {
-    Row row{0, a.OW, a.C, 1, a.stride * a.C, 0, {}};
+    Row row{0, a.OW, a.C, 1, a.stride * a.C};
     const Share tasks(a.N * a.H, member.id, member.size);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t n = task / a.H, iy = task % a.H;
       for (int64_t phase = 0; phase < std::min(a.stride, a.W); ++phase) {
         row.count = 0;
+        row.ahead = phase == 0;
+        row.next = ((iy + a.padding) / a.stride + 1) * a.OW * a.C;
         row.J = (a.W - phase + a.stride - 1) / a.stride;
         for (int64_t ky = 0; ky < a.kernel; ++ky) {
           const int64_t from = iy + a.padding - ky, oy = from / a.stride;
