@@ -9,16 +9,20 @@ From the last checkpoint of each plain run, with the same recipe, number of epoc
 
 Prints top-1 of the last epoch (not of the best one, which would favour whoever varies most) and
 paired differences with their 95% interval (Student's t over the seeds). Without `--base` the plain
-networks are trained first. Call it again to go on where it was stopped.
+networks are trained first. Call it again to go on where it was stopped: seeds that are in the file
+of `--records` are not run again, and are in the tables wherever they ran (`--seeds 0`: no others).
 
     python scripts/insert_and_adapt.py --data embedded --seeds 3 --epochs 3 --tune 2 --out adapted
     python scripts/insert_and_adapt.py --data cifar10 --base runs/plain* --tune 5 --out adapted
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from resumable import Row, rows_of
 
 from senet.commands.insert import insert_checkpoint
 from senet.experiments.runs import read_rows
@@ -52,16 +56,16 @@ def trained(out: Path, **options: Any) -> Path:
     return out
 
 
-def adapted(options: argparse.Namespace, base: Path) -> tuple[int, dict[str, float]]:
-    """Seed of a plain run, and top-1 (%) before and after each arm."""
+def adapted(options: argparse.Namespace, seed: str, base: Path) -> Row:
+    """Top-1 (%) of a plain run before and after each arm."""
     known = RunConfig.from_toml(base / RUN_CONFIG)
-    model, seed = known.model, known.seed
+    model = known.model
     last, folder = base / "checkpoints" / "last", options.out / f"seed{seed}"
     blocks = folder / "blocks"
     if not blocks.is_dir():
         insert_checkpoint(blocks, weights=last, options={"reduction": options.reduction})
     recipe = replace(get_recipe("quick", epochs=options.tune), lr=options.tune_lr)
-    found = {"before": last_top1(base)}
+    found: Row = {"name": seed, "before": last_top1(base)}
     for arm, parts in ARMS.items():
         own = arm in ("gates", "inserted")
         run = trained(
@@ -69,13 +73,13 @@ def adapted(options: argparse.Namespace, base: Path) -> tuple[int, dict[str, flo
             model=f"se_{model}" if own else model,
             data=options.data,
             recipe=recipe,
-            seed=seed,
+            seed=known.seed,
             init=str(blocks if own else last),
             train=parts,
             image_size=options.image_size,
         )
         found[arm] = last_top1(run)
-    return seed, found
+    return found
 
 
 def bases(options: argparse.Namespace) -> list[Path]:
@@ -111,19 +115,24 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=4, help="epochs of each arm")
     parser.add_argument("--tune-lr", type=float, default=0.1, help="of each arm")
     parser.add_argument("--reduction", type=float, default=4)
+    parser.add_argument("--records", type=Path, help="JSON lines, by default in OUT")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = dict(sorted(adapted(options, base) for base in bases(options)))
+    records = options.records or options.out / "results.jsonl"
+    lines = records.read_text().splitlines() if records.is_file() else []
+    given = {str(RunConfig.from_toml(base / RUN_CONFIG).seed): base for base in bases(options)}
+    seeds = sorted({*given, *(json.loads(line)["name"] for line in lines)}, key=int)
+    rows = rows_of(seeds, records, lambda seed: adapted(options, seed, given[seed]))
     names = ("before", *ARMS)
     print("| seed | " + " | ".join(names) + " |\n" + "|---" * (1 + len(names)) + "|")
-    for seed, row in rows.items():
-        print(f"| {seed} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |")
+    for row in rows:
+        print(f"| {row['name']} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |")
     if len(rows) < 2:
         return
     print("\n| difference | points, 95% interval |\n|---|---|")
     for a, b in PAIRS:
-        d = PairedDifference.of(*([row[name] for row in rows.values()] for name in (a, b)))
+        d = PairedDifference.of(*([row[name] for row in rows] for name in (a, b)))
         print(f"| {b} minus {a} | {d} |")
 
 
