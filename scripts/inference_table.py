@@ -36,7 +36,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from resumable import rows_of
+from resumable import recorded, rows_of
 from torch import Tensor, nn
 
 from senet import kernels
@@ -312,10 +312,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps({"examine": examine, "times_of": times_of}[arguments.what](arguments.one)))
         return
-    known: dict[str, dict[str, Any]] = {}
-    if arguments.results.is_file():
-        lines = arguments.results.read_text().splitlines()
-        known = {row["name"]: row for row in map(json.loads, lines)}
+    known = recorded(arguments.results)
 
     def stale(row: dict[str, Any]) -> bool:
         if "failed" in row or arguments.untimed:

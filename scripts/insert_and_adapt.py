@@ -17,12 +17,11 @@ of `--records` are not run again, and are in the tables wherever they ran (`--se
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resumable import Row, rows_of
+from resumable import Row, recorded, rows_of
 
 from senet.commands.insert import insert_checkpoint
 from senet.experiments.runs import read_rows
@@ -56,16 +55,16 @@ def trained(out: Path, **options: Any) -> Path:
     return out
 
 
-def adapted(options: argparse.Namespace, seed: str, base: Path) -> Row:
+def adapted(options: argparse.Namespace, base: Path) -> Row:
     """Top-1 (%) of a plain run before and after each arm."""
     known = RunConfig.from_toml(base / RUN_CONFIG)
-    model = known.model
+    model, seed = known.model, known.seed
     last, folder = base / "checkpoints" / "last", options.out / f"seed{seed}"
     blocks = folder / "blocks"
     if not blocks.is_dir():
         insert_checkpoint(blocks, weights=last, options={"reduction": options.reduction})
     recipe = replace(get_recipe("quick", epochs=options.tune), lr=options.tune_lr)
-    found: Row = {"name": seed, "before": last_top1(base)}
+    found: Row = {"name": str(seed), "before": last_top1(base)}
     for arm, parts in ARMS.items():
         own = arm in ("gates", "inserted")
         run = trained(
@@ -73,7 +72,7 @@ def adapted(options: argparse.Namespace, seed: str, base: Path) -> Row:
             model=f"se_{model}" if own else model,
             data=options.data,
             recipe=recipe,
-            seed=known.seed,
+            seed=seed,
             init=str(blocks if own else last),
             train=parts,
             image_size=options.image_size,
@@ -120,10 +119,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     records = options.records or options.out / "results.jsonl"
-    lines = records.read_text().splitlines() if records.is_file() else []
     given = {str(RunConfig.from_toml(base / RUN_CONFIG).seed): base for base in bases(options)}
-    seeds = sorted({*given, *(json.loads(line)["name"] for line in lines)}, key=int)
-    rows = rows_of(seeds, records, lambda seed: adapted(options, seed, given[seed]))
+    seeds = sorted({*given, *recorded(records)}, key=int)
+    rows = rows_of(seeds, records, lambda seed: adapted(options, given[seed]))
     names = ("before", *ARMS)
     print("| seed | " + " | ".join(names) + " |\n" + "|---" * (1 + len(names)) + "|")
     for row in rows:

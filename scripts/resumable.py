@@ -10,6 +10,13 @@ from typing import Any
 Row = dict[str, Any]
 
 
+def recorded(results: Path) -> dict[str, Row]:
+    """The last row of each name in a file of `rows_of`; none where there is no file."""
+    if not results.is_file():
+        return {}
+    return {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
+
+
 def rows_of(
     names: Sequence[str],
     results: Path,
@@ -29,9 +36,7 @@ def rows_of(
         seconds: nothing new is begun after so long.
         stale: whether a row is to be made anew; of a name's rows in the file the last counts.
     """
-    done: dict[str, Row] = {}
-    if results.is_file():
-        done = {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
+    done = recorded(results)
     start = time.monotonic()
     with results.open("a") as file:
         for name in names:

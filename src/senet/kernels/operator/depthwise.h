@@ -19,8 +19,8 @@ constexpr int64_t kMostTaps = 7 * 7;
 // The pixels that the next rows of results will be the first to read. They are fetched while this one
 // is computed: the processor does not foresee steps of a whole pixel.
 struct Ahead {
-  const float* from;
-  int64_t pixels, C;
+  const float* from = nullptr;
+  int64_t pixels = 0, C = 0;
 
   // Channels from c on, where a cache line of them begins.
   SENET_INLINE void fetch_line(int64_t c) const {
@@ -57,7 +57,7 @@ SENET_INLINE void results(const Tap* taps, int64_t count, const float* in, int64
 template <int B, int V>
 void results_of(const Tap* taps, int64_t count, const float* in, int64_t in_step,
                 const float* weights, float* out, int64_t out_step, int64_t c, int64_t end,
-                const Ahead& ahead) {
+                const Ahead& ahead = {}) {
   constexpr int W = kLanes<float>;
   for (; c + V * W <= end; c += V * W) {
     ahead.fetch_line(c);
@@ -94,7 +94,6 @@ struct Row {
     while (first < J && !covers(first)) ++first;
     while (last > first && !covers(last - 1)) --last;
     const int64_t step = pixel_step * C;
-    const Ahead none{in, 0, C};
     for (int64_t c0 = 0; c0 < C; c0 += strip) {
       const int64_t c1 = std::min(C, c0 + strip);
       int64_t j = first;
@@ -103,10 +102,10 @@ struct Row {
                          out_step, c0, c1, {in + next + j * ahead * C, 8 * ahead, C});
       for (; j + 4 <= last; j += 4)
         results_of<4, 2>(taps, count, in + j * step, step, weights, out + j * out_step,
-                         out_step, c0, c1, none);
+                         out_step, c0, c1);
       for (; j < last; ++j)
         results_of<1, 4>(taps, count, in + j * step, step, weights, out + j * out_step,
-                         out_step, c0, c1, none);
+                         out_step, c0, c1);
     }
     for (int64_t j = 0; j < J; ++j) {
       if (j >= first && j < last) continue;
@@ -114,8 +113,7 @@ struct Row {
       int64_t held = 0;
       for (int64_t t = 0; t < count; ++t)
         if (holds(j, taps[t])) inside[held++] = taps[t];
-      results_of<1, 4>(inside, held, in + j * step, step, weights, out + j * out_step, out_step, 0, C,
-                       none);
+      results_of<1, 4>(inside, held, in + j * step, step, weights, out + j * out_step, out_step, 0, C);
     }
   }
 };
@@ -173,10 +171,10 @@ inline void depthwise_input_gradient(const DepthwiseArguments& a) {
     const Share tasks(a.N * a.H, member.id, member.size);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t n = task / a.H, iy = task % a.H;
+      row.next = ((iy + a.padding) / a.stride + 1) * a.OW * a.C;
       for (int64_t phase = 0; phase < std::min(a.stride, a.W); ++phase) {
         row.count = 0;
         row.ahead = phase == 0;
-        row.next = ((iy + a.padding) / a.stride + 1) * a.OW * a.C;
         row.J = (a.W - phase + a.stride - 1) / a.stride;
         for (int64_t ky = 0; ky < a.kernel; ++ky) {
           const int64_t from = iy + a.padding - ky, oy = from / a.stride;
