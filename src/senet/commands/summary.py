@@ -74,7 +74,8 @@ def summarize_block(block: SqueezeExcitation, spatial: tuple[int, ...]) -> Block
         ValueError: `spatial` has not `block.dims` sizes.
     """
     like = next(block.parameters(), torch.empty(0))  # quantized layers have no parameters
-    x = torch.empty((1, block.channels, *spatial), device=like.device, dtype=like.dtype)
+    # Not what happened to lie in memory: quantized layers refuse what is no number.
+    x = torch.zeros((1, block.channels, *spatial), device=like.device, dtype=like.dtype)
     rows: list[LayerRow] = []
 
     def record(name: str, module: nn.Module, output: Tensor) -> None:
