@@ -28,7 +28,7 @@ def example_arguments(model: nn.Module, example: Any) -> tuple[Any, ...]:
             f"example_input is needed for {type(model).__name__}, for instance "
             "torch.zeros(1, 3, 224, 224)"
         )
-    return (_zeros(model, shape),)
+    return (zeros_for(model, shape),)
 
 
 def guessed_arguments(model: nn.Module, example: Any) -> list[tuple[Any, ...]]:
@@ -44,10 +44,11 @@ def guessed_arguments(model: nn.Module, example: Any) -> list[tuple[Any, ...]]:
     if example is not None or _own_shape(model) is not None or first is None:
         return [example_arguments(model, example)]
     dims = len(first.kernel_size)
-    return [(_zeros(model, (1, first.in_channels, *(side,) * dims)),) for side in _SIDES[dims]]
+    return [(zeros_for(model, (1, first.in_channels, *(side,) * dims)),) for side in _SIDES[dims]]
 
 
-def _zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+def zeros_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Zeros like the model's first parameter; quantized layers have none: float32 on the CPU."""
     parameter = next(model.parameters(), torch.empty(0))
     return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
 

@@ -10,6 +10,7 @@ import torchinfo
 from torch import Tensor, nn
 
 from senet.anatomy import Description, describe
+from senet.anatomy.example import zeros_for
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.errors import UserError
 from senet.models.cost import count_multiply_adds, count_parameters, meta_model
@@ -73,9 +74,7 @@ def summarize_block(block: SqueezeExcitation, spatial: tuple[int, ...]) -> Block
     Raises:
         ValueError: `spatial` has not `block.dims` sizes.
     """
-    like = next(block.parameters(), torch.empty(0))  # quantized layers have no parameters
-    # Not what happened to lie in memory: quantized layers refuse what is no number.
-    x = torch.zeros((1, block.channels, *spatial), device=like.device, dtype=like.dtype)
+    x = zeros_for(block, (1, block.channels, *spatial))
     rows: list[LayerRow] = []
 
     def record(name: str, module: nn.Module, output: Tensor) -> None:
