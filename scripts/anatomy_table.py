@@ -22,9 +22,11 @@ import timm
 import torch
 import torchvision
 from resumable import rows_of
-from timm.layers import EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
 from timm.layers.cbam import ChannelAttn
-from timm.layers.squeeze_excite import SqueezeExciteCl
+from timm.layers.eca import EcaModule
+from timm.layers.gather_excite import GatherExcite
+from timm.layers.global_context import GlobalContext
+from timm.layers.squeeze_excite import EffectiveSEModule, SEModule, SqueezeExciteCl
 from timm.models import _efficientnet_blocks, hgnet
 from timm.models import senet as timm_senet
 from torch import Tensor, nn

@@ -32,6 +32,7 @@ def passes_of(layer: nn.Conv2d, x: Tensor, gradient: Tensor, by: str) -> list[Te
         x, weight, gradient = x.double(), weight.double(), gradient.double()
     x, weight = x.requires_grad_(), weight.requires_grad_()
     if by == "senet":
+        assert not isinstance(layer.padding, str)
         with convolution.use("senet"):
             y = convolution.convolve(
                 x, weight, stride=layer.stride, padding=layer.padding, groups=layer.groups
@@ -56,15 +57,17 @@ def main() -> None:
     seen: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
         output.register_hook(lambda gradient: seen.append((layer, inputs[0], gradient)))
 
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
             layer.register_forward_hook(look)
     x = x.contiguous(memory_format=torch.channels_last)
     F.cross_entropy(model(x), y).backward()
     found: dict[str, list[list[float]]] = {"senet": [[], [], []], "torch": [[], [], []]}
     for layer, maps, gradient in seen:
+        assert not isinstance(layer.padding, str)
         with convolution.use("senet"):
             sizes = tuple(maps.shape), tuple(layer.weight.shape), layer.stride, layer.padding
             if not convolution.passes(*sizes, layer.groups).forward:

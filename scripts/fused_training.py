@@ -40,7 +40,8 @@ def _first_losses(config: RunConfig) -> list[float]:
     session = Session(config)
     losses = []
     for step, (images, targets) in enumerate(session.batches(0), 1):
-        losses.append(session.train_step(images, targets, step))
+        loss, _ = session.finished(session.train_step(images, targets, step))
+        losses.append(loss)
         if step == STEPS:
             break
     return losses
@@ -75,7 +76,7 @@ def _apart(rows: dict[str, Row], model: str, seeds: range, way: str, steps: slic
     found = 0.0
     for seed in seeds:
         a, b = (rows[f"{model}|{seed}|{each}"]["losses"][steps] for each in (way, MODULES))
-        found = max(found, *(abs(x - y) / y for x, y in zip(a, b, strict=True)))
+        found = max([found, *(abs(x - y) / y for x, y in zip(a, b, strict=True))])
     return found
 
 

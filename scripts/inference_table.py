@@ -45,6 +45,7 @@ from senet.anatomy.describe import multiply_adds
 from senet.errors import UserError
 from senet.inference import optimize
 from senet.inference.measurement import outside
+from senet.inference.optimization import OptimizedModel
 from senet.inference.outputs import tensors
 from senet.inference.report import FUSED
 from senet.inference.rounding import difference
@@ -93,6 +94,7 @@ def chosen() -> dict[str, tuple[int, ...]]:
 
 def shape_or_obstacle(name: str) -> tuple[int, ...] | str:
     """Channels, height and width for a network, or why it is not of the table."""
+    model: Any
     try:
         with torch.device("meta"):
             model = open_source(name).eval()
@@ -120,7 +122,7 @@ def randomise(model: nn.Module) -> None:
     """Statistics as if images had been seen, and biases other than zero."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.running_mean is not None:
+            if module.running_mean is not None and module.running_var is not None:
                 nn.init.normal_(module.running_mean, 0, 0.1)
                 nn.init.uniform_(module.running_var, 0.8, 1.2)
             if module.weight is not None:
@@ -139,7 +141,7 @@ def milliseconds(network: nn.Module, x: Tensor) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def prepared(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+def prepared(name: str) -> tuple[nn.Module, OptimizedModel, Tensor]:
     """A network, its optimized form, and an example."""
     tune_allocator()
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -128,8 +129,9 @@ def randomise_norms(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.7, 1.3)
+                if module.running_mean is not None and module.running_var is not None:
+                    module.running_mean.normal_(0, 0.1)
+                    module.running_var.uniform_(0.7, 1.3)
                 if module.affine:
                     module.weight.uniform_(0.7, 1.3)
                     module.bias.normal_(0, 0.1)
@@ -164,8 +166,9 @@ def examine(name: str) -> Row:
     after = outputs(copy.deepcopy(model), x, training=True)
     # With the recorded statistics, as where gates alone are trained, and on another input.
     trained = copy.deepcopy(model)
-    sum(t.square().mean() for t in outputs(trained, x.flip(-1), training=False)).backward()
-    blocks = [trained.get_submodule(place.block) for place in inserted_places(trained)]
+    squares = [t.square().mean() for t in outputs(trained, x.flip(-1), training=False)]
+    torch.stack(squares).sum().backward()
+    blocks: list[Any] = [trained.get_submodule(place.block) for place in inserted_places(trained)]
     gradients = [float(block.fc2.weight.grad.abs().sum()) for block in blocks]
     remove(model)
     now = model.state_dict()

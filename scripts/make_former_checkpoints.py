@@ -48,7 +48,7 @@ class Killed(Exception):  # noqa: N818
     """Ends a run as a kill would, behind its first epoch."""
 
 
-class KillsInEpoch2(Silent):  # type: ignore[misc]
+class KillsInEpoch2(Silent):
     """Hears of the training."""
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:

@@ -185,7 +185,7 @@ def passes(tree: Path, arguments: tuple[str, ...], timeout: float) -> bool:
         process.join(timeout)
         return process.exitcode == 0
     finally:
-        if process.is_alive():
+        if process.is_alive() and process.pid is not None:
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
 

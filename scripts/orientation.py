@@ -107,7 +107,7 @@ def writing(language: str, part: str) -> Writing:
     words = sorted(set(provider.word_list))[part == "test" :: 2]
     letters = {ord(letter) for word in words for letter in word}
     own = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
-    there = {Path(file).stem: str(file) for file in (*findSystemFonts(), *own)}
+    there = {Path(file).stem: str(file) for file in (*map(Path, findSystemFonts()), *own)}
     found = [there[name] for name in FONTS[part] if name in there]
     fonts = [font for font in found if letters <= FT2Font(font).get_charmap().keys()]
     if not fonts:
@@ -194,8 +194,8 @@ def make_pages(part: str, each: int, seed: int, show: Path | None = None) -> Pag
         for place, picture in enumerate(shown):
             sheet.paste(picture, (place // 2 * 166 + 3, place % 2 * 166 + 3))
         sheet.save(show)
-    angles, languages, degraded = torch.tensor(labels).unbind(1)
-    return Pages(torch.cat(images), angles, languages, degraded.bool())
+    angles, languages, bad = torch.tensor(labels).unbind(1)
+    return Pages(torch.cat(images), angles, languages, bad.bool())
 
 
 def in_pytorch() -> fx.GraphModule:
@@ -214,7 +214,9 @@ def in_pytorch() -> fx.GraphModule:
 
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if str(node.target).startswith("Add/") and str(source.target).startswith("Conv/"):
+        if not str(node.target).startswith("Add/") or not isinstance(source, fx.Node):
+            continue
+        if str(source.target).startswith("Conv/"):
             conv = network.get_submodule(str(source.target))
             conv.bias = nn.Parameter(value(node.args[1]).flatten().clone())
             node.replace_all_uses_with(source)
@@ -300,7 +302,7 @@ def show_gates(network: nn.Module, pages: Pages, out: Path) -> None:
         )
     n = len(pages.angles)
     floors = ", ".join(f"{100 * (len(names) - 1) / (n - 1):.1f}%" for _, names in kinds.values())
-    header = ("block", "channels", "mean gate of a channel: least/median/most")
+    header: tuple[str, ...] = ("block", "channels", "mean gate of a channel: least/median/most")
     header += ("standard deviation: median, most", "within 5% of 0, of 1")
     table(
         (*header, *(f"of the variance: by {kind}" for kind in kinds)),
@@ -436,7 +438,7 @@ def main() -> None:
         tolerance: senet.fold_gates(network, recorded, tolerance=tolerance, example_input=example)
         for tolerance in TOLERANCES
     }
-    runs = {
+    runs: dict[str, Callable[[Tensor], Any]] = {
         "senet.optimize": optimized,
         "the package's file, ONNX Runtime": package,
         "PyTorch": network,
@@ -461,7 +463,7 @@ def judge(
     network: nn.Module,
     test: Pages,
     train: Pages,
-    runs: dict[str, Any],
+    runs: dict[str, Callable[[Tensor], Any]],
     folded: dict[float, Any],
     options: argparse.Namespace,
 ) -> None:
@@ -502,10 +504,10 @@ def judge(
             (language, share(before[mine]), share(after[mine]), paired(before[mine], after[mine]))
         )
     table(("degraded pages", "before", first, "difference"), rows, "By language")
-    rows = []
+    folds_made = []
     for tolerance, report in folded.items():
         for block in report.blocks:
-            rows.append(
+            folds_made.append(
                 (
                     f"{tolerance:g}",
                     block.name,
@@ -524,7 +526,7 @@ def judge(
             "bound on the loss",
             "parameters",
         ),
-        rows,
+        folds_made,
         f"Folding, gates recorded on {len(train.angles)} training pages",
     )
 

@@ -13,6 +13,7 @@ with results/results-imagenet.csv of github.com/huggingface/pytorch-image-models
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -34,10 +35,11 @@ def main(results: Path, commit: str) -> None:
     """Write the table, given timm's table of results and the commit that it is of."""
     with results.open(newline="") as file:
         measured = {(row["model"], int(row["img_size"])): row for row in csv.DictReader(file)}
+    configurations: dict[str, Any] = _model_default_cfgs  # which timm types as something else
     rows = [
         row
         for theirs in TIMM_NAMES
-        for tag in _model_default_cfgs[theirs].cfgs
+        for tag in configurations[theirs].cfgs
         if (row := of_timm(f"{theirs}.{tag}", measured, commit))
     ]
     rows.append(
@@ -60,11 +62,13 @@ def main(results: Path, commit: str) -> None:
         writer.writerows(rows)
 
 
-def of_timm(name: str, measured: dict, commit: str) -> dict[str, str] | None:
+def of_timm(
+    name: str, measured: dict[tuple[str, int], dict[str, str]], commit: str
+) -> dict[str, str] | None:
     """A row of the table; None where timm has no weights."""
     theirs = name.partition(".")[0]
     cfg = get_pretrained_cfg(name)
-    if not cfg.has_weights:
+    if cfg is None or not cfg.has_weights:
         return None
     sizes = {cfg.input_size[1]: cfg.crop_pct}
     if cfg.test_input_size is not None:
@@ -77,7 +81,7 @@ def of_timm(name: str, measured: dict, commit: str) -> dict[str, str] | None:
         "name": name,
         "network": TIMM_NAMES[theirs].name,
         "repository": f"timm/{name}",
-        "url": cfg.url if (cfg.url or "").startswith("http") else "",
+        "url": cfg.url if isinstance(cfg.url, str) and cfg.url.startswith("http") else "",
         "layout": layout,
         "classes": str(cfg.num_classes),
         "image_size": str(best),

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from senet.support.progress import Silent
-from senet.training.config import RunConfig
+from senet.training.config import Parallel, RunConfig
 from senet.training.loop import train
 from senet.training.recipe import Recipe
 
 TESTS = Path(__file__).parents[1] / "tests"
-KILLS, SEEDS = 10, {11: "ddp", 12: "ddp", 13: "fsdp"}
+KILLS = 10
+SEEDS: dict[int, Parallel] = {11: "ddp", 12: "ddp", 13: "fsdp"}
 EPOCHS = 120
 FUZZ_EXAMPLES = "1000"
 

@@ -12,6 +12,7 @@ import datasets
 
 from senet.bench.data import write_pictures
 from senet.data import load_data
+from senet.data.sources.stream import StreamedImages
 
 IMAGES, FILES, PICTURES, PASSES = 8192, 4, 64, 5
 
@@ -39,8 +40,10 @@ def main() -> None:
         for picture in Path(folder).glob("*.jpg"):
             picture.unlink()
         train = load_data(f"hf-stream:{folder}", epoch_size=IMAGES).train
+        assert isinstance(train, StreamedImages)
         for number in range(PASSES):
-            for order, seed in (("shuffled", 1), ("in order", None)):
+            orders: dict[str, int | None] = {"shuffled": 1, "in order": None}
+            for order, seed in orders.items():
                 began = time.perf_counter()
                 count = sum(1 for _ in train.rows(seed=seed, epoch=number))
                 print(f"{order}: {count / (time.perf_counter() - began):.0f} images/s")
