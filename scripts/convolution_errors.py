@@ -25,6 +25,12 @@ from senet.data import Augmentation, load_data, train_loader
 from senet.ops import convolution
 
 
+def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Its padding along H and W, which our networks give in numbers."""
+    assert not isinstance(layer.padding, str), layer
+    return layer.padding
+
+
 def passes_of(layer: nn.Conv2d, x: Tensor, gradient: Tensor, by: str) -> list[Tensor]:
     """Output and both gradients: by "senet", "torch", or in float64 by "exact"."""
     x, weight = x.detach(), layer.weight.detach()
@@ -32,10 +38,9 @@ def passes_of(layer: nn.Conv2d, x: Tensor, gradient: Tensor, by: str) -> list[Te
         x, weight, gradient = x.double(), weight.double(), gradient.double()
     x, weight = x.requires_grad_(), weight.requires_grad_()
     if by == "senet":
-        assert not isinstance(layer.padding, str)
         with convolution.use("senet"):
             y = convolution.convolve(
-                x, weight, stride=layer.stride, padding=layer.padding, groups=layer.groups
+                x, weight, stride=layer.stride, padding=padding_of(layer), groups=layer.groups
             )
             return [y.detach(), *torch.autograd.grad(y, (x, weight), gradient)]
     y = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, layer.groups)
@@ -61,15 +66,14 @@ def main() -> None:
         output.register_hook(lambda gradient: seen.append((layer, inputs[0], gradient)))
 
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
+        if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(look)
     x = x.contiguous(memory_format=torch.channels_last)
     F.cross_entropy(model(x), y).backward()
     found: dict[str, list[list[float]]] = {"senet": [[], [], []], "torch": [[], [], []]}
     for layer, maps, gradient in seen:
-        assert not isinstance(layer.padding, str)
+        sizes = tuple(maps.shape), tuple(layer.weight.shape), layer.stride, padding_of(layer)
         with convolution.use("senet"):
-            sizes = tuple(maps.shape), tuple(layer.weight.shape), layer.stride, layer.padding
             if not convolution.passes(*sizes, layer.groups).forward:
                 continue
         gradient = gradient.contiguous(memory_format=torch.channels_last)

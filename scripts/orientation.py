@@ -214,10 +214,9 @@ def in_pytorch() -> fx.GraphModule:
 
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if not str(node.target).startswith("Add/") or not isinstance(source, fx.Node):
-            continue
-        if str(source.target).startswith("Conv/"):
-            conv = network.get_submodule(str(source.target))
+        target = str(source.target) if isinstance(source, fx.Node) else ""
+        if str(node.target).startswith("Add/") and target.startswith("Conv/"):
+            conv = network.get_submodule(target)
             conv.bias = nn.Parameter(value(node.args[1]).flatten().clone())
             node.replace_all_uses_with(source)
     weight, bias = value(nodes["mat_mul_0"].args[1]), value(nodes["add_8"].args[1])

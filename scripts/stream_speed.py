@@ -15,6 +15,7 @@ from senet.data import load_data
 from senet.data.sources.stream import StreamedImages
 
 IMAGES, FILES, PICTURES, PASSES = 8192, 4, 64, 5
+SEEDS: dict[str, int | None] = {"shuffled": 1, "in order": None}
 
 
 def main() -> None:
@@ -42,8 +43,7 @@ def main() -> None:
         train = load_data(f"hf-stream:{folder}", epoch_size=IMAGES).train
         assert isinstance(train, StreamedImages)
         for number in range(PASSES):
-            orders: dict[str, int | None] = {"shuffled": 1, "in order": None}
-            for order, seed in orders.items():
+            for order, seed in SEEDS.items():
                 began = time.perf_counter()
                 count = sum(1 for _ in train.rows(seed=seed, epoch=number))
                 print(f"{order}: {count / (time.perf_counter() - began):.0f} images/s")
