@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from senet import kernels
 from senet.inference import optimize
-from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv
 from senet.inference.optimization import OptimizedModel
 from senet.inference.report import OPTIMIZED, ORIGINAL
 from senet.inference.rounding import difference
+from senet.inference.steps import TorchStep
 from senet.nn.block import SqueezeExcitation
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from senet import kernels
 from senet.inference import chains, optimize
-from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv, Pointwise
 from senet.inference.rounding import difference
+from senet.inference.steps import TorchStep
 from senet.kernels.structs import Kind
 from senet.networks.anywhere import open_source
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from senet import create_model, kernels
 from senet.errors import UserError
 from senet.inference import OptimizedModel, optimize, plans, workspaces
-from senet.inference.builder import TorchStep
 from senet.inference.kernels import allocate
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
+from senet.inference.steps import TorchStep
 from senet.inference.workspaces import Workspace, Workspaces
 
 pytestmark = pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)

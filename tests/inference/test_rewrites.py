@@ -13,11 +13,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from senet import kernels
 from senet.inference import optimize
-from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv, Pointwise, SqueezeGate
 from senet.inference.program import Program
 from senet.inference.rewrite import Rewriter
 from senet.inference.rounding import difference
+from senet.inference.steps import TorchStep
 from senet.nn.block import SqueezeExcitation
 from senet.ops.activations import Activation
 

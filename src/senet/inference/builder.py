@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from senet.inference import kernels, packing
 from senet.inference.buffers import Buffer, Map, new_map
@@ -28,6 +28,7 @@ from senet.inference.schedule import (
     winograd_tasks,
     winograd_tile,
 )
+from senet.inference.steps import Constants, Ending, NativeStep, Sums, TorchStep, ending
 from senet.kernels.structs import Activation as Function
 from senet.kernels.structs import Kind, Limit
 from senet.ops.activations import LINEAR, RELU, Activation
@@ -38,7 +39,6 @@ _PASS_ROWS = 256
 CACHED_WEIGHTS = 1 << 15
 # Images whose gates a task computes with one panel of weights.
 _EXCITATION_IMAGES = 8
-Constants = dict[tuple[object, ...], Tensor]
 Maps = Mapping[str, Map | Buffer | None]
 Fields = Mapping[str, float]
 # The gates of our own SE block, as functions that end a step.
@@ -49,81 +49,6 @@ _GATES = {
     "hard_sigmoid": Function.HARDSIGMOID,
     "identity_sigmoid": Function.IDENTITY_SIGMOID,
 }
-
-
-@dataclass
-class NativeStep:
-    """A step before its buffers have addresses.
-
-    Attributes:
-        fields: numbers of `Step`.
-        maps: map or buffer for a pointer of `Step`.
-        constants: tensor for a pointer of `Step`.
-        strides: of a map that is read as the network's input is, along n, c, h and w.
-    """
-
-    fields: dict[str, float]
-    maps: dict[str, Map | Buffer]
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    strides: tuple[int, int, int, int] | None = None
-
-
-@dataclass
-class TorchStep:
-    """A node that PyTorch runs.
-
-    Attributes:
-        node: the node.
-        target: where its result goes for the kernels; None if it stays with PyTorch.
-    """
-
-    node: fx.Node
-    target: Map | None
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What the tasks of a step have summed of its map y.
-
-    Attributes:
-        y: the map.
-        parts: sums of the parts of its images, (N · blocks, C).
-        blocks: parts of an image.
-    """
-
-    y: Map
-    parts: Map
-    blocks: int
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What a step ends with.
-
-    Attributes:
-        function: the function of each element.
-        parameter: its number.
-        slopes: of a PReLU, one per channel.
-    """
-
-    function: Function = Function.LINEAR
-    parameter: float = 0.0
-    slopes: Tensor | None = None
-
-    @property
-    def fields(self) -> dict[str, float]:
-        """As fields of a `Step`."""
-        return {"activation": self.function, "parameter": self.parameter}
-
-    @property
-    def constants(self) -> dict[str, Tensor]:
-        """As constants of a `Step`."""
-        return {} if self.slopes is None else {"slopes": self.slopes}
-
-
-def ending(activation: Activation) -> Ending:
-    """An activation as the kernels know it."""
-    return Ending(Function[activation.name.upper()], activation.parameter)
 
 
 @dataclass(frozen=True)

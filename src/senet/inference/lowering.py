@@ -20,9 +20,6 @@ from senet.inference.builder import (
     CACHED_WEIGHTS,
     Builder,
     Chained,
-    Constants,
-    Sums,
-    TorchStep,
     native_gate,
     takes_input_gates,
 )
@@ -34,6 +31,7 @@ from senet.inference.rewrites.gates import POOLS
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
 from senet.inference.shapes import traced_results
+from senet.inference.steps import Constants, Sums, TorchStep
 from senet.kernels.structs import Kind
 from senet.nn.padded_shortcut import PaddedShortcut
 from senet.ops.activations import RELU

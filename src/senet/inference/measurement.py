@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from senet.inference.builder import TorchStep
 from senet.inference.modules import FusedConv, Pointwise
 from senet.inference.part import OptimizedPart
+from senet.inference.steps import TorchStep
 
 _ROUNDS, _FEWEST = 7, 3
 _SECONDS = 2.0  # after that, the fewest rounds are enough

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from senet.inference.builder import Constants
 from senet.inference.program import Program
 from senet.inference.shapes import outline
+from senet.inference.steps import Constants
 from senet.inference.weights import Watch
 from senet.inference.workspaces import Workspaces
 

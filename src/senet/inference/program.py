@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from senet.inference import kernels
 from senet.inference.buffers import place
-from senet.inference.builder import Constants, NativeStep, TorchStep
 from senet.inference.lowering import lower
 from senet.inference.outputs import rebuilt
 from senet.inference.shapes import outline
+from senet.inference.steps import Constants, NativeStep, TorchStep
 from senet.inference.workspaces import Workspace
 from senet.kernels.structs import Kind, Step
 
