@@ -30,7 +30,7 @@ from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.rewrites.gates import POOLS
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
-from senet.inference.shapes import traced_results
+from senet.inference.shapes import known_shape, traced_results
 from senet.inference.steps import Constants, Sums, TorchStep
 from senet.kernels.structs import Kind
 from senet.nn.padded_shortcut import PaddedShortcut
@@ -292,7 +292,7 @@ class Lowering:
         if node.op != "call_module" or not is_map(self.results[node]):
             return None
         module = self.module.get_submodule(str(node.target))
-        return module if _in_float32(module) else None
+        return module if _in_float32(module) and self._of_one_shape(node, module) else None
 
     def _apart(self) -> set[fx.Node]:
         """Nodes whose results have a place of their own."""
@@ -340,6 +340,8 @@ class Lowering:
         if node in self.chains:
             self._chain(node)
             return True
+        if not self._of_one_shape(node, module):
+            return False
         maps = [self.places.read(a) if isinstance(a, fx.Node) else None for a in node.args]
         x = maps[0] if maps else None
         if x is None:
@@ -426,6 +428,15 @@ class Lowering:
         if target is torch.amax:
             return self.pools.maxima(node)
         return self.pools.function(node)
+
+    def _of_one_shape(self, node: fx.Node, module: nn.Module) -> bool:
+        """Whether gates and shortcut fit what they meet, and PyTorch need not repeat them."""
+        if not isinstance(module, FusedConv | Pointwise):
+            return True
+        x, *rest = (self.traced[a] if isinstance(a, fx.Node) else None for a in node.args)
+        shape, gates = tuple(self.traced[node].shape), rest[0] if rest else None
+        fitting = gates is None or tuple(gates.shape[:2]) == shape[:2]
+        return fitting and known_shape(module, x, *rest) == shape
 
     def _shuffle(self, node: fx.Node, module: Shuffle, x: Map) -> None:
         """Channels of groups in turns; the pass for that leaves no gaps between pixels."""
@@ -536,7 +547,7 @@ class Lowering:
         (user,) = node.users
         if user.op != "call_module" or user not in self.segment or self.places.crosses(node):
             return False
-        conv = self.module.get_submodule(str(user.target))
+        conv = self._called(user)
         reads_once = user.args[0] is node and node not in user.args[1:]
         return isinstance(conv, FusedConv) and takes_input_gates(conv) and reads_once
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def medians(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def called(network: nn.Module, *inputs: Tensor) -> Callable[[], object]:
+def called(network: Callable[..., object], *inputs: Tensor) -> Callable[[], object]:
     """A call of a network on images, which ends when its work is done."""
 
     def once() -> object:
@@ -66,8 +67,8 @@ def left_to_pytorch(network: nn.Module) -> Iterator[Counter[str]]:
     """
     found: Counter[str] = Counter()
 
-    def note(part: OptimizedPart, args: tuple[Any, ...]) -> None:
-        plans = part.plans(*args)
+    def note(part: OptimizedPart, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        plans = part.plans(*args, **named)
         if plans is None:
             found[_IN_PYTORCH] += 1
         else:
@@ -87,10 +88,11 @@ def _outermost(network: nn.Module) -> list[OptimizedPart]:
 
 @contextmanager
 def _before_each(
-    parts: list[OptimizedPart], called: Callable[[OptimizedPart, tuple[Any, ...]], None]
+    parts: list[OptimizedPart],
+    called: Callable[[OptimizedPart, tuple[Any, ...], dict[str, Any]], None],
 ) -> Iterator[None]:
     """Have something called with each part and its inputs before it runs."""
-    handles = [part.register_forward_pre_hook(called) for part in parts]
+    handles = [part.register_forward_pre_hook(called, with_kwargs=True) for part in parts]
     try:
         yield
     finally:
@@ -111,12 +113,12 @@ def outside(network: nn.Module, x: Tensor) -> dict[str, float]:
     seconds: defaultdict[str, float] = defaultdict(float)
     outermost, within = _outermost(network), 0.0
 
-    def timed(part: OptimizedPart, args: tuple[Tensor, ...]) -> None:
+    def timed(part: OptimizedPart, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal within
-        plans = part.plans(*args)
+        plans = part.plans(*args, **named)
         began = clock()
         if plans is None:
-            called(part.graph_module, *args)()
+            called(partial(part.graph_module, **named), *args)()
             seconds[_IN_PYTORCH] += clock() - began
         else:
             for node, value in plans.program(args[0]).profile(args[0], clock).items():

@@ -243,6 +243,22 @@ def finish(
     return activation(y) if slopes is None else F.prelu(y, slopes)
 
 
+class AsItIs(nn.Module):
+    """A layer that hooks look at: it is called, and never taken into another one.
+
+    Args:
+        layer: the layer with its hooks.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer and its hooks give."""
+        return self.layer(*args, **kwargs)
+
+
 class Across(nn.Module):
     """A convolution over the channels of vectors, as the gates of ECA have (arXiv 1910.03151).
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from senet import kernels
 from senet.errors import SenetError
@@ -20,6 +23,7 @@ from senet.inference.rewrite import Rewriter
 from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
 from senet.nn.block import NotScriptable
+from senet.nn.hooks import give_forward_hooks, settle_weights
 
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
 # a trained network differs by some 1e-6 in float32. Beyond it rounding must explain the difference
@@ -129,7 +133,7 @@ class _Optimizer:
         self.gated: list[str] = []
         self.parts: list[_Part] = []
         self._model, self._example = model, example
-        self._inputs: dict[str, Tensor] | None = None
+        self._calls: dict[str, _Call] | None = None
 
     def run(self) -> nn.Module:
         """The network rewritten."""
@@ -137,9 +141,10 @@ class _Optimizer:
 
     def _optimized(self, model: nn.Module, name: str) -> nn.Module:
         """The model as an `OptimizedPart`, or with those of its children replaced that allow it."""
-        example = self._example if not name else self._examples().get(name)
+        call = self._call_of(name)
+        example = None if call is None else call.image
         try:
-            rewriter = Rewriter(model, example)
+            rewriter = Rewriter(model, example, None if call is None else call.given(model))
         except FAILURES as error:
             why = f"torch.fx cannot trace it: {reason_of(error)}"
             self.left.append((name or type(model).__name__, why))
@@ -156,7 +161,9 @@ class _Optimizer:
             parent, _, key = path.rpartition(".")
             held = graph.get_submodule(parent)
             self._replace(held, key, graph.get_submodule(path), f"{name}.{path}" if name else path)
-        return OptimizedPart(graph, rewriter.rank)
+        part = OptimizedPart(graph, rewriter.rank)
+        give_forward_hooks(model, part)
+        return part
 
     def _replace(self, parent: nn.Module, key: str, child: nn.Module, name: str) -> None:
         """Put the optimized form of a child in its place."""
@@ -171,48 +178,92 @@ class _Optimizer:
             setattr(parent, key, child)
             self.left.append((name, why_not))
             return
-        example = self._examples().get(name)
-        if isinstance(new, OptimizedPart) and example is not None:
-            self.parts.append(_Part(name, parent, key, child, new, example))
+        call = self._call_of(name)
+        if isinstance(new, OptimizedPart) and call is not None and call.image is not None:
+            self.parts.append(_Part(name, parent, key, child, new, call.image))
 
     def _complaint(self, parent: nn.Module, name: str) -> str | None:
         """Why a module does not run any more, as it reads more of a child than its result."""
-        example = self._examples().get(name) if name else self._example
-        if example is None:
+        call = self._call_of(name)
+        if call is None:
             return None
         try:
             with torch.no_grad():
-                parent(example)
+                call.repeat(parent)
         except FAILURES as error:
             return f"the module around it reads its insides: {reason_of(error)}"
         return None
 
-    def _examples(self) -> dict[str, Tensor]:
-        """An input of each module that is called with one tensor."""
-        if self._inputs is None:
-            self._inputs = _inputs_of(self._model, self._example)
-        return self._inputs
+    def _call_of(self, name: str) -> _Call | None:
+        """The last call of a module; None where it is not called."""
+        if not name:
+            return _Call((self._example,), {})
+        if self._calls is None:
+            self._calls = _calls_in(self._model, self._example)
+        return self._calls.get(name)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def image(self) -> Tensor | None:
+        """The one tensor that is given; None where it is called with more or other things."""
+        (x,) = self.args if len(self.args) == 1 and not self.kwargs else (None,)
+        return x if isinstance(x, Tensor) and x.is_floating_point() else None
+
+    def given(self, module: nn.Module) -> set[str] | None:
+        """Names of the arguments, in which values that are their defaults do not count."""
+        parameters = inspect.signature(module.forward).parameters
+        bound = inspect.signature(module.forward).bind(*self.args, **self.kwargs)
+        return {
+            name for name, value in bound.arguments.items() if value is not parameters[name].default
+        }
+
+    def repeat(self, module: nn.Module) -> None:
+        """Call a module so."""
+        copies = tree_map_only(Tensor, torch.clone, (self.args, self.kwargs))
+        module(*copies[0], **copies[1])
 
 
 @torch.no_grad()
-def _inputs_of(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
-    """Random inputs of the shapes that each module is called with."""
-    found: dict[str, Tensor] = {}
+def _calls_in(model: nn.Module, example: Tensor) -> dict[str, _Call]:
+    """The last call of each module within a model, with random numbers in place of its images'."""
+    found: dict[str, _Call] = {}
 
-    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                found[name] = args[0].to("meta")
+    def noting(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[name] = _Call(*tree_map_only(Tensor, _without_numbers, (args, kwargs)))
 
         return note
 
-    handles = [m.register_forward_pre_hook(noting(name)) for name, m in model.named_modules()]
+    handles = [
+        m.register_forward_pre_hook(noting(name), with_kwargs=True)
+        for name, m in model.named_modules()
+    ]
     try:
-        model(example)
+        model(example.clone())
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.randn_like(x, device=example.device) for name, x in found.items()}
+    filled = partial(_with_numbers, device=example.device)
+    return {
+        name: _Call(*tree_map_only(Tensor, filled, (call.args, call.kwargs)))
+        for name, call in found.items()
+    }
+
+
+def _without_numbers(x: Tensor) -> Tensor:
+    """A floating tensor without data, which need not be held; others as they are."""
+    return x.to("meta") if x.is_floating_point() else x.clone()
+
+
+def _with_numbers(x: Tensor, device: torch.device) -> Tensor:
+    return torch.randn_like(x, device=device) if x.device.type == "meta" else x
 
 
 def joined(outer: str, inner: str) -> str:
@@ -286,14 +337,16 @@ def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -
             than 1e-4 of the largest, and than ten times the original's own distance from float64.
     """
     _check_example(example_input)
+    example_input = example_input.clone()  # a network may normalise its images in place
     original = copy.deepcopy(model).eval()
     working = copy.deepcopy(original).requires_grad_(False)
+    settle_weights(working)
     optimizer = _Optimizer(working, example_input)
     network = optimizer.run().eval()
     # One run for both: a second one would capture a CUDA graph.
     with torch.no_grad(), left_to_pytorch(network) as operations:
-        wanted = original(example_input)
-        found = difference(network(example_input), wanted)
+        wanted = original(example_input.clone())
+        found = difference(network(example_input.clone()), wanted)
     tolerance = _TOLERANCE.get(example_input.dtype, _LOW_PRECISION)
     if not found <= tolerance and not found <= allowed(original, example_input, wanted, tolerance):
         raise SenetError(

@@ -13,6 +13,7 @@ from senet import kernels
 from senet.errors import UserError
 from senet.inference.plans import Plans
 from senet.inference.replay import Replays
+from senet.nn.hooks import give_forward_hooks
 
 # Held while a network's `Plans` are made, which threads that call it at the same time share.
 _MAKING = threading.Lock()
@@ -45,7 +46,9 @@ class OptimizedPart(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPart:
         graph = copy.deepcopy(self.graph_module, memo)
-        return OptimizedPart(graph, self.rank).train(self.training)
+        made = OptimizedPart(graph, self.rank).train(self.training)
+        give_forward_hooks(self, made)
+        return made
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_layer(self, name, value, "graph_module")
@@ -60,17 +63,17 @@ class OptimizedPart(nn.Module):
         """Let the next call pack the weights anew."""
         self._plans = None
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the original model returns for the same inputs."""
-        if len(inputs) == 1 and (kind := self._taker(inputs[0])) is not None:
+        if len(inputs) == 1 and not named and (kind := self._taker(inputs[0])) is not None:
             plans = self._current_plans(kind)
             if not (torch.is_grad_enabled() and plans.watch.wants_gradients()):
                 return plans.run(inputs[0])
-        return self.graph_module(*inputs)
+        return self.graph_module(*inputs, **named)
 
-    def plans(self, *inputs: Any) -> Plans | None:
+    def plans(self, *inputs: Any, **named: Any) -> Plans | None:
         """The programs that these inputs run on; None where PyTorch runs the graph."""
-        kernels_take_them = len(inputs) == 1 and self._taker(inputs[0]) is Plans
+        kernels_take_them = len(inputs) == 1 and not named and self._taker(inputs[0]) is Plans
         plans = self._current_plans(Plans) if kernels_take_them else None
         return plans if isinstance(plans, Plans) else None
 

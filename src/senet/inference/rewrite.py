@@ -7,6 +7,7 @@ nodes by calls of the modules in `senet.inference.modules` and says so in the re
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,8 @@ class Rewriter:
         model: model in evaluation mode; its parameters are read, not changed.
         example: an input of it, which tells the shapes; without it, SE blocks and means that are
             not of this package's or PyTorch's classes are left alone.
+        given: names of the arguments that it is called with, where those are not just the ones
+            without defaults; the others keep their defaults.
 
     Attributes:
         graph: the graph.
@@ -72,8 +75,13 @@ class Rewriter:
             raises that torch.fx cannot follow (`senet.inference.rewrites.tracing.FAILURES`).
     """
 
-    def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
-        self._edit = Editor(model, example)
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor | None = None,
+        given: Collection[str] | None = None,
+    ) -> None:
+        self._edit = Editor(model, example, given)
         cleaning.clean(self._edit)
         self.graph, self.module = self._edit.graph, self._edit.module
         self.fused, self.left = self._edit.fused, self._edit.left

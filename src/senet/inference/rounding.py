@@ -52,6 +52,6 @@ def allowed(model: nn.Module, x: Tensor, wanted: Any, tolerance: float) -> float
     Returns:
         `tolerance`, or ten times the network's own distance from float64 where that is more.
     """
-    exact = copy.deepcopy(model).cpu().double()(x.cpu().double())
+    exact = copy.deepcopy(model).cpu().double()(x.detach().cpu().to(torch.float64, copy=True))
     own = difference([t.cpu().double() for t in tensors(wanted)], exact)
     return max(tolerance, _FACTOR * own) if math.isfinite(own) else tolerance

@@ -123,7 +123,7 @@ def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...]
             shape = tuple(x.shape)
         case Pointwise():
             channels = None if module.scale is None else len(module.scale)
-            if channels is None or (x.ndim in (3, 4) and x.shape[1] == channels):
+            if channels is None or (x.ndim in (2, 3, 4) and x.shape[1] == channels):
                 shape = tuple(x.shape)
         case SqueezeGate():
             taps = 1 if module.geometry is None else math.prod(module.geometry[0])

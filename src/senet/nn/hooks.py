@@ -1,12 +1,23 @@
 """Forward hooks: of those who look into networks, and of SE blocks that were inserted."""
 
+import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+# Where a module keeps its hooks of the forward pass.
+_FORWARD = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
 
 
 @contextmanager
@@ -70,3 +81,34 @@ def scaling_block(module: nn.Module) -> nn.Module | None:
         return None
     se, channels_last = hook.args
     return None if channels_last else se
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run when a module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def give_forward_hooks(module: nn.Module, to: nn.Module) -> None:
+    """Let another module run the hooks that one has, with itself as their module."""
+    for name in _FORWARD:
+        setattr(to, name, getattr(module, name).copy())
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A copy of a module with the same parameters and children that calls no hooks."""
+    bare = copy.copy(module)
+    for name in _FORWARD:
+        setattr(bare, name, OrderedDict())
+    return bare
+
+
+def settle_weights(model: nn.Module) -> None:
+    """Make parameters of the weights that hooks compute: weight norm, spectral norm, pruning."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)

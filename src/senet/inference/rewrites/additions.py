@@ -34,7 +34,7 @@ def _take_in(edit: Editor, node: fx.Node) -> None:
         module = edit.takes_more(branch)
         if not isinstance(module, FusedConv | Pointwise) or branch is shortcut:
             continue
-        if len(branch.args) > 2 or not edit.single_use(branch):
+        if len(branch.args) > 2 or not edit.single_use(branch) or not edit.may_move(branch, node):
             continue
         if alpha != 1:
             module.multiply(alpha)

@@ -8,26 +8,14 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from senet.inference.rewrites.editor import Editor, without_gradient
+from senet.inference.rewrites.editor import Editor, without_gradient, without_writing
 
 _NOTHING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
 # Functions of a tensor that return it where their argument `training` is False.
 _DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path")
 _STOCHASTIC_DEPTH = "stochastic_depth"  # torchvision's
-_IN_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-# What may give a part of its argument's own memory.
-_VIEWS = (
-    *("getitem", "chunk", "split", "narrow", "select", "unbind", "view", "reshape", "flatten"),
-    *("squeeze", "unsqueeze", "transpose", "permute", "expand", "detach", "view_as", "unflatten"),
-)
 _COMPARISONS = (operator.eq, operator.ne, operator.ge, operator.gt, operator.le, operator.lt)
 
 
@@ -36,9 +24,9 @@ def clean(edit: Editor) -> None:
     for node in list(edit.graph.nodes):
         _drop(edit, node)
     for node in list(edit.graph.nodes):
-        _drop_neutral(edit, node)
-    for node in list(edit.graph.nodes):
         _out_of_place(edit, node)
+    for node in list(edit.graph.nodes):  # no sooner: 1 · x is another tensor than x
+        _drop_neutral(edit, node)
     _drop_clones(edit)
     _fold_ranks(edit)
     for node in list(edit.graph.nodes):
@@ -78,16 +66,14 @@ def _drop_neutral(edit: Editor, node: fx.Node) -> None:
 def _out_of_place(edit: Editor, node: fx.Node) -> None:
     """What reads a tensor after it was changed in place reads the changed one."""
     module = edit.called(node)
-    function = _without_writing(node)
+    function = without_writing(node)
     by_flag = node.kwargs.get("inplace") is True or getattr(module, "inplace", False) is True
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or (function is None and not by_flag):
         return
-    whole = source
-    while edit.operation(whole) in _VIEWS and isinstance(whole.args[0], fx.Node):
-        whole = whole.args[0]
-        if any(node < user for user in whole.users):
-            raise fx.proxy.TraceError(f"{node.name} writes into a part of what is read later")
+    for other in _same_memory(edit, source, node):
+        if any(node < user for user in other.users):
+            raise fx.proxy.TraceError(f"{node.name} writes into what is read later as {other.name}")
     for user in list(source.users):
         if user is not node and node < user:
             user.replace_input_with(source, node)
@@ -101,39 +87,23 @@ def _out_of_place(edit: Editor, node: fx.Node) -> None:
         edit.insert_in_place_of(node, module, node.args)
 
 
+def _same_memory(edit: Editor, source: fx.Node, at: fx.Node) -> list[fx.Node]:
+    """The other nodes before `at` that may share memory with `source`."""
+    found = [edit.memory_of(source)]
+    for each in found:
+        found += [u for u in each.users if u < at and edit.is_view(u) and u.args[0] is each]
+    return [each for each in found if each is not source]
+
+
 def _drop_clones(edit: Editor) -> None:
     """Copies, where nothing writes into a tensor any more, and nobody is given one."""
-    if any(_writes(edit, node) for node in edit.graph.nodes):
+    if any(edit.writes(node) for node in edit.graph.nodes):
         return
     for node in list(edit.graph.nodes):
         source = node.args[0] if node.args else None
         handed_out = any(user.op == "output" for user in node.users)
         if edit.operation(node) == "clone" and isinstance(source, fx.Node) and not handed_out:
             edit.replace(node, source)
-
-
-def _writes(edit: Editor, node: fx.Node) -> bool:
-    """Whether a node may write into a tensor that it is given."""
-    name = str(getattr(node.target, "__name__", node.target))
-    if node.op in ("call_function", "call_method"):
-        own = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-        return own or "out" in node.kwargs or _without_writing(node) is not None
-    return node.op == "call_module" and str(node.target) in edit.closed
-
-
-def _without_writing(node: fx.Node) -> Any:
-    """The function or method that gives what this one writes into its first argument."""
-    if node.op == "call_function":
-        name = str(getattr(node.target, "__name__", ""))
-        if name.endswith("_") and not name.endswith("__"):
-            known = (getattr(home, name[:-1], None) for home in (F, torch))
-            return next((function for function in known if function is not None), None)
-        return _IN_PLACE.get(node.target)
-    if node.op == "call_method":
-        name = str(node.target)
-        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        return name[:-1] if writes and hasattr(Tensor, name[:-1]) else None
-    return None
 
 
 def _fold_ranks(edit: Editor) -> None:
@@ -171,10 +141,15 @@ def _drop_whole_slices(edit: Editor, node: fx.Node) -> None:
         return
     others = (*index[:1], *index[2:])
     channels = index[1] in (slice(0, shape[1]), slice(None, shape[1]), slice(None))
-    if channels and all(part == slice(None) for part in others):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        edit.replace(node, source)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if not channels or any(part != slice(None) for part in others):
+        return
+    if index[1] != slice(None):  # whole for any image?
+        elsewhere = edit.shapes_elsewhere(source, node)
+        if elsewhere is None or elsewhere[0] != elsewhere[1]:
+            return
+    edit.replace(node, source)
 
 
 def fold_constants(edit: Editor) -> None:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from senet.inference.modules import FusedConv, Pointwise, ends_openly
-from senet.inference.rewrites.tracing import Tracer
+from senet.inference.modules import AsItIs, FusedConv, Pointwise, ends_openly
+from senet.inference.rewrites.tracing import FAILURES, Tracer, of_another_size
 from senet.inference.shapes import outline, traced_results
+from senet.nn.hooks import without_hooks
 
 # Attributes of a tensor that tell nothing of its numbers.
 _ABOUT = ("shape", "ndim", "dtype", "device", "is_cuda")
+# What may give its argument's own memory, or a part of it.
+_VIEWS = (
+    *("getitem", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit"),
+    *("narrow", "select", "unbind", "unfold", "diagonal", "view", "view_as", "reshape"),
+    *("reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "transpose"),
+    *("swapaxes", "swapdims", "permute", "movedim", "moveaxis", "expand", "expand_as"),
+    *("broadcast_to", "detach", "contiguous", "to", "type", "type_as", "float", "double", "half"),
+    *("bfloat16", "cpu", "cuda", "real", "t", "requires_grad"),
+)
+_SEEN_ANEW = ("T", "mT", "H", "mH", "data", "real")
+_VIEWING = (nn.Flatten, nn.Unflatten, nn.Identity)
+# Operations in place, and those that give the same anew.
+_IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 
 
 class Editor:
@@ -22,6 +44,7 @@ class Editor:
     Args:
         model: model in evaluation mode; its parameters are read, not changed.
         example: an input of it, which tells the shapes; without it less can be rewritten.
+        given: names of the arguments that the model is called with; see `Tracer`.
 
     Attributes:
         graph: the graph.
@@ -33,20 +56,32 @@ class Editor:
         dims: spatial dimensions of the input.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
-        tracer = Tracer(example)
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor | None = None,
+        given: Collection[str] | None = None,
+    ) -> None:
+        tracer = Tracer(example, given)
         self.graph = tracer.trace(model)
         for node in self.graph.nodes:
             node.type = None  # annotations of shapes cannot be pickled
         self.module = fx.GraphModule(model, self.graph)
         self.closed = tracer.closed
         self.fused: list[tuple[str, str]] = []
-        self.left: list[tuple[str, str]] = []
+        self.left = [(name, self.closed[name]) for name in sorted(tracer.hooked)]
+        for name in tracer.hooked:
+            self.module.set_submodule(name, AsItIs(self.module.get_submodule(name)))
+        for name in tracer.bare:
+            if any(name.startswith(f"{around}.") for around in self.closed):
+                raise fx.proxy.TraceError(f"{name} with its hooks is called from two places")
+            self.module.set_submodule(name, without_hooks(self.module.get_submodule(name)))
         self.gated: list[str] = []
         self.scopes = tracer.scopes
         self.origin: dict[fx.Node, str] = {}
         self.results: dict[fx.Node, Any] = {}
         self.dims = 2 if example is None else example.ndim - 2
+        self._example = example
         if example is not None:
             self.results = traced_results(self.module, outline(self.module), example)
 
@@ -75,9 +110,56 @@ class Editor:
         result = self.results.get(node)
         return tuple(result.shape) if isinstance(result, Tensor) else None
 
+    def shapes_elsewhere(self, *nodes: fx.Node) -> tuple[tuple[int, ...], ...] | None:
+        """Shapes of tensors for images of another number and size; None where they are unknown."""
+        if self._example is None:
+            return None
+        x, empty = self._example.to("meta"), outline(self.module)
+        for other in (of_another_size(x), torch.cat([x, x[:1]])):  # it may want that very size
+            try:
+                results = traced_results(self.module, empty, other)
+            except FAILURES:
+                continue
+            return tuple(tuple(results[node].shape) for node in nodes)
+        return None
+
     def single_use(self, node: fx.Node) -> bool:
         """Whether one node alone reads this one."""
         return len(node.users) == 1
+
+    def memory_of(self, node: fx.Node) -> fx.Node:
+        """The node whose memory another one may give, in parts or as a whole."""
+        while self.is_view(node):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node = source
+        return node
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a node may give its first argument's own memory, or parts of it."""
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        name = self.operation(node)
+        anew = name == "getattr" and node.args[1] in _SEEN_ANEW
+        return name in _VIEWS or anew or type(self.called(node)) in _VIEWING
+
+    def may_move(self, node: fx.Node, at: fx.Node) -> bool:
+        """Whether nothing between a node and a later one writes into what it reads."""
+        read = {self.memory_of(source) for source in node.all_input_nodes}
+        between = node.next
+        while between is not at:
+            if self.writes(between) and read & set(map(self.memory_of, between.all_input_nodes)):
+                return False
+            between = between.next
+        return True
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether a node may write into a tensor that it is given."""
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op in ("call_function", "call_method"):
+            own = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+            return own or "out" in node.kwargs or without_writing(node) is not None
+        return node.op == "call_module" and str(node.target) in self.closed
 
     def reads_shape(self, node: fx.Node) -> bool:
         """Whether a node reads nothing but sizes, type or device of a tensor."""
@@ -167,6 +249,21 @@ def plain(module: nn.Module) -> bool:
         kind = kind.__bases__[0]
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return kind in (*convolutions, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def without_writing(node: fx.Node) -> Any:
+    """The function or method that gives what this one writes into its first argument."""
+    if node.op == "call_function":
+        name = str(getattr(node.target, "__name__", ""))
+        if name.endswith("_") and not name.endswith("__"):
+            known = (getattr(home, name[:-1], None) for home in (F, torch))
+            return next((function for function in known if function is not None), None)
+        return _IN_PLACE.get(node.target)
+    if node.op == "call_method":
+        name = str(node.target)
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return name[:-1] if writes and hasattr(Tensor, name[:-1]) else None
+    return None
 
 
 def without_gradient(value: Tensor) -> nn.Parameter:

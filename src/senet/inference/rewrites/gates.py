@@ -384,7 +384,8 @@ def own_blocks(edit: Editor) -> None:
         assert isinstance(source, fx.Node)
         edit.gated.append(name)
         conv = edit.called(source)
-        if isinstance(conv, FusedConv) and commutes(conv) and edit.single_use(source):
+        alone = edit.single_use(source) and edit.may_move(source, node)
+        if isinstance(conv, FusedConv) and commutes(conv) and alone:
             gates = edit.insert(SqueezeGate(se, conv), node, source.args[:1], name)
             new = edit.move(source, node, (source.args[0], gates))
             edit.say(new, f"squeeze of {name} before the convolution, scale in the same pass")
@@ -409,6 +410,8 @@ def squeeze_first(edit: Editor) -> None:
         if not isinstance(conv, FusedConv) or not ends_openly(conv) or len(source.args) != 1:
             continue
         if product.scale is not None or product.factor != 1 or product.slopes is not None:
+            continue
+        if not edit.may_move(source, node):
             continue
         if edit.single_use(source):  # gates of something else
             conv.activation = product.activation

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, fx, nn
 
 from senet.inference.shapes import Growing
 from senet.nn.block import SqueezeExcitation
+from senet.nn.hooks import has_forward_hooks, scaling_block
 from senet.nn.padded_shortcut import PaddedShortcut
 
 # What code raises that wants numbers where a symbolic trace has none.
 FAILURES = (
     *(fx.proxy.TraceError, TypeError, NotImplementedError, ValueError, RuntimeError),
-    *(AttributeError, IndexError, KeyError, AssertionError),
+    *(AttributeError, IndexError, KeyError, AssertionError, NameError),
 )
 
 
@@ -29,7 +31,7 @@ _OF_NUMBERS = (
 )
 
 
-def _of_another_size(x: Tensor) -> Tensor:
+def of_another_size(x: Tensor) -> Tensor:
     """Images without data of another number and size, which networks that reduce theirs take."""
     larger = [factor * size + 32 for factor, size in enumerate(x.shape[2:], 2)]
     return x.new_empty(len(x) + 1, *x.shape[1:2], *larger, device="meta")
@@ -41,12 +43,30 @@ def reason_of(error: Exception) -> str:
 
 
 class _Proxy(fx.Proxy):
-    """One with a length where that is known."""
+    """One with a length where that is known, and that notes what is written into tensors."""
 
     def __len__(self) -> int:
         assert isinstance(self.tracer, Tracer)
         length = self.tracer.length(self.node)
         return super().__len__() if length is None else length
+
+    def _in_place(self, other: Any, written: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+        # Numbers are no other ones after `+=`, tensors are: other names of them see it.
+        assert isinstance(self.tracer, Tracer)
+        function = written if self.tracer.is_tensor(self.node) else plain
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(other, operator.iadd, operator.add)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(other, operator.isub, operator.sub)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(other, operator.imul, operator.mul)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(other, operator.itruediv, operator.truediv)
 
 
 class Tracer(fx.Tracer):
@@ -60,18 +80,47 @@ class Tracer(fx.Tracer):
 
     Args:
         example: an input.
+        given: names of the arguments that the model is called with; others keep their defaults.
+            None: those that have no default.
 
     Attributes:
         closed: modules that could not be followed, and why.
         scopes: for each node the dotted name of the innermost module around it.
+        hooked: layers that are called as a whole, because hooks look at them.
+        bare: layers whose hooks have become nodes.
     """
 
-    def __init__(self, example: Tensor | None = None) -> None:
+    def __init__(self, example: Tensor | None = None, given: Collection[str] | None = None) -> None:
         super().__init__()
-        self._examples = () if example is None else (example.to("meta"), _of_another_size(example))
+        self._named = given
+        self.hooked: set[str] = set()
+        self.bare: set[str] = set()
+        self._examples = () if example is None else (example.to("meta"), of_another_size(example))
         self._results: tuple[Growing, ...] = ()
         self.closed: dict[str, str] = {}
         self.scopes: dict[fx.Node, str] = {}
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The function that is followed, and what it is called with: what has a default keeps it.
+
+        Raises:
+            TypeError: it wants arguments by name alone, or none at all.
+        """
+        assert isinstance(self.root, nn.Module)
+        forward: Callable[..., Any] = self.root.forward  # its own, where one was set
+        given: list[inspect.Parameter] = []
+        for each in inspect.signature(forward).parameters.values():
+            wanted = each.default is each.empty if self._named is None else each.name in self._named
+            if each.kind is each.VAR_KEYWORD or not wanted:
+                continue
+            if each.kind is each.VAR_POSITIONAL and given:
+                continue
+            if each.kind is each.KEYWORD_ONLY:
+                raise TypeError(f"it is called with {each.name} by name")
+            given.append(each)
+        return forward, [self.create_proxy("placeholder", each.name, (), {}) for each in given]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node, of which it is kept in which module it stands."""
@@ -117,6 +166,17 @@ class Tracer(fx.Tracer):
         lengths = {len(each) for each in self._given(node) if isinstance(each, list | tuple)}
         return lengths.pop() if len(lengths) == 1 else None
 
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node is known to give a tensor."""
+        if node.op == "call_module":
+            return True
+        for results in self._growing():
+            try:
+                return isinstance(results.of(node), Tensor)
+            except FAILURES:
+                continue
+        return False
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Which way a branch goes that compares sizes."""
         if self._is_fixed(obj.node):
@@ -125,12 +185,15 @@ class Tracer(fx.Tracer):
 
     def _given(self, node: fx.Node) -> tuple[Any, ...]:
         """What a node gives for the example, and for another one; nothing where that is unknown."""
-        if not self._results:
-            self._results = tuple(Growing(self.root, self.graph, x) for x in self._examples)
         try:
-            return tuple(results.of(node) for results in self._results)
+            return tuple(results.of(node) for results in self._growing())
         except FAILURES:
             return ()
+
+    def _growing(self) -> tuple[Growing, ...]:
+        if not self._results:
+            self._results = tuple(Growing(self.root, self.graph, x) for x in self._examples)
+        return self._results
 
     def _is_fixed(self, node: Any) -> bool:
         """Whether a node gives a number that follows from dimensions and channels alone."""
@@ -145,6 +208,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph calls m and does not look into it."""
+        if "forward" in vars(m):  # it does not compute what its class does
+            return False
         own = type(m) in (SqueezeExcitation, PaddedShortcut)
         return own or super().is_leaf_module(m, module_qualified_name)
 
@@ -160,6 +225,17 @@ class Tracer(fx.Tracer):
             name = self.path_of_module(m)
         except NameError:  # made in a forward pass: it has no name to be called by
             return forward(*args, **kwargs)
+        if has_forward_hooks(m) and name not in self.closed:
+            if scaling_block(m) is None or m._forward_pre_hooks:
+                self.closed[name] = "hooks look at what it gives"
+            if self.is_leaf_module(m, name):
+                (self.hooked if name in self.closed else self.bare).add(name)
+                result = self.create_proxy("call_module", name, args, kwargs)
+                if name in self.closed:
+                    return result
+                for hook in m._forward_hooks.values():
+                    result = hook(m, args, result)
+                return result
         if name not in self.closed:
             last, depth = next(iter(reversed(self.graph.nodes))), len(self.module_stack)
             try:

@@ -80,8 +80,9 @@ def on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def like(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """t with the type and memory order of x."""
-    if t is None or (t.dtype is x.dtype and t.stride() == x.stride()):
+    """t with the shape, type and memory order of x."""
+    same = t is not None and t.shape == x.shape and t.stride() == x.stride()
+    if t is None or (same and t.dtype is x.dtype):
         return t
     return torch.empty_like(x).copy_(t)
 
