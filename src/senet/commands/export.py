@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from senet.networks.anywhere import head_of
 from senet.runtimes.export import OPSET, ExportReport, export
 from senet.runtimes.forms import Form
 from senet.runtimes.sessions import Format
+from senet.support.copies import copied
 from senet.tasks.kinds import AnyTask
 from senet.tasks.regression import Regression
 
@@ -123,7 +123,7 @@ def in_own_units(checkpoint: Checkpoint) -> tuple[nn.Module, AnyTask]:
     task = checkpoint.task
     if not isinstance(task, Regression):
         return model, task
-    model = copy.deepcopy(model)
+    model = copied(model)
     try:
         head = head_of(model)[1]
     except UserError:  # the file's metadata say mean and deviation then

@@ -1,6 +1,5 @@
 """Parameters and multiply-adds of a network, counted by PyTorch on the meta device."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from senet.models import Network, build_model
+from senet.support.copies import copied
 
 
 def meta_model(name: str, *, num_classes: int | None = None, **options: Any) -> Network:
@@ -45,12 +45,13 @@ def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...] | None = N
 
     Raises:
         ValueError: no input_size, and the model has none.
+        UserError: the model cannot be copied.
     """
     if input_size is None:
         input_size = getattr(model, "input_size", None)
         if input_size is None:
             raise ValueError(f"input_size (C,H,W) is needed: {type(model).__name__} has none")
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copied(model).to("meta").eval()
     dtype = next((p.dtype for p in shadow.parameters()), torch.float32)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
