@@ -204,6 +204,50 @@ def test_measures_and_backs_off_until_the_drop_is_allowed():
     assert not left or max(harm[n] for n in left) <= min(harm[n] for n in bound.restored)
 
 
+class Restarting:
+    """An iterator over the batches that iter() lets begin anew."""
+
+    def __iter__(self):
+        self.left = iter(LOADER)
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+
+@pytest.mark.parametrize("loader", [LOADER, lambda: iter(LOADER), Restarting])
+def test_iterators_are_measured_on_all_their_batches(loader):
+    model = prepared(senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2))
+    statistics = record_gates(model, LOADER, classes=NAMES)
+    with torch.no_grad():
+        wanted = float((model(X).argmax(1) == Y).double().mean() * 100)
+        loss = float(nn.functional.cross_entropy(model(X), Y))
+    batches = loader if loader is LOADER else loader()
+    report = fold_gates(model, statistics, tolerance=10, loader=batches)
+    assert report.before.top1 == pytest.approx(wanted)
+    assert report.before.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_several_attempts_need_the_batches_several_times():
+    torch.manual_seed(4)
+    model = prepared(senet.create_model("se_resnet8_cifar", num_classes=50, reduction=2))
+    loader = labels_of(model)
+    statistics = record_gates(model, loader, classes=[str(i) for i in range(50)])
+    arguments = {"tolerance": 10, "max_drop": 0}
+    with pytest.raises(UserError, match=r"loader is a generator, .*pass a DataLoader"):
+        fold_gates(model, statistics, loader=(batch for batch in loader), **arguments)
+    with pytest.raises(UserError, match=r"gives them once, .*pass a DataLoader"):
+        fold_gates(model, statistics, loader=iter(loader), **arguments)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = prepared(senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2))
+    statistics = record_gates(model, LOADER, classes=NAMES)
+    model.last = model(X[:1])
+    with pytest.raises(UserError, match="holds last as a result of autograd; detach it"):
+        fold_gates(model, statistics, example_input=X[:1])
+
+
 def test_tolerance_zero_folds_only_constants():
     model = prepared(senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2))
     report = fold_gates(model, record_gates(model, LOADER, classes=NAMES), tolerance=0)

@@ -5,9 +5,9 @@ weights can take in: docs/algebra.md, section 4. ASR (arXiv 2304.06345) trains b
 the gates of an already trained network are measured, folded and judged by the network's accuracy.
 """
 
-import copy
+import inspect
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,10 +32,15 @@ from senet.gates.statistics import BlockStatistics, GateStatistics
 from senet.gates.targets import edits_after, edits_before
 from senet.insertion.replace import replace_block
 from senet.models.cost import count_parameters
+from senet.support.copies import copied
 
 # Of what a network with constants in the place of its gates gives, by dtype: the rounding of some
 # hundred layers whose weights were multiplied. A factor in the wrong place is far beyond.
 PROOF = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_NO_IMAGES = (
+    "the loader gives no images to judge the folded network on; an iterator gives them once, and "
+    "max_drop may need them several times: pass a DataLoader or a list"
+)
 SMALLEST_FACTOR = 1e-3  # a partly folded block divides its first layer's weights by the constants
 
 
@@ -136,7 +141,7 @@ def fold_gates(
         statistics: of this very network, from `record_gates`.
         tolerance: in units of the gate, at least 0; 0 folds exactly constant gates only.
         loader: batches (images (N,C,H,W), class numbers (N,)) to judge both networks on; it is
-            gone through once for each attempt.
+            gone through once for each attempt: an iterator will do without `max_drop`.
         max_drop: most top-1 in percentage points that may be lost; needs `loader`. While more is
             lost, the block with the largest predicted harm is put back, so that what does least
             harm stays folded. The last resort is the original.
@@ -147,7 +152,8 @@ def fold_gates(
         tried: hears of the number of folded blocks and the drop of each attempt.
 
     Raises:
-        UserError: statistics of another network, no labels, or an argument out of range.
+        UserError: statistics of another network, no labels, a generator with `max_drop`, a model
+            that cannot be copied, or an argument out of range.
     """
     if not tolerance >= 0:
         raise UserError(f"tolerance must be at least 0, got {tolerance}")
@@ -155,7 +161,14 @@ def fold_gates(
         raise UserError("max_drop needs data to measure the accuracy on: pass loader=…")
     if max_drop is not None and not max_drop >= 0:
         raise UserError(f"max_drop must be at least 0 percentage points, got {max_drop}")
-    example = _example(model, example_input, loader)
+    if max_drop is not None and inspect.isgenerator(loader):
+        raise UserError(
+            "loader is a generator, which gives its batches once, and max_drop may need them "
+            "several times: pass a DataLoader or a list"
+        )
+    example, first_pass = example_input, loader
+    if example is None:
+        example, first_pass = _example(model, loader)
     present = anatomy(model, example).excitations
     same = list(present) == list(statistics.blocks)
     if not same or statistics.fingerprint != fingerprint(present):
@@ -174,7 +187,8 @@ def fold_gates(
     restored: list[str] = []
     while True:
         folded, blocks, structure = _proven(model, present, statistics, tolerance, chosen, example)
-        first, second = _measure(model, folded, loader, example)
+        first, second = _measure(model, folded, first_pass, example)
+        first_pass = loader
         drop = 0.0 if first.top1 is None or second.top1 is None else first.top1 - second.top1
         if tried is not None:
             tried(len(chosen), drop)
@@ -199,18 +213,30 @@ def _loss_bound(block: BlockStatistics, tolerance: float, mask: Tensor | None = 
     return float(lost / everything) if float(everything) > 0 else 0.0
 
 
-def _example(model: nn.Module, example: Tensor | None, loader: Iterable[Any] | None) -> Tensor:
-    if example is not None:
-        return example
-    parameter = next(model.parameters())
-    if loader is not None:
-        for batch in loader:
-            images, _ = split_batch(batch)
-            if len(images):
-                return images[:1].to(parameter)
-        raise UserError("the loader gives no images to judge the folded network on")
-    (first,) = guessed_arguments(model, None)[0]
-    return first
+def _example(model: nn.Module, loader: Iterable[Any] | None) -> tuple[Tensor, Iterable[Any] | None]:
+    """An input of the model, and all batches of the loader, of which the first are read by now.
+
+    They are not asked for again: a loader that is an iterator gives them once.
+    """
+    if loader is None:
+        (first,) = guessed_arguments(model, None)[0]
+        return first, None
+    walk = iter(loader)
+    read: list[Any] = []
+    while (batch := next(walk, None)) is not None:
+        read.append(batch)
+        images, _ = split_batch(batch)
+        if len(images):
+            return images[:1].to(next(model.parameters())), _continued(read, walk)
+    raise UserError(_NO_IMAGES)
+
+
+def _continued(read: list[Any], walk: Iterator[Any]) -> Iterator[Any]:
+    """Batches that were read, and those that follow."""
+    yield from read
+    # Not `yield from walk`: iter() lets some iterators begin anew.
+    while (batch := next(walk, None)) is not None:
+        yield batch
 
 
 def _proven(
@@ -284,7 +310,7 @@ def _fold(
     faults: dict[str, str],
 ) -> tuple[nn.Module, list[FoldedBlock], dict[str, dict[str, Any]]]:
     """A copy of the model with the chosen blocks folded, but for those with a fault."""
-    folded = copy.deepcopy(model)
+    folded = copied(model)
     # Factors of different blocks go into weights of their own or commute, so one trace serves all.
     seen = read(folded, attempt(lambda: record(folded, (example,)), (example,)))
     blocks: list[FoldedBlock] = []
@@ -422,7 +448,7 @@ def _measure(
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
     if not images:
-        raise UserError("the loader gives no images to judge the folded network on")
+        raise UserError(_NO_IMAGES)
     first, second = (
         Measured(*sizes[i], 100 * correct[i] / images, loss[i] / images, images / seconds[i])
         for i in (0, 1)
