@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
-from senet.errors import SenetError
+from senet.errors import SenetError, UserError
 from senet.inference import OptimizedModel, optimize, rounding
 from senet.inference.modules import SqueezeGate
 from senet.inference.part import OptimizedPart
@@ -368,3 +368,78 @@ def test_parametrized_layers_and_classes_of_their_own(layer: type[nn.Linear]) ->
         (name,) = (n for n, p in each.named_parameters() if n.endswith("original") and p.ndim == 2)
         each.get_parameter(name).mul_(2)
     assert difference(fast(x), model(x)) <= TOLERANCE
+
+
+class Named(nn.Module):
+    """Layers and tensors under names that describe other networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preprocessing = nn.Conv2d(3, 4, 1)
+        self.config = nn.Parameter(torch.randn(4, 1, 1))
+        self.register_buffer("num_features", torch.randn(4, 1, 1))
+        self.input_size = (3, 9, 9)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.preprocessing(pixel_values) * self.config + self.num_features
+
+
+@torch.no_grad()
+def test_layers_under_the_names_of_descriptions_are_layers() -> None:
+    model, x = Named().eval(), torch.randn(2, 3, 9, 9)
+    fast = optimize(model, x, measure=False)
+    assert difference(fast(x), model(x)) <= TOLERANCE
+    assert fast.input_size == (3, 9, 9)
+    assert not any(hasattr(fast, name) for name in ("preprocessing", "config", "num_features"))
+
+
+@torch.no_grad()
+def test_images_may_be_named_as_the_original_names_them() -> None:
+    model, x = Named().eval(), torch.randn(2, 3, 9, 9)
+    fast = optimize(model, x, measure=False)
+    again = optimize(fast, x, measure=False)
+    for each in (fast, again, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(each(pixel_values=x), fast(x))
+    within = torch.fx.symbolic_trace(fast)
+    assert torch.equal(within(x), fast(x))
+    with pytest.raises(TypeError, match=r"\(pixel_values\), got an unexpected .*'mask'"):
+        fast(x, mask=x)
+    with pytest.raises(TypeError, match=r"\(pixel_values\), got 2 arguments"):
+        fast(x, pixel_values=x)
+    with pytest.raises(TypeError, match="missing"):
+        fast()
+
+
+class Dropping(Untraceable):
+    """What only evaluation mode keeps from changing, around what cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.drop(super().forward(x)))
+
+
+@torch.no_grad()
+def test_stays_in_evaluation_mode() -> None:
+    model, x = Dropping().eval(), torch.randn(2, 3, 12, 12)
+    fast = optimize(model, x, measure=False)
+    assert isinstance(fast.network.drop, nn.Dropout)
+    state = copy.deepcopy(fast.state_dict())
+    outer = nn.Sequential(fast)
+    for trained in (fast.train(), outer.train()[0]):
+        assert trained is fast
+        assert not any(module.training for module in fast.modules())
+        assert difference(fast(x), model(x)) <= TOLERANCE
+    assert outer.training
+    assert all(torch.equal(state[key], value) for key, value in fast.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_cannot_be_copied_is_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(1, 3, 9, 9)
+    with torch.enable_grad():
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(UserError, match=r"0 \(Conv2d\) holds weight .*prune\.remove"):
+        optimize(model, x)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
 from senet.nn.block import NotScriptable
 from senet.nn.hooks import give_forward_hooks, settle_weights
+from senet.support.copies import copied
 
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
 # a trained network differs by some 1e-6 in float32. Beyond it rounding must explain the difference
@@ -38,17 +39,22 @@ _CLEARLY = 0.97
 class OptimizedModel(NotScriptable, nn.Module):
     """What `optimize` returns; called like the original model in evaluation mode.
 
-    Attributes:
-        report: what was done.
+    Args:
         network: the rewritten model; the original where that was faster (`report.kept`).
+        report: what was done.
+        argument: under which name the original takes its images.
+
+    Attributes:
+        network, report, argument: the arguments.
     """
 
     report: OptimizationReport
 
-    def __init__(self, network: nn.Module, report: OptimizationReport) -> None:
+    def __init__(self, network: nn.Module, report: OptimizationReport, argument: str = "x") -> None:
         super().__init__()
         self.network = network
         self.report = report
+        self.argument = argument
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_layer(self, name, value, "network")
@@ -63,6 +69,34 @@ class OptimizedModel(NotScriptable, nn.Module):
         for module in self.modules():
             if isinstance(module, OptimizedPart):
                 module.repack()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever `mode` is; also within a model that is trained.
+
+        Parts of the original may be in the network as they were, with their dropout and batch
+        norms.
+        """
+        del mode
+        return super().train(False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `forward`; the images may be named as the original names them.
+
+        Raises:
+            TypeError: any other argument.
+        """
+        # Here, as torch.fx and torch.export read the names that forward has.
+        if unknown := [name for name in kwargs if name not in ("x", self.argument)]:
+            raise TypeError(
+                f"an optimized network takes its images alone ({self.argument}), got an "
+                f"unexpected keyword argument {unknown[0]!r}"
+            )
+        if len(args) + len(kwargs) > 1:
+            raise TypeError(
+                f"an optimized network takes its images alone ({self.argument}), got "
+                f"{len(args) + len(kwargs)} arguments"
+            )
+        return super().__call__(*args, *kwargs.values())
 
     def forward(self, x: Tensor) -> Any:
         """What the original model returns for images x, (N,C,H,W), (N,C,L) or (N,C,D,H,W)."""
@@ -313,8 +347,8 @@ def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -
 
     The result takes any batch and image size, can be called by any number of threads at the same
     time, can be pickled, copied and saved, and has no gradients to its weights unless they ask for
-    some (`requires_grad_`), which takes it off the kernels. It does not train: dropout is gone and
-    batch norms are constants. Its own weights may be edited or loaded; the next call packs them
+    some (`requires_grad_`), which takes it off the kernels. It does not train: `train()` leaves it
+    in evaluation mode. Its own weights may be edited or loaded; the next call packs them
     anew (`OptimizedModel.repack` says which edits it cannot notice).
 
     Args:
@@ -333,12 +367,13 @@ def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -
 
     Raises:
         TypeError: `example_input` is no tensor.
+        UserError: the model cannot be copied, as with `torch.nn.utils.weight_norm` or pruning.
         SenetError: the outputs for `example_input` differ by more than rounding: in float32 by more
             than 1e-4 of the largest, and than ten times the original's own distance from float64.
     """
     _check_example(example_input)
     example_input = example_input.clone()  # a network may normalise its images in place
-    original = copy.deepcopy(model).eval()
+    original = copied(model).eval()
     working = copy.deepcopy(original).requires_grad_(False)
     settle_weights(working)
     optimizer = _Optimizer(working, example_input)
@@ -365,11 +400,22 @@ def optimize(model: nn.Module, example_input: Tensor, *, measure: bool = True) -
     if measure:
         slower = tuple(_undo_slower(optimizer.parts))
         network, report = _fastest(original, network, example_input, replace(report, slower=slower))
-    optimized = OptimizedModel(network, report).eval()
+    optimized = OptimizedModel(network, report, _argument(model)).eval()
     for attribute in ("config", "input_size", "min_input_size", "num_features", "preprocessing"):
-        if hasattr(model, attribute):
-            setattr(optimized, attribute, copy.deepcopy(getattr(model, attribute)))
+        # A layer or a tensor of that name belongs to the network, which has it in its own form.
+        value = getattr(model, attribute, None)
+        if hasattr(model, attribute) and not isinstance(value, nn.Module | Tensor):
+            setattr(optimized, attribute, copy.deepcopy(value))
     return optimized
+
+
+def _argument(model: nn.Module) -> str:
+    """Under which name a model takes its images: its first argument."""
+    if isinstance(model, OptimizedModel):
+        return model.argument
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    named = first is not None and first.kind is first.POSITIONAL_OR_KEYWORD
+    return first.name if first is not None and named else "x"
 
 
 def _fastest(
