@@ -1,5 +1,6 @@
 """senet.export: what is written runs in its own runtime and gives the same."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -251,6 +252,98 @@ def test_bad_input(
     with pytest.raises(UserError, match=message):
         export(model, tmp_path / name, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+class Returning(nn.Module):
+    """A tiny network, and a function of its images and result."""
+
+    def __init__(self, result=lambda x, y: y, channels: int = 3) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(channels, 4, 3, padding=1), nn.Linear(4, 2)
+        self.result = [result]
+
+    def forward(self, x: Tensor) -> object:
+        return self.result[0](x, self.fc(self.conv(x).relu().mean((2, 3))))
+
+
+def tiny(**attributes: object) -> nn.Module:
+    model = Returning().eval()
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", ["network.pt2", "network.onnx"])
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda x, y: {"out": y, "aux": 2 * y}, "returns a dict of 'out', 'aux', and a file has"),
+        (lambda x, y: (y, 2 * y), "returns a tuple, .* returns one tensor"),
+        (lambda x, y: y if x.sum() > 1e6 else -y, r"numbers taken out of tensors .*torch\.where"),
+        (lambda x, y: y + (1 if float(x.sum()) > 0 else 2), r"numbers taken out .*torch\.where"),
+    ],
+)
+def test_networks_that_no_file_can_hold(tmp_path: Path, result, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export(Returning(result).eval(), tmp_path / name, example_input=IMAGES, form="plain")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": 4}, "classes must be names in the order of the outputs, got 4"),
+        ({"classes": "cat"}, "classes must be names in the order of the outputs, got 'cat'"),
+        ({"classes": [torch.zeros(1)]}, "classes must be names, texts each"),
+        (
+            {"preprocessing": {"size": 8, "mean": torch.zeros(3)}},
+            r"preprocessing is written .* got a Tensor for 'mean'; turn .* \.tolist\(\)",
+        ),
+        ({"preprocessing": nn.Identity()}, r"preprocessing is written .* got a Identity;"),
+        ({"task": {"of": print}}, "task is written .* got a builtin_function_or_method for 'of'"),
+    ],
+)
+def test_values_that_no_file_can_hold(tmp_path: Path, options, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export(tiny(), tmp_path / "network.pt2", example_input=IMAGES, form="plain", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attributes_of_other_libraries_stay_out_of_the_file(tmp_path: Path) -> None:
+    model = tiny(
+        config=argparse.Namespace(a=1),
+        classes=4,
+        preprocessing=nn.Identity(),
+        task=print,
+        input_size=8,
+    )
+    path = tmp_path / "network.pt2"
+    export(model, path, form="plain")
+    metadata = open_exported(path).metadata
+    assert metadata["input_size"] == [3, 8, 8]  # one number: square images
+    for name in ("config", "classes", "preprocessing", "task"):
+        assert metadata[name] is None
+
+
+@pytest.mark.parametrize("size", [None, (8, 8), "8", nn.Identity()])
+def test_no_size_and_no_example(tmp_path: Path, size: object) -> None:
+    with pytest.raises(UserError, match=r"example_input is needed: .*\(N,C,H,W\)"):
+        export(tiny(input_size=size), tmp_path / "network.pt2")
+
+
+def test_an_example_that_the_network_does_not_take(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not take example_input of shape \(2, 5, 8, 8\)"):
+        export(tiny(), tmp_path / "network.pt2", example_input=torch.zeros(2, 5, 8, 8))
+
+
+def test_a_network_that_cannot_be_copied(tmp_path: Path) -> None:
+    model = tiny()
+    model.last = model(IMAGES)
+    with pytest.raises(UserError, match="holds last as a result of autograd; detach it"):
+        export(model, tmp_path / "network.pt2", example_input=IMAGES)
 
 
 def test_opening_what_is_no_network(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from senet.errors import UserError
 
 _SIDES = {1: (256,), 2: (64, 224, 32), 3: (32, 64)}  # tried in this order, by spatial dimensions
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def example_arguments(model: nn.Module, example: Any) -> tuple[Any, ...]:
@@ -40,11 +41,11 @@ def guessed_arguments(model: nn.Module, example: Any) -> list[tuple[Any, ...]]:
     Raises:
         UserError: there is no example, the model says no size and begins with no convolution.
     """
-    first = next((m for m in model.modules() if isinstance(m, _CONVOLUTIONS)), None)
+    first = _first_convolution(model)
     if example is not None or _own_shape(model) is not None or first is None:
         return [example_arguments(model, example)]
-    dims = len(first.kernel_size)
-    return [(zeros_for(model, (1, first.in_channels, *(side,) * dims)),) for side in _SIDES[dims]]
+    sides = _SIDES[len(first.kernel_size)]
+    return [(zeros_for(model, (1, *_size(first, side))),) for side in sides]
 
 
 def zeros_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -53,9 +54,34 @@ def zeros_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
 
 
+def own_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The size (C,*) of an input by `model.input_size`; None where that says nothing.
+
+    One number is the side of square images (of a cube, of a row), with the channels of the first
+    convolution.
+    """
+    size: Any = getattr(model, "input_size", None)
+    if isinstance(size, int):
+        first = _first_convolution(model)
+        return (3, size, size) if first is None else _size(first, size)
+    try:
+        return None if size is None or isinstance(size, str) else tuple(int(n) for n in size)
+    except (TypeError, ValueError):  # a layer or a function of that name
+        return None
+
+
+def _first_convolution(model: nn.Module) -> _Convolution | None:
+    return next((m for m in model.modules() if isinstance(m, _CONVOLUTIONS)), None)
+
+
+def _size(first: _Convolution, side: int) -> tuple[int, ...]:
+    """(C,*) of an input that the first convolution takes."""
+    return (first.in_channels, *(side,) * len(first.kernel_size))
+
+
 def _own_shape(model: nn.Module) -> tuple[int, ...] | None:
     """The shape (1,C,*) that a model says it takes."""
-    size = getattr(model, "input_size", None)
+    size = own_size(model)
     if size is not None:
         return (1, *size)
     for name in ("pretrained_cfg", "default_cfg"):  # timm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import json
 import os
@@ -10,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from senet.anatomy.example import attempt, own_size
 from senet.errors import SenetError, UserError
 from senet.inference.rounding import allowed, difference
 from senet.runtimes.forms import FORMS, Form, in_form
@@ -27,9 +27,11 @@ from senet.runtimes.onnx import (
     first_cause,
     quantize,
     quantized_convolutions,
+    refusal,
     write_onnx,
 )
 from senet.runtimes.sessions import METADATA, SUFFIXES, Exported, Format, open_exported
+from senet.support.copies import copied
 from senet.support.extras import optional
 
 OPSET = 20
@@ -96,17 +98,19 @@ def export(
     it (`open_exported` reads them).
 
     Args:
-        model: the network; stays as it is.
+        model: the network, which returns one tensor; stays as it is.
         path: file to write: .onnx, .xml (OpenVINO, beside it a .bin) or .pt2 (torch.export).
         format: "onnx", "openvino" or "torch"; by the ending by default.
-        example_input: images (N,C,H,W), float32; random ones of `model.input_size` by default.
+        example_input: images (N,C,H,W), float32; random ones of `model.input_size` by
+            default, (C,H,W) or the side of square images.
         batch: a fixed number of images; None for any.
         any_size: whether height and width stay free; not every network allows that.
         form: "plain", "squeeze_first" or "expanded" (see `senet.runtimes.forms`); None takes the
             fastest on the example, measured in the file's runtime.
         opset: ONNX operator set.
         classes: names in the order of the outputs; the model's own by default.
-        preprocessing: how an image becomes the input; the model's own by default.
+        preprocessing: how an image becomes the input, in plain values: numbers, texts, lists and
+            dicts; the model's own by default, where it has some.
         task: what the outputs are, as plain values (see `senet.tasks`); the model's own by default,
             which may be None: logits of classes.
         calibration: batches of images, or of (images, labels): quantizes the convolutions to int8
@@ -119,7 +123,8 @@ def export(
 
     Raises:
         UserError: an unknown format or form, a path that cannot be written, no example and no
-            `input_size`, a missing package, or a network that cannot be exported this way.
+            `input_size`, values that no file can hold, a missing package, or a network that returns
+            no single tensor or cannot be copied or exported this way.
         SenetError: the runtime's results differ from PyTorch's by more than 1e-4 of the largest
             logit, and than ten times PyTorch's own distance from float64; no file is left.
     """
@@ -135,18 +140,22 @@ def export(
         raise UserError("evaluation compares int8 with float32: give calibration too")
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} into")
-    eager = copy.deepcopy(model).cpu().float().eval()
+    described = {
+        "classes": _class_names(model, classes),
+        "preprocessing": _described(model, "preprocessing", preprocessing),
+        "task": _described(model, "task", task),
+    }
+    eager = copied(model).cpu().float().eval()
     example = _example(eager, example_input, batch)
+    _check_output(eager, example)
     forms = _forms(
         form, fixed=batch is not None and not any_size, quantized=calibration is not None
     )
     metadata = {
-        "classes": list(classes or getattr(model, "classes", None) or ()) or None,
-        "preprocessing": preprocessing or getattr(model, "preprocessing", None),
-        "task": task or getattr(model, "task", None),
+        **described,
         "input_size": list(example.shape[1:]),
         "batch": batch,
-        "config": getattr(model, "config", None),
+        "config": _described(model, "config", None),
         "precision": "float32",
         "senet": importlib.metadata.version("senet"),
     }
@@ -203,9 +212,13 @@ def _checked_format(path: Path, format: Format | None) -> Format:
 
 def _example(model: nn.Module, given: Tensor | None, batch: int | None) -> Tensor:
     if given is None:
-        size = getattr(model, "input_size", None)
-        if size is None:
-            raise UserError(f"example_input is needed: {type(model).__name__} has no input_size")
+        size = own_size(model)
+        if size is None or len(size) != 3:
+            said = getattr(model, "input_size", None)
+            has = "no input_size" if said is None else f"input_size {said!r}, and not (C,H,W)"
+            raise UserError(
+                f"example_input is needed: {type(model).__name__} has {has}; pass images (N,C,H,W)"
+            )
         generator = torch.Generator().manual_seed(0)
         # Two, and not one: torch.export takes a dimension of 1 for a constant.
         given = torch.randn(batch or 2, *size, generator=generator)
@@ -216,6 +229,63 @@ def _example(model: nn.Module, given: Tensor | None, batch: int | None) -> Tenso
     elif batch is None and len(given) == 1:
         given = given.expand(2, -1, -1, -1)
     return given.detach().cpu().float().contiguous()
+
+
+def _class_names(model: nn.Module, given: Sequence[str] | None) -> list[str] | None:
+    """The names given, else the model's own, where these are some."""
+    if given is None:
+        own = getattr(model, "classes", None)
+        return list(own) or None if isinstance(own, list | tuple) and _is_plain(own) else None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UserError(f"classes must be names in the order of the outputs, got {given!r}")
+    names = list(given)
+    if not _is_plain(names):
+        raise UserError(f"classes must be names, texts each, got {names!r:.80}")
+    return names or _class_names(model, None)
+
+
+def _described(model: nn.Module, name: str, given: dict[str, Any] | None) -> Any:
+    """What the file says under a name: what was given, else the model's own.
+
+    Other libraries use the same names for objects and layers, of which no file can hold anything.
+    """
+    if given is not None and not _is_plain(given):
+        raise UserError(
+            f"{name} is written into the file as JSON and must be made of numbers, texts, lists "
+            f"and dicts, got {_odd(given)}; turn tensors into lists by .tolist()"
+        )
+    own = getattr(model, name, None)
+    return given or (own if _is_plain(own) else None)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a file can hold a value as JSON."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _odd(given: object) -> str:
+    """What is not plain: the first such value of a dict, with its key."""
+    for key, value in given.items() if isinstance(given, dict) else ():
+        if not _is_plain({key: value}):
+            return f"a {type(value).__name__} for {key!r}"
+    return f"a {type(given).__name__}"
+
+
+@torch.no_grad()
+def _check_output(eager: nn.Module, example: Tensor) -> None:
+    """Refuse a network that returns anything but one tensor."""
+    output = attempt(lambda: eager(example), (example,))
+    if isinstance(output, Tensor):
+        return
+    parts = f" of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+    raise UserError(
+        f"the network returns a {type(output).__name__}{parts}, and a file has one output: export "
+        "a module that calls the network and returns one tensor of it"
+    )
 
 
 def _forms(form: Form | None, *, fixed: bool, quantized: bool) -> tuple[Form, ...]:
@@ -244,14 +314,16 @@ def _write(
     try:
         with torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
-    except torch._dynamo.exc.UserError as error:
-        reason = first_cause(error)
-        raise UserError(f"the network cannot be exported this way: {reason}") from error
+    except Exception as error:  # PyTorch has many kinds
+        raise UserError(f"the network cannot be exported this way: {refusal(error)}") from error
     if format == "torch":
         torch.export.save(program, path, extra_files={f"{METADATA}.json": json.dumps(metadata)})
         return
     openvino = optional("openvino")
-    converted = openvino.convert_model(program)
+    try:
+        converted = openvino.convert_model(program)
+    except Exception as error:  # OpenVINO's kinds
+        raise UserError(f"OpenVINO cannot convert the network: {first_cause(error)}") from error
     converted.set_rt_info(json.dumps(metadata), [METADATA])
     openvino.save_model(converted, str(path), compress_to_fp16=False)
 

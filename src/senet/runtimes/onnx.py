@@ -54,7 +54,28 @@ def first_cause(error: BaseException) -> str:
     """The first line of the error that a chain of errors began with."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def refusal(error: BaseException, remedy: str = "") -> str:
+    """Why a network cannot be exported, and what to do.
+
+    Args:
+        error: what PyTorch's exporter raised.
+        remedy: what to do unless the network is at fault.
+    """
+    # Here, as it brings SymPy, which the exporter has loaded by now.
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, GuardOnDataDependentSymNode):
+        cause = cause.__cause__
+    if cause is not None:
+        remedy = (
+            "the network computes with numbers taken out of tensors (a branch on them, .item(), "
+            "float()): keep them tensors, and choose by torch.where"
+        )
+    return "; ".join(filter(None, (first_cause(error), remedy)))
 
 
 def write_onnx(
@@ -92,7 +113,7 @@ def write_onnx(
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as error:
         raise UserError(
             f"the network cannot be exported to ONNX with batch={batch or 'any'}, "
-            f"any_size={any_size}: {first_cause(error)}; fix the batch or the size"
+            f"any_size={any_size}: {refusal(error, 'fix the batch or the size')}"
         ) from error
     # The exporter keeps its own version where it cannot convert to the one asked for.
     onnx = optional("onnx")
