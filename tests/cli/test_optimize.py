@@ -1,11 +1,16 @@
 """`senet optimize`."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_tools import run
+from PIL import Image
 
+from senet import create_model
+from senet.data import Preprocessing
 from senet.networks.anywhere import open_source
 from senet.runtimes.sessions import open_exported
 
@@ -47,6 +52,38 @@ def test_weights_of_a_run_and_of_a_file(tmp_path: Path, capsys: pytest.CaptureFi
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(open_exported(out).run(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"name": "regression", "mean": [1000.0, 5.0], "std": [300.0, 2.0], "error": "mse"},
+        {"name": "multilabel", "thresholds": [0.25, 0.75]},
+    ],
+    ids=lambda task: task["name"],
+)
+def test_a_file_answers_as_its_checkpoint(
+    task: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers in their own units, labels with their thresholds: not classes."""
+    model = create_model("se_resnet8_cifar", num_classes=2)
+    model.preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3).to_dict()
+    model.classes, model.task = ("x", "y"), task
+    model.save_pretrained(tmp_path / "network")
+    image, out = tmp_path / "image.png", tmp_path / "network.pt2"
+    Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(image)
+    found = run(capsys, "optimize", "--model", tmp_path / "network", "--out", out, "--no-measure",
+                "--no-tune-allocator")  # fmt: skip
+    assert found.code == 0, found.err
+    wanted, got = (
+        json.loads(run(capsys, "predict", of, image, "--json").out)[0]["predictions"]
+        for of in (tmp_path / "network", out)
+    )
+    for a, b in zip(wanted, got, strict=True):
+        assert b == {
+            key: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+            for key, value in a.items()
+        }
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

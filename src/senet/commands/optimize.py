@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from senet.checkpoint.files import open_checkpoint
+from senet.commands.export import in_own_units
 from senet.commands.network import open_network
 from senet.errors import UserError
 from senet.inference import OptimizationReport, optimize
@@ -72,7 +73,8 @@ def optimize_network(
     side = preprocessing.image_size
     shape = (batch_size, preprocessing.channels, side, side)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    optimized = optimize(checkpoint.model, x, measure=measure)
+    network, task = in_own_units(checkpoint)
+    optimized = optimize(network, x, measure=measure)
     written = None
     if out is not None:
         written = export(
@@ -82,5 +84,6 @@ def optimize_network(
             form="plain",
             classes=checkpoint.classes,
             preprocessing=preprocessing.to_dict(),
+            task=task.to_dict(),
         )
     return Optimized(model, shape, optimized.report, written)
