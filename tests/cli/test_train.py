@@ -353,3 +353,19 @@ def test_recipes(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str])
     for word in expected.get(arguments, ['"step_gamma": 0.2']):
         assert word in found.out
     run(capsys, "recipes", "finetun").refused("recipes", "did you mean 'finetune'")
+
+
+def test_a_run_does_not_become_its_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = make_images(tmp_path / "flat", each=4)
+    before = sorted(flat.iterdir())
+    flags = [*train_flags(flat, flat / "run"), "--val-fraction", 0.25]
+    run(capsys, *flags).refused("train", f"{flat}/run would lie in {flat}", "give a place outside")
+    without = [flag for flag in flags if flag not in ("--out", flat / "run")]
+    monkeypatch.chdir(flat)
+    run(capsys, *without).refused("train", "runs/flat would lie in", "by --out")
+    for command in (("compare",), ("ablate", "squeeze")):
+        found = run(capsys, *command, "--data", flat, "--val-fraction", 0.25, "--out", flat / "c")
+        found.refused(command[0], f"{flat}/c would lie in {flat}")
+    assert sorted(flat.iterdir()) == before

@@ -11,6 +11,7 @@ from tiny_images import picture
 from torchvision.transforms.v2 import functional as F
 
 from senet.data import image_files, images, load_data
+from senet.data.load import check_outside
 from senet.data.sources import embedded
 from senet.data.walk import is_junk
 from senet.errors import UserError
@@ -252,3 +253,33 @@ def test_grey_images_for_a_network_for_colours() -> None:
     level = F.pil_to_tensor(image)[0] / 255
     for channel in three:
         assert torch.allclose(channel, (level - embedded.MEAN) / embedded.STD, atol=1e-6)
+
+
+def test_a_place_to_write_to_must_not_become_data(tmp_path: Path) -> None:
+    flat = fill(tmp_path / "flat", "cat", "dog")
+    split = fill(tmp_path / "split" / "train", "cat", "dog").parent
+    fill(split / "val", "cat", "dog")
+    (tmp_path / "link").symlink_to(flat)
+    (flat / "bird").symlink_to(fill(tmp_path / "birds", "red", "blue"))
+    for data, out in (
+        ("flat", "flat/run"), ("flat", "flat/runs/run"), ("flat", "link/run"), ("link", "flat/run"),
+        ("flat", "flat/cat/run"), ("flat", "split/../flat/run"), ("flat", "birds/run"),
+        ("split", "split/train/run"), ("split", "split/val/cat/run"), ("split", "split/test"),
+        ("split", "split/Valid/run"), ("hf:flat", "flat/run"), ("hf-stream:split", "split/run"),
+    ):  # fmt: skip
+        prefix, colon, name = data.rpartition(":")
+        place = f"{prefix}{colon}{tmp_path / name}"
+        with pytest.raises(UserError, match="give a place outside by --out") as caught:
+            check_outside(place, tmp_path / out)
+        assert "\n" not in str(caught.value)
+    for data, out in (
+        ("flat", "run"), ("flat", "flat-run"), ("flat", "flat/.runs/run"), ("split", "split/run"),
+    ):  # fmt: skip
+        check_outside(str(tmp_path / data), tmp_path / out)
+        fraction = 0.5 if data == "flat" else None
+        before = load_data(str(tmp_path / data), val_fraction=fraction)
+        fill(tmp_path / out / "figures", "more")
+        after = load_data(str(tmp_path / data), val_fraction=fraction)
+        assert (before.classes, len(before.train)) == (after.classes, len(after.train))
+    for data in ("embedded", "hf:owner/name", "shards:https://host/x", str(tmp_path / "x.csv")):
+        check_outside(data, tmp_path / "flat" / "run")

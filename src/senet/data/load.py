@@ -28,15 +28,17 @@ from senet.data.shards.load import load_shards
 from senet.data.shards.read import PREFIX as SHARDS
 from senet.data.shards.read import BadShards
 from senet.data.sources import embedded
-from senet.data.sources.folders import load_folder
+from senet.data.sources.folders import load_folder, takes
 from senet.data.sources.hugging_face import PREFIX as HUGGING_FACE
-from senet.data.sources.hugging_face import load_hugging_face
+from senet.data.sources.hugging_face import is_saved, load_hugging_face
 from senet.data.sources.stream import PREFIX as HUGGING_FACE_STREAM
 from senet.data.sources.stream import load_stream
 from senet.data.sources.table import SUFFIXES as TABLES
 from senet.data.sources.table import load_table
 from senet.data.splits import Split
+from senet.data.walk import names_below
 from senet.errors import SenetError, UserError
+from senet.support.text import printable
 
 _IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
@@ -329,6 +331,32 @@ def absolute_data(data: str) -> str:
     if not place or not here.exists():
         return data
     return prefix + os.path.abspath(place) + configuration  # noqa: PTH100
+
+
+def check_outside(data: str, out: str | os.PathLike[str]) -> None:
+    """Refuse a place to write to that is read as data, which could not be opened any more then.
+
+    Args:
+        data: as for `load_data`.
+        out: a folder that is not there yet.
+
+    Raises:
+        UserError: `out` would be taken for a class or a split, or lie in one.
+    """
+    prefix = next((p for p in (HUGGING_FACE_STREAM, HUGGING_FACE) if data.startswith(p)), "")
+    place = data.removeprefix(prefix)
+    folder, out = Path(place.partition(":")[0] if prefix else place), Path(out)
+    if data in DATA_SETS or not place or not folder.is_dir():
+        return
+    if prefix:  # `datasets` looks for files in all of a folder, but for one that it saved itself
+        within = folder if names_below(out, folder) and not is_saved(folder) else None
+    else:
+        within = takes(folder, out)
+    if within is not None:
+        raise UserError(
+            f"{printable(str(out))} would lie in {printable(str(within))}, where every folder is "
+            f"read as the data {printable(data)}: give a place outside by --out"
+        )
 
 
 def _unknown(data: str) -> UserError:

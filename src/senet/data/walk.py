@@ -33,6 +33,13 @@ def subfolders(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if _identity(folder / name) not in above]
 
 
+def names_below(place: Path, folder: Path) -> tuple[str, ...]:
+    """The names that lead from a folder to a place in it; none where it is elsewhere, or junk."""
+    target, top = Path(os.path.realpath(place)), Path(os.path.realpath(folder))
+    names = target.relative_to(top).parts if target.is_relative_to(top) else ()
+    return () if any(map(is_junk, names)) else names
+
+
 def has_images(folder: Path) -> bool:
     """Whether image files lie in the folder itself."""
     with os.scandir(folder) as entries:

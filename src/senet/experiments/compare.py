@@ -27,6 +27,7 @@ from senet.anatomy import excitations
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.data import Augmentation, ImageData, absolute_data
 from senet.data.image_data import only_classes
+from senet.data.load import check_outside
 from senet.errors import SenetError, UserError
 from senet.experiments.runs import examine, read_rows
 from senet.models.cost import count_multiply_adds, count_parameters
@@ -436,8 +437,10 @@ def make_folder(config: CompareConfig) -> None:
     """Make the folder of a comparison or an ablation with its config.toml.
 
     Raises:
-        UserError: it exists, cannot be made, or config.toml cannot hold an option.
+        UserError: it exists, cannot be made, lies in what is read as data, or config.toml cannot
+            hold an option.
     """
+    check_outside(config.data, config.out)
     content = config.to_toml()
     try:
         config.out.mkdir(parents=True)

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from senet.data import DATA_SETS, ImageStream, absolute_data
+from senet.data.load import check_outside
 from senet.errors import SenetError, UserError
 from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
@@ -116,6 +117,7 @@ def train(
         Interrupted: a signal came.
     """
     _check_new_folder(config.out)
+    check_outside(config.data, config.out)
     config = config.in_place()
     session = Session(config, make)
     with ExitStack() as held:

@@ -9,7 +9,7 @@ from pathlib import Path
 from senet.data.image_data import ImageData, Reading
 from senet.data.sources.files import Labelled, load_files, shortened
 from senet.data.splits import Split, evaluated, known_splits, split_of
-from senet.data.walk import has_images, image_files, subfolders
+from senet.data.walk import has_images, image_files, names_below, subfolders
 from senet.errors import UserError
 from senet.support.text import printable
 
@@ -33,6 +33,26 @@ def load_folder(data: str, reading: Reading) -> ImageData:
     if val is not None:
         judged = labelled if val == train else _labelled(val[1], _scan(val[1]))
     return load_files(name, labelled, judged, reading, reading.classes or tuple(sorted(scanned)))
+
+
+def takes(folder: Path, place: Path) -> Path | None:
+    """The folder whose content is read as images, if a new one at `place` would lie in it.
+
+    Args:
+        folder: data as `load_folder` takes them.
+        place: a folder that is not there yet.
+
+    Raises:
+        UserError: as for `_splits`.
+    """
+    splits = _splits(folder)
+    read = [path for _, path in splits.values()] or [folder]
+    # A class may be a link to a folder elsewhere.
+    for path in [*read, *(below for each in read for below in subfolders(each))]:
+        if names_below(place, path):
+            return path
+    names = names_below(place, folder)
+    return folder if names and split_of(names[0]) else None
 
 
 def _splits(folder: Path) -> dict[Split, tuple[str, Path]]:

@@ -137,6 +137,11 @@ def content_of(value: Mapping[str, Any] | bytes | None, name: str) -> bytes:
     return data
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder, of all splits or of one."""
+    return any((folder / f"dataset_{kind}.json").exists() for kind in ("dict", "info"))
+
+
 def load_hugging_face(data: str, reading: Reading) -> ImageData:
     """`senet.data.load_data` for hf:NAME.
 
@@ -328,10 +333,9 @@ def open_splits(where: str, name: str, reading: Reading, *, streaming: bool) -> 
         raise UserError(f"data {where} lacks a name: give {where}NAME")
     try:
         with _offline(unless=reading.download):
-            if (Path(repository) / "dataset_dict.json").exists():
+            if is_saved(Path(repository)):
                 splits = datasets.load_from_disk(repository)
-            elif (Path(repository) / "dataset_info.json").exists():
-                splits = {"train": datasets.load_from_disk(repository)}
+                splits = splits if isinstance(splits, dict) else {"train": splits}
             else:
                 splits = datasets.load_dataset(
                     repository, configuration or None, streaming=streaming
