@@ -30,8 +30,10 @@ from senet.data import Preprocessing
 from senet.data.images import FORMATS, decode_image, load_image, read_header
 from senet.data.shards.index import Shard, ShardIndex, Table
 from senet.errors import SenetError, UserError
+from senet.experiments.compare import CompareConfig
 from senet.networks.anywhere import open_source
 from senet.training.config import RunConfig
+from senet.training.recipe import get_recipe
 from senet.weights import read_state_dict
 
 EXAMPLES = int(os.environ.get("SENET_FUZZ_EXAMPLES", "60"))
@@ -318,6 +320,45 @@ def test_a_checkpoint_does_not_run_a_file_that_it_names(
         rebuild(config)
     monkeypatch.setenv("SENET_TRUST_CODE", "1")
     rebuild(config)
+
+
+@pytest.mark.parametrize("how", ["train", "compare", "config"])
+def test_a_config_does_not_run_a_file_that_it_names(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    how: str,
+) -> None:
+    """Nor does a stranger's config.toml, which is data; the user's own runs go on unasked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SENET_TRUST_CODE", raising=False)
+    program, target, folder = tmp_path / "net.py", tmp_path / "was-here", tmp_path / "run"
+    program.write_text(
+        f"import pathlib, torch\npathlib.Path({str(target)!r}).touch()\n"
+        "def make(num_classes): return torch.nn.Linear(3, num_classes)\n"
+    )
+    name, config = f"{program}:make", folder / "config.toml"
+    folder.mkdir()
+    recipe = get_recipe("quick", epochs=2)
+    if how == "compare":
+        config.write_text(CompareConfig(out=folder, model=name, data="absent").to_toml())
+    else:
+        RunConfig(model=name, data="absent", recipe=recipe, out=folder).to_toml(config)
+    flags: list[object] = ["--resume", folder]
+    if how == "config":
+        flags = ["--config", config, "--out", tmp_path / "new"]
+    command = "compare" if how == "compare" else "train"
+    words = "wants to run", f"{program}, which you have not named before", "SENET_TRUST_CODE=1"
+    run(capsys, command, *flags).refused(command, str(config), *words)
+    assert not target.exists()
+    assert not (tmp_path / "cache").exists()
+    if how != "compare":  # which takes no option beside --resume
+        named = run(capsys, command, *flags, "--model", name)
+        named.refused(command, "unknown data set 'absent'")
+        assert target.exists()
+    else:
+        open_source(name, num_classes=2)
+    run(capsys, command, *flags).refused(command, "unknown data set 'absent'")
 
 
 def test_an_image_of_many_pixels_in_few_bytes() -> None:

@@ -14,6 +14,7 @@ from senet.cli.converters import names, whole, whole_numbers
 from senet.cli.recipe_flags import OFF, flags_of_recipe
 from senet.errors import UserError
 from senet.support.text import decoded
+from senet.support.trust import check_trusted
 
 MODEL_GROUP = Group("Network", sort_key=1)
 DATA_GROUP = Group("Data", sort_key=2)
@@ -259,7 +260,8 @@ def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     """Let a file given by --config stand in for the flags that were not given.
 
     Raises:
-        UserError: the file is missing or is no TOML.
+        UserError: the file is missing or is no TOML, or names a file with code that this user never
+            named.
         cyclopts.CycloptsError: unknown key, or a value of another type.
     """
     for argument in arguments:
@@ -276,6 +278,9 @@ def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
                 root_keys=(),
                 allow_unknown=False,
             )
+            for token in (token for each in arguments for token in each.tokens):
+                if token.source == str(path):  # not what was given beside the file
+                    check_trusted(token.value, named_by=f"--config {path}")
             return
 
 

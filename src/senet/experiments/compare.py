@@ -39,6 +39,7 @@ from senet.support.files import atomic_write
 from senet.support.progress import Progress
 from senet.support.signals import first_signal
 from senet.support.text import decoded
+from senet.support.trust import check_trusted
 from senet.tasks.task import Judgement
 from senet.training.config import RUN_CONFIG, RunConfig, absolute_model, holdable
 from senet.training.data import open_run_data
@@ -205,7 +206,8 @@ class CompareConfig:
             refused: flags that were given together with --resume; none may be.
 
         Raises:
-            UserError: the folder holds no comparison, or a flag was given.
+            UserError: the folder holds no comparison, a flag was given, or the network is of a
+                file that this user never named.
         """
         for name, value in refused.items():
             if value != {}:
@@ -229,6 +231,7 @@ class CompareConfig:
             raise UserError(
                 f"{path} is not that of senet {cls.COMMAND}; for a run: senet train --resume"
             )
+        check_trusted(str(values["model"]), named_by=str(path))
         run_fields = {f.name for f in fields(RunConfig)}
         recipe_fields = {f.name for kind in (Recipe, Augmentation) for f in fields(kind)}
         own: dict[str, Any] = {"out": out}

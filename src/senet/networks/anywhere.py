@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ from senet.models import build_model
 from senet.networks.preparation import imagenet, of_timm, of_torchvision
 from senet.networks.stem import adapt_stem
 from senet.support.extras import optional
+from senet.support.trust import check_trusted
 
 if TYPE_CHECKING:
     from senet.data import Preprocessing
@@ -152,36 +150,13 @@ def _close(name: str, names: list[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def _trust(path: Path, named_by_user: bool) -> None:
-    """Remember a file that the user named; refuse one that only a checkpoint names.
-
-    Raises:
-        UserError: this user never named a file of this content.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    known = cache / "senet" / "trusted_files"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    trusted = known.read_text().split() if known.is_file() else []
-    if digest in trusted or os.environ.get("SENET_TRUST_CODE") == "1":
-        return
-    if not named_by_user:
-        raise UserError(
-            f"the checkpoint wants to run {path}, which you have not named before: look at it, and "
-            "if you trust it, set SENET_TRUST_CODE=1"
-        )
-    with contextlib.suppress(OSError):  # a read-only home
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with known.open("a") as file:
-            file.write(f"{digest}\n")
-
-
 def _from_file(
     name: str, num_classes: int | None, in_channels: int, named_by_user: bool
 ) -> nn.Module:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"model {name}: no such file: {path}")
-    _trust(Path(path), named_by_user)
+    check_trusted(name, named_by=None if named_by_user else "the checkpoint")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -24,6 +24,7 @@ from senet.errors import SenetError, UserError
 from senet.support.files import atomic_folder, atomic_write
 from senet.support.progress import Progress, Silent
 from senet.support.signals import first_signal
+from senet.support.trust import check_trusted
 from senet.tasks.task import Judgement, Objective
 from senet.training.config import RUN_CONFIG, RunConfig, flatten
 from senet.training.evaluation import Stopped
@@ -151,8 +152,8 @@ def resume(
         make: see `train`.
 
     Raises:
-        UserError: it is no run folder, another process works on it, or an option differs from
-            the run's.
+        UserError: it is no run folder, another process works on it, an option differs from
+            the run's, or its network is of a file that this user never named.
         SenetError: as `train`, or no checkpoint is intact.
     """
     run = Path(run)
@@ -164,6 +165,8 @@ def resume(
     before = config.data
     config = _moved(config, given)
     _refuse_changes(config, given)
+    if make is None:  # a stranger's folder may name a stranger's program
+        check_trusted(config.model, named_by=None if "model" in given else str(run / RUN_CONFIG))
     # Taken before the processes meet: if it is refused, the launcher ends those that wait.
     with locked(run) if rank() == 0 else nullcontext():
         return _resume(config, progress or Silent(), moved=config.data != before, make=make)
