@@ -103,6 +103,36 @@ def test_grey_images_for_a_network_of_colours(
     assert open_checkpoint(tmp_path / "u").model.config["in_channels"] == 1
 
 
+NET = """
+from torch import nn
+
+def small(num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+"""
+
+
+def test_the_same_command_goes_on_with_what_it_named_from_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_data(tmp_path / "m")
+    (tmp_path / "net.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    flags = train_flags(Path("m"), Path("r"))
+    flags[flags.index("--epochs") + 1] = 1
+    flags[flags.index("--model") + 1] = "net.py:small"
+    del flags[flags.index("--reduction") : flags.index("--reduction") + 2]
+    begun = [*flags, "--resume", "auto"]
+    going_on = [*flags[:1], *flags[3:], "--init", "r", "--resume", "auto"]
+    going_on[going_on.index(Path("r"))] = "s"
+    for command in (begun, going_on):
+        for _ in range(2):
+            found = run(capsys, *command)
+            assert found.code == 0, found.err
+    (tmp_path / "t").mkdir()
+    refused = run(capsys, "train", "--resume", "s", "--model", "net.py:small", "--init", "t")
+    refused.refused("train", f"init is '{tmp_path}/r' there and '{tmp_path}/t' here")
+
+
 def test_whole_paths_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "t.csv").touch()

@@ -3,7 +3,7 @@
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -200,16 +200,7 @@ class RunConfig:
 
     def in_place(self) -> "RunConfig":
         """The same run with absolute paths of what it reads, for any working directory."""
-        init = self.init
-        if init is not None and not is_pretrained(init) and Path(init).exists():
-            init = os.path.abspath(init)  # noqa: PTH100 - links stay links
-        return replace(
-            self,
-            model=absolute_model(self.model),
-            data=absolute_data(self.data),
-            data_root=os.path.abspath(self.data_root),  # noqa: PTH100
-            init=init,
-        )
+        return replace(self, **placed({name: getattr(self, name) for name in _PLACES}))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as TOML and JSON can hold them; None is left out."""
@@ -281,9 +272,30 @@ class RunConfig:
         return options
 
 
+def placed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a run with absolute paths of what it reads, as `RunConfig.in_place` has them."""
+    return {
+        name: value if value is None or name not in _PLACES else _PLACES[name](str(value))
+        for name, value in options.items()
+    }
+
+
+def _absolute_init(init: str) -> str:
+    there = not is_pretrained(init) and Path(init).exists()
+    return os.path.abspath(init) if there else init  # noqa: PTH100 - links stay links
+
+
 def absolute_model(name: str) -> str:
     """The name of a network, from whatever working directory it is asked for."""
     return os.path.abspath(name) if ".py:" in name else name  # noqa: PTH100 - links stay links
+
+
+_PLACES: Mapping[str, Callable[[str], str]] = {
+    "model": absolute_model,
+    "data": absolute_data,
+    "data_root": os.path.abspath,
+    "init": _absolute_init,
+}
 
 
 def holdable(name: str, text: str) -> str:

@@ -26,7 +26,7 @@ from senet.support.progress import Progress, Silent
 from senet.support.signals import first_signal
 from senet.support.trust import check_trusted
 from senet.tasks.task import Judgement, Objective
-from senet.training.config import RUN_CONFIG, RunConfig, flatten
+from senet.training.config import RUN_CONFIG, RunConfig, flatten, placed
 from senet.training.evaluation import Stopped
 from senet.training.machine import environment
 from senet.training.material import Material, named_material
@@ -437,9 +437,10 @@ def _refuse_changes(config: RunConfig, options: Mapping[str, Any]) -> None:
     flat = flatten(config.to_dict())
     known = {key.rsplit(".", 1)[-1]: value for key, value in flat.items()}
     known["recipe"] = config.recipe.name
-    for name, given in options.items():
+    known["out"] = os.path.abspath(config.out)  # noqa: PTH100 - links stay links
+    for name, given in placed(options).items():
         had = known.get(name)
-        plain = str(given) if isinstance(given, Path) else given
+        plain = os.path.abspath(given) if isinstance(given, Path) else given  # noqa: PTH100
         plain = list(plain) if isinstance(plain, tuple) else plain
         if plain != had and name == "epochs":
             raise UserError(
@@ -449,12 +450,18 @@ def _refuse_changes(config: RunConfig, options: Mapping[str, Any]) -> None:
                 f"--recipe {config.recipe.name} --epochs N --out NEW_FOLDER"
             )
         if plain != had:
-            said = "not set" if had is None else repr(had)
             raise UserError(
-                f"--resume goes on with the run's own options, but {name} is {said} there and "
-                f"{given!r} here; leave it out, or start a new run from the old one: "
+                f"--resume goes on with the run's own options, but {name} is {_said(had)} there "
+                f"and {_said(plain)} here; leave it out, or start a new run from the old one: "
                 f"senet train --config {config.out / RUN_CONFIG} --out NEW_FOLDER and that option"
             )
+
+
+def _said(value: Any) -> str:
+    """An option's value as a user would write it."""
+    if value is None:
+        return "not set"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 class StopRequest:
