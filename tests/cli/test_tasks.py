@@ -9,8 +9,10 @@ import pytest
 import torch
 from cli_tools import make_images, run, train_flags
 
-from senet.checkpoint.files import open_checkpoint
-from senet.data import load_data
+from senet import create_model
+from senet.checkpoint.files import Checkpoint, open_checkpoint
+from senet.commands.evaluate import open_data
+from senet.data import Preprocessing, load_data
 from senet.errors import SenetError
 from senet.training import RunConfig, fit, get_recipe, resume
 from senet.training.session import Session
@@ -126,6 +128,23 @@ def test_numbers(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert Session(labels).material.new == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_data_of_the_training_are_read_for_its_task(task: str, tmp_path: Path) -> None:
+    """Labels that look like several an image may have been trained as one, and the other way."""
+    folder = make_images(tmp_path / "images", classes=("x",), each=8)
+    table, labels = folder / "tags.csv", ("a", "b", "a;b", "b") if task[0] == "c" else ("a", "b")
+    rows = "".join(f"x/{i}.png,{labels[i % len(labels)]}\n" for i in range(8))
+    table.write_text(f"file,label\n{rows}")
+    own = {"data": str(table), "task": task, "val_fraction": 0.5}
+    names = tuple(sorted(set(labels))) if task == "classification" else ("a", "b")
+    model = create_model("se_resnet8_cifar", num_classes=len(names))
+    model.classes = names
+    model.task = None if task == "classification" else {"name": task, "thresholds": None}
+    images = Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3)
+    data = open_data(Checkpoint(model, names, images, {}, own, tmp_path), None, {})
+    assert (data.task, data.classes) == (task, names)
+
+
 def test_what_a_recipe_has_no_use_for_is_left_out_and_told() -> None:
     recipe, notes = fitting(get_recipe("finetune"), "regression")
     assert recipe.label_smoothing == 0
@@ -172,8 +191,6 @@ def test_resumed_bit_by_bit(tables: Path, tmp_path: Path) -> None:
 
 
 def test_fit_knows_the_task_of_the_data(tables: Path, tmp_path: Path) -> None:
-    from senet import create_model
-
     data = load_data(str(tables / "all.csv"), label_column="size,weight")
     model = create_model("se_resnet8_cifar", num_classes=2)
     recipe = get_recipe("finetune", epochs=1, warmup_epochs=0, batch_size=8)

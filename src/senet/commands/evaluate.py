@@ -96,7 +96,7 @@ def evaluate_checkpoint(
 
 _OF_THE_TRAINING = (
     "val_fraction", "skip_bad_images", "bad_shards", "decode", "image_column", "label_column",
-    "label_separator", "channels", "depth", "data_root",
+    "label_separator", "task", "channels", "depth", "data_root",
 )  # fmt: skip
 
 
