@@ -280,6 +280,21 @@ def test_config_of_a_comparison_reruns_it(
     assert results(again) == results(compared)
 
 
+def test_what_is_taken_away_from_a_recipe_stays_away(tmp_path: Path) -> None:
+    """TOML has no None: the file says it as the flag does."""
+    taken = {"grad_clip": None, "ema_decay": None, "randaugment": None}
+    config = CompareConfig(
+        out=tmp_path, recipe="finetune", recipe_options=taken | {"crop": "none"},
+        data_options={"val_fraction": None},
+    )  # fmt: skip
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    again = CompareConfig.of_folder(tmp_path, refused={})
+    assert again.recipe_options == config.recipe_options
+    assert again.training_recipe() == config.training_recipe()
+    assert config.training_recipe().grad_clip is None
+    assert 'grad_clip = "none"' in config.to_toml()
+
+
 def test_the_recipe_quick_brings_what_a_short_training_needs(tmp_path: Path) -> None:
     quick = CompareConfig(out=tmp_path)
     assert quick.training_recipe().epochs == QUICK_EPOCHS

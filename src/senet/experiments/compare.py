@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 import tomli_w
@@ -52,6 +53,8 @@ from senet.training.recipe import Recipe, get_recipe
 # a hidden layer of more than a few units, and epochs that leave the demo under five minutes.
 QUICK_SE_OPTIONS: Mapping[str, Any] = {"reduction": 4, "gate": "identity_sigmoid"}
 QUICK_EPOCHS = 5
+# In config.toml, as for a flag: a field of the recipe that is taken away.
+NONE = "none"
 # What to do with data of other tasks.
 TRAIN_BOTH = "train with and without SE by senet train"
 
@@ -179,7 +182,10 @@ class CompareConfig:
         values["model"] = holdable("model", absolute_model(self.model))
         for table in tables:
             for key, value in getattr(self, table).items():
-                values[key] = list(value) if isinstance(value, tuple) else _plain(value)
+                if value is not None:
+                    values[key] = list(value) if isinstance(value, tuple) else _plain(value)
+                elif table == "recipe_options":  # the recipe of that name has another
+                    values[key] = NONE
         if "data_root" in values:
             root = str(Path(values["data_root"]).absolute())
             values["data_root"] = holdable("data_root", root)
@@ -233,7 +239,7 @@ class CompareConfig:
             )
         check_trusted(str(values["model"]), named_by=str(path))
         run_fields = {f.name for f in fields(RunConfig)}
-        recipe_fields = {f.name for kind in (Recipe, Augmentation) for f in fields(kind)}
+        recipe_fields = {f.name: f for kind in (Recipe, Augmentation) for f in fields(kind)}
         own: dict[str, Any] = {"out": out}
         for key, value in values.items():
             if key in cls.OWN:
@@ -241,7 +247,9 @@ class CompareConfig:
             elif key in run_fields:
                 own.setdefault("machine", {})[key] = value
             elif key in recipe_fields:
-                own.setdefault("recipe_options", {})[key] = value
+                optional = NoneType in get_args(recipe_fields[key].type)
+                plain = None if optional and value == NONE else value
+                own.setdefault("recipe_options", {})[key] = plain
             elif is_foreign(values["model"]) or key in entry(values["model"]).options:
                 own.setdefault("model_options", {})[key] = value
             else:
