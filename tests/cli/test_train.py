@@ -167,6 +167,29 @@ def test_bad_values(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('nesterov = "no"', "nesterov must be true or false, got 'no'"),
+        ("step_epochs = 5", "step_epochs must be a list of numbers, got 5"),
+        ("optimizer = 5", "optimizer must be text in quotes, got 5"),
+        ("augmentation = 5", "augmentation must be a table such as {flip = true}, got 5"),
+        ('augmentation.flip = "no"', "flip must be true or false, not 'no'"),
+        ('[recipe.augmentation]\nmixup = "a"', "mixup must be a number, not 'a'"),
+    ],
+)
+def test_values_of_other_types_in_a_table_of_the_recipe(
+    line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'[recipe]\nepochs = 2\nbatch_size = 4\nlr = 0.1\nschedule = "cosine"\n{line}\n'
+    )
+    found = run(capsys, "train", "--config", config, "--data", tmp_path / "absent",
+                "--out", tmp_path / "run")  # fmt: skip
+    found.refused("train", f"{config}, line {6 + line.count(chr(10))}: {words}")
+
+
 def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
 

@@ -319,6 +319,7 @@ def test_missing_device_is_refused() -> None:
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"seed": 2**32}, "seed must be below"),
         ({"num_workers": 1.5}, "num_workers must be a whole number"),
+        ({"sync_bn": "no"}, "sync_bn must be true or false, got 'no'"),
         ({"device": "gpu"}, "device must be one of auto, cpu, cuda, mps, got 'gpu'"),
     ],
 )

@@ -154,6 +154,15 @@ def test_dict_round_trip(name: str) -> None:
         ({"schedule": "step", "step_epochs": (5, 10)}, "step_epochs must rise strictly"),
         ({"step_epochs": (5,)}, "step_epochs belongs to the step schedule"),
         ({"momentum": 0, "nesterov": True}, "nesterov needs momentum above 0"),
+        ({"nesterov": "no"}, "nesterov must be true or false, got 'no'"),
+        ({"decay_norm_and_bias": 0}, "decay_norm_and_bias must be true or false, got 0"),
+        ({"step_epochs": 5}, "step_epochs must be a list of numbers, got 5"),
+        ({"step_epochs": "12"}, "step_epochs must be a list of numbers, got '12'"),
+        ({"step_epochs": ["a"]}, "step_epochs must be a list of numbers, got .'a'."),
+        ({"name": 5}, "name must be text in quotes, got 5"),
+        ({"augmentation": 5}, "augmentation must be a table of Augmentation, got 5"),
+        ({"optimizer": 5}, "optimizer must be text in quotes, got 5"),
+        ({"optimizer": "adahessian"}, "optimizer adahessian needs second derivatives"),
     ],
 )
 def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -168,9 +177,18 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
         ("zzz", {}, "unknown recipe 'zzz'; choose from quick, cifar"),
         ("cifar", {"epoch": 3}, "unknown recipe field 'epoch'; did you mean 'epochs'?"),
         ("cifar", {"augmentation": {"flop": 1}}, "unknown augmentation field 'flop'; did you"),
+        ("cifar", {"augmentation": 5}, "augmentation must be a table such as {flip = true}, got 5"),
+        ("cifar", {"flip": "no"}, "flip must be true or false, not 'no'"),
+        ("cifar", {"padding": "2"}, "padding must be a whole number, not '2'"),
+        ("cifar", {"mixup": "a"}, "mixup must be a number, not 'a'"),
+        ("cifar", {"scale": 3}, "scale must be two numbers, not 3"),
+        ("cifar", {"randaugment": ["a", "b"]}, "randaugment must be two whole numbers, or left"),
+        ("cifar", {"randaugment": (2, 9, 1)}, "randaugment must be two whole numbers, or left"),
+        ("cifar", {"optimizer": 5, "lr": 0.1}, "optimizer must be a name such as sgd, got 5"),
+        (5, {}, "name must be that of a recipe, got 5"),
     ],
 )
-def test_get_recipe_refuses(name: str, changes: dict[str, Any], message: str) -> None:
+def test_get_recipe_refuses(name: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         get_recipe(name, **changes)
     assert message in str(error.value)

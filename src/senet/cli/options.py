@@ -334,7 +334,7 @@ def config_place(tokens: Sequence[str], text: str) -> str:
     except UnicodeDecodeError:
         return ""
     for number, line in enumerate(lines):
-        assignment = re.match(r"\s*([\w-]+)\s*=", line)
+        assignment = re.match(r"\s*(?:[\w-]+\.)*([\w-]+)\s*=", line)
         if assignment is None:
             continue
         key = re.escape(assignment[1])

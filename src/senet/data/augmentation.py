@@ -3,8 +3,10 @@ need no PyTorch. `senet.data.transforms` does it.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from senet.support.fields import misfit
 
 Crop = Literal["none", "padded", "random_resized"]
 Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment", "augmix"]
@@ -59,14 +61,12 @@ class Augmentation:
     random_erasing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("scale", "ratio", "randaugment"):  # lists come from TOML and JSON
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
-                if len(value) != 2:
-                    raise ValueError(f"augmentation {name} must be two numbers, not {value!r}")
-        if self.crop not in get_args(Crop):
-            raise ValueError(f"crop must be one of {get_args(Crop)}, not {self.crop!r}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if (wanted := misfit(value, each.type)) is not None:
+                raise ValueError(f"{each.name} must be {wanted}, not {value!r}")
+            if isinstance(value, list):  # from TOML and JSON
+                object.__setattr__(self, each.name, tuple(value))
         if (self.crop == "padded") != (self.padding > 0) or self.padding < 0:
             raise ValueError(
                 f"padding must be at least 1 with crop='padded' and 0 otherwise, not "
@@ -85,10 +85,6 @@ class Augmentation:
         ):
             raise ValueError(
                 f"randaugment must be (operations >= 1, magnitude 0-30), not {self.randaugment}"
-            )
-        if self.policy not in get_args(Policy):
-            raise ValueError(
-                f"policy must be one of {', '.join(get_args(Policy))}, not {self.policy!r}"
             )
         if self.randaugment is not None and self.policy not in ("none", "randaugment"):
             raise ValueError(

@@ -146,6 +146,10 @@ class RunConfig:
     fuse: bool = True
 
     def __post_init__(self) -> None:
+        for each in fields(self):  # a string from a file would count as true
+            if each.type is bool and not isinstance(getattr(self, each.name), bool):
+                value = getattr(self, each.name)
+                raise UserError(f"{each.name} must be true or false, got {value!r}")
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "data_root", str(self.data_root))
         for name in ("model", "data", "data_root", "out", "init", "image_column", "label_column",

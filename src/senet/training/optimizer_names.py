@@ -29,6 +29,8 @@ def arguments_of(name: str) -> frozenset[str]:
     Raises:
         UserError: nobody knows the name, or it needs something else than a recipe says.
     """
+    if not isinstance(name, str):  # of a file of flags
+        raise UserError(f"optimizer must be a name such as sgd, got {name!r}")
     if name in _PYTORCH:
         return _PYTORCH[name][1]
     parameters = inspect.signature(_of_timm(name)).parameters
@@ -62,6 +64,11 @@ def _of_timm(name: str) -> Any:
         # Those of bitsandbytes and Apex need more than timm.
         known = optimizers.list_optimizers(exclude_filters=["bnb*", "fused*"])
         if name in known:
+            if optimizers.get_optimizer_info(name).second_order:
+                raise UserError(
+                    f"optimizer {name} needs second derivatives, which a training step does not "
+                    f"compute: choose from {', '.join(_PYTORCH)}, or lamb, lion, … of timm"
+                )
             return optimizers.get_optimizer_class(name)
     close = difflib.get_close_matches(name, [*_PYTORCH, *known], n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(_PYTORCH)}"

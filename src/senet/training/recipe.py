@@ -4,12 +4,13 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from senet.data import Augmentation
 from senet.errors import UserError
+from senet.support.fields import misfit
 from senet.training.optimizer_names import arguments_of
 
 Schedule = Literal["step", "cosine", "one_cycle", "linear", "exponential", "constant"]
@@ -113,6 +114,10 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            # Of a number and of a choice the limits are told as well, below.
+            if each.type in (bool, str, Augmentation) or get_origin(each.type) is tuple:
+                _check_type(each, getattr(self, each.name))
         object.__setattr__(self, "step_epochs", tuple(self.step_epochs))
         self._integer("epochs", 1)
         self._integer("batch_size", 1)
@@ -245,9 +250,16 @@ def _refuse_unknown(what: str, values: Mapping[str, Any], known: set[str]) -> No
             raise UserError(f"unknown {what} field {name!r}; {hint}")
 
 
-def _augmentation(value: Augmentation | Mapping[str, Any], base: Augmentation) -> Augmentation:
+def _check_type(field: "Field[Any]", value: object) -> None:
+    if (wanted := misfit(value, field.type)) is not None:
+        raise UserError(f"{field.name} must be {wanted}, got {value!r}")
+
+
+def _augmentation(value: object, base: Augmentation) -> Augmentation:
     if isinstance(value, Augmentation):
         return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"augmentation must be a table such as {{flip = true}}, got {value!r}")
     _refuse_unknown("augmentation", value, {f.name for f in fields(Augmentation)})
     try:
         return replace(base, **dict[str, Any](value))
@@ -398,6 +410,8 @@ def get_recipe(name: str, **overrides: Any) -> Recipe:
     Raises:
         UserError: unknown recipe or field (the closest is named), or a value out of range.
     """
+    if not isinstance(name, str):
+        raise UserError(f"name must be that of a recipe, got {name!r}")
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(RECIPES)}"
