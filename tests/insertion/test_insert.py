@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import timm
@@ -357,3 +358,106 @@ def test_half_precision_models_get_half_precision_blocks():
     model = torchvision.models.resnet18().to(torch.bfloat16)
     insert(model, example_input=X.to(torch.bfloat16))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+class Shared(nn.Module):
+    """One ReLU for maps of 4 and of 8 channels, and a slot for SE that is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+        self.relu, self.se = nn.ReLU(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.wide(self.relu(self.narrow(x))))
+        return y if self.se is None else self.se(y)
+
+
+@pytest.mark.parametrize("where", [["relu"], lambda _, module: isinstance(module, nn.ReLU)])
+def test_one_block_cannot_fit_calls_of_several_widths(where):
+    model = Shared()
+    refused(model, r"cannot follow 'relu': .* several channel numbers \(4, 8\)", where=where)
+    assert not model.relu._forward_hooks
+    assert insert(model, where=["wide"], example_input=X).identical
+
+
+def test_rules_leave_out_modules_whose_calls_differ():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+            self.c, self.d = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 8, 1)
+            self.end = nn.ReLU()  # of both branches, and no convolution before it to follow
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y = self.end(self.c(y) + 1) + y
+            y = self.b(y)
+            return self.end(self.d(y) + 1) + y
+
+    model = Two()
+    refused(model, "several channel numbers", where="residual")
+    refused(model, "no place for SE found", where="residual")
+
+
+@pytest.mark.parametrize("failing", ["twin", "traced", "optimizer", "attach"])
+def test_a_failure_halfway_leaves_nothing_behind(failing, monkeypatch):
+    small = failing in ("twin", "optimizer")
+    model = senet.create_model("resnet8_cifar") if small else Shared()
+    options = {} if small else {"where": ["narrow", "wide"]}
+    before, config = repr(model), copy.deepcopy(getattr(model, "config", None))
+    good, bad = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    module = sys.modules["senet.insertion.insert"]
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    if failing == "optimizer":
+        monkeypatch.setattr(bad, "add_param_group", fail)
+    elif failing == "attach":
+        calls = iter((module._hook, fail))
+        monkeypatch.setattr(module, "_hook", lambda *each: next(calls)(*each))
+    else:
+        monkeypatch.setattr(module, "_revive", fail)
+    with pytest.raises(KeyboardInterrupt):
+        insert(model, example_input=X, optimizers=(good, bad), **options)
+    monkeypatch.undo()
+    assert repr(model) == before
+    assert getattr(model, "config", None) == config
+    assert not any(m._forward_hooks for m in model.modules())
+    assert len(good.param_groups) == 1
+    assert insert(model, example_input=X, **options).identical
+
+
+def test_a_model_that_runs_no_more_is_undone():
+    class Halving(Iterating.Inner):
+        def forward(self, x: Tensor) -> Tensor:
+            for child in self.children():  # the block is one more, and gets half of its channels
+                x = child(x if x is X else x[:, :8])[:, :8]
+                x = torch.cat((x, x), 1)
+            return x
+
+    model = nn.Sequential(Halving())
+    before = repr(model)
+    with pytest.raises(SenetError, match="does not run with the SE blocks"):
+        insert(model, where=["0"], gate="sigmoid", example_input=X)
+    assert repr(model) == before
+
+
+def test_an_empty_slot_of_the_model_stays_empty():
+    model = nn.Sequential(Shared())
+    report = insert(model, where=["0"], example_input=X)
+    assert [place.block for place in report.places] == ["0.inserted_se"]
+    assert model[0].se is None
+    open_gates(model)
+    block = blocks(model)[0]
+    calls = []
+    block.register_forward_hook(lambda *_: calls.append(1))
+    model(X)
+    assert len(calls) == 1
+    remove(model)
+    assert list(dict(model.named_modules())) == ["", "0", "0.narrow", "0.wide", "0.relu"]
+
+    taken = nn.Sequential(Shared())
+    taken[0].se = nn.Identity()
+    refused(taken, r"0\.se exists already", where=["0"])

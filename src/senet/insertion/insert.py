@@ -19,6 +19,7 @@ from senet.insertion.places import (
     Site,
     Sites,
     automatic_sites,
+    channel_dimension,
     concat_sites,
     conv_sites,
     named_sites,
@@ -84,8 +85,11 @@ def insert(
 
     Raises:
         UserError: wrapped, compiled or scripted models, models that have SE there already, no
-            place found, a name that does not exist, an argument out of range, or an example input
-            that the model does not take. The model is unchanged then.
+            place found, a name that does not exist, a named module whose calls no one block fits,
+            an argument out of range, or an example input that the model does not take.
+        SenetError: with the blocks the model does not run, or gives something else.
+
+    Whatever is raised, the model and its optimizers are as before.
     """
     _check_model(model)
     optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
@@ -108,23 +112,46 @@ def insert(
         before = trace.result
         places, skipped = _traced_places(model, trace, where, reduction, chosen)
     attach(model, places, gate=gate)
-    if own:
-        become_twin(model, reduction, gate, chosen)
-    _revive(model, places, arguments)
-    identical = None
-    if gate == "identity_sigmoid":
-        identical = _same(before, run(model, arguments))
-        if not identical:
-            remove(model)
-            raise SenetError(
-                "the model's output changed on insertion, so the blocks were taken out again: it "
-                "is not deterministic in evaluation mode, or it iterates over its submodules; "
-                "name other modules by where=[…]"
-            )
-    new = [p for place in places for p in model.get_submodule(place.block).parameters()]
-    for optimizer in optimizers:
-        optimizer.add_param_group({"params": new, "lr": optimizer.param_groups[0]["lr"]})
+    try:
+        if own:
+            become_twin(model, reduction, gate, chosen)
+        identical = _tried(model, places, arguments, before, gate)
+        new = [p for place in places for p in model.get_submodule(place.block).parameters()]
+        for optimizer in optimizers:
+            optimizer.add_param_group({"params": new, "lr": optimizer.param_groups[0]["lr"]})
+    except BaseException:  # Ctrl-C too: half an insertion could be neither used nor removed
+        remove(model, optimizers=optimizers)
+        raise
     return InsertionReport(tuple(places), tuple(skipped), reduction, gate, identical)
+
+
+def _tried(
+    model: nn.Module, places: Sequence[Place], arguments: tuple[Any, ...], before: Any, gate: str
+) -> bool | None:
+    """Run the model with its new blocks; whether the output is what it was, if it shall be.
+
+    Raises:
+        SenetError: it does not run, or the output has changed.
+    """
+    try:
+        _revive(model, places, arguments)
+        after = run(model, arguments)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SenetError(
+            "the model does not run with the SE blocks, so they were taken out again: perhaps it "
+            f"iterates over its submodules ({reason}); name other modules by where=[…]"
+        ) from error
+    if gate != "identity_sigmoid":
+        return None
+    identical = _same(before, after)
+    if not identical:
+        raise SenetError(
+            "the model's output changed on insertion, so the blocks were taken out again: it "
+            "is not deterministic in evaluation mode, or it iterates over its submodules; "
+            "name other modules by where=[…]"
+        )
+    return identical
 
 
 def _check_model(model: nn.Module) -> None:
@@ -183,32 +210,43 @@ def attach(model: nn.Module, places: Sequence[Place], *, gate: str) -> None:
         places: where, with channels and hidden widths.
         gate: gate of the blocks.
     """
-    with torch.random.fork_rng(devices=[]):
-        for place in places:
-            target = model.get_submodule(place.module)
-            reference = next(target.parameters(), None)
-            if reference is None:
-                reference = next(model.parameters())
-            se = SqueezeExcitation(
-                place.channels,
-                hidden=place.hidden,
-                gate=gate,  # type: ignore[arg-type]  # a name that insert has checked
-                dims=place.dims,
-            )
-            se = se.to(reference.device, reference.dtype).train(model.training)
-            if place.kind == "twin" and isinstance(target, nn.ReLU):
-                model.set_submodule(place.module, ReLUSE(se))
-            elif place.kind == "twin":
-                target.se = se
-                if hasattr(target, "integration"):
-                    target.integration = "standard"  # type: ignore[assignment]
-            else:
-                _hook(model, target, place, se)
+    done = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for place in places:
+                _attach_one(model, place, gate)
+                done.append(place)
+    except BaseException:
+        for place in done:
+            replace_block(model, place.block, None)
+        raise
     inserted = {"places": [asdict(place) for place in places], "gate": gate}
     config = getattr(model, "config", None)
     setattr(model, RECORD, {**inserted, "config": copy.deepcopy(config)})
     if isinstance(config, dict):  # what a checkpoint of the model is rebuilt from
         model.config = {**config, "inserted": inserted}  # type: ignore[assignment]
+
+
+def _attach_one(model: nn.Module, place: Place, gate: str) -> None:
+    target = model.get_submodule(place.module)
+    reference = next(target.parameters(), None)
+    if reference is None:
+        reference = next(model.parameters())
+    se = SqueezeExcitation(
+        place.channels,
+        hidden=place.hidden,
+        gate=gate,  # type: ignore[arg-type]  # a name that insert has checked
+        dims=place.dims,
+    )
+    se = se.to(reference.device, reference.dtype).train(model.training)
+    if place.kind == "twin" and isinstance(target, nn.ReLU):
+        model.set_submodule(place.module, ReLUSE(se))
+    elif place.kind == "twin":
+        target.se = se
+        if hasattr(target, "integration"):
+            target.integration = "standard"  # type: ignore[assignment]
+    else:
+        _hook(model, target, place, se)
 
 
 def _revive(model: nn.Module, places: Sequence[Place], arguments: tuple[Any, ...]) -> None:
@@ -268,12 +306,15 @@ def remove(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()
 
 
 def _forget(optimizer: Optimizer, gone: set[int]) -> None:
+    kept = []
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in gone:
-                optimizer.state.pop(parameter, None)
+        forgotten = [p for p in group["params"] if id(p) in gone]
+        for parameter in forgotten:
+            optimizer.state.pop(parameter, None)
         group["params"] = [p for p in group["params"] if id(p) not in gone]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if group["params"] or not forgotten:
+            kept.append(group)
+    optimizer.param_groups[:] = kept
 
 
 def _hook(model: nn.Module, target: nn.Module, place: Place, se: SqueezeExcitation) -> None:
@@ -340,19 +381,24 @@ def _traced_places(
 
 def _place(model: nn.Module, trace: Trace, site: Site, stage: int, reduction: float) -> Place:
     node = site.node
-    dimension = 1 if node.channel_dim is None else node.channel_dim
+    dimension = channel_dimension(node)
     if dimension not in (1, len(node.shape) - 1):
         raise UserError(
             f"{site.call.name} returns a map whose channels stand in dimension {dimension}; SE "
             "takes (N,C,*) or (N,*,C): leave it out by where=[…]"
         )
     block = _block_name(model, site.call.name)
-    holder, _, child = block.rpartition(".")
-    if hasattr(model.get_submodule(holder), child):
+    holder_name, _, child = block.rpartition(".")
+    holder = model.get_submodule(holder_name)
+    if getattr(holder, child, None) is not None:
         raise UserError(
             f"{block} exists already: the model has SE there; leave {site.call.name} out by "
             "where=[…]"
         )
+    # Many blocks run `self.se` where it is not None: a block of that name would run twice.
+    while hasattr(holder, child):
+        child = f"inserted_{child}"
+    block = f"{holder_name}.{child}" if holder_name else child
     channels = node.shape[dimension]
     return Place(
         module=site.call.name,
@@ -383,16 +429,17 @@ def _sites(
     if callable(where):
         called = {id(call.module) for call in trace.calls if _is_map(call.output)}
         picked = {n: m for n, m in modules.items() if n and id(m) in called and where(n, m)}
-        return named_sites(trace, picked)
-    for name in where:
-        if name not in modules or not name:
-            close = difflib.get_close_matches(str(name), modules, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]!r}?" if close else "see model.named_modules()"
-            raise UserError(f"where: the model has no module {name!r}; {hint}")
-    sites = named_sites(trace, {name: modules[name] for name in where})
+    else:
+        for name in where:
+            if name not in modules or not name:
+                close = difflib.get_close_matches(str(name), modules, n=1, cutoff=0.4)
+                hint = f"did you mean {close[0]!r}?" if close else "see model.named_modules()"
+                raise UserError(f"where: the model has no module {name!r}; {hint}")
+        picked = {name: modules[name] for name in where}
+    sites = named_sites(trace, picked)
     if sites.skipped:
         name, why = sites.skipped[0]
-        raise UserError(f"where: SE cannot follow {name!r}: {why}")
+        raise UserError(f"where: SE cannot follow {name!r}: {why}; leave it out, or name others")
     return sites
 
 

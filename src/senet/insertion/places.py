@@ -133,18 +133,52 @@ class _Finder:
                 return f"{node.calls[-1].name} ({type(node.calls[-1].module).__name__})"
         return None
 
-    def owner(self, nodes: Iterable[Node], wanted: set[Node]) -> tuple[Call, Node] | str:
-        """The innermost module that returns one of the nodes and nothing else; or why none does."""
+    def owner(
+        self, nodes: Iterable[Node], wanted: set[Node], *, for_one_block: bool = True
+    ) -> tuple[Call, Node] | str:
+        """The innermost module that returns one of the nodes and nothing else; or why none does.
+
+        Args:
+            nodes: outputs to be scaled, the best first.
+            wanted: what the module may return in its other calls.
+            for_one_block: whether one SE block has to fit all calls.
+        """
         why = "no module returns this map"
         for node in nodes:
             for call in self.trace.owners(node):
                 if passes_through(call.module) or not call.name:
                     continue
                 others = [c for c in self.trace.calls_of(call.module) if c.output not in wanted]
-                if not others:
+                if others:
+                    why = f"{call.name} is called {len(others) + 1} times, also where no SE belongs"
+                elif for_one_block and (unlike := _unlike(self.trace, call)):
+                    why = f"{call.name} {unlike}"
+                else:
                     return call, node
-                why = f"{call.name} is called {len(others) + 1} times, also where no SE belongs"
         return why
+
+
+def _unlike(trace: Trace, call: Call) -> str | None:
+    """Why one SE block cannot scale what a module returns in all its calls; None if it can."""
+    maps = [each.output for each in trace.calls_of(call.module)]
+    nodes = [node for node in maps if node is not None and node.is_map]
+    if len(nodes) < len(maps):
+        return "does not return one feature map (N,C,*) in each of its calls"
+    if len({len(node.shape) for node in nodes}) > 1:
+        return "is called with maps of several numbers of dimensions"
+    dimensions = [channel_dimension(node) for node in nodes]
+    if len(set(dimensions)) > 1:
+        return "is called with maps whose channels stand in several dimensions"
+    counts = {node.shape[d] for node, d in zip(nodes, dimensions, strict=True)}
+    if len(counts) > 1:
+        several = ", ".join(map(str, sorted(counts)))
+        return f"is called with maps of several channel numbers ({several})"
+    return None
+
+
+def channel_dimension(node: Node) -> int:
+    """Where the channels of a map stand, 1 where nothing tells."""
+    return 1 if node.channel_dim is None else node.channel_dim
 
 
 def _described(node: Node) -> str:
@@ -191,7 +225,7 @@ def branch_ends(trace: Trace) -> list[Site]:
             # Not the norm before a functional activation, whose map is another one.
             chains.append([each for each in _candidates(base, end) if each.index >= base.index])
     wanted = {node for chain in chains for node in chain}
-    owners = (finder.owner(chain, wanted) for chain in chains)
+    owners = (finder.owner(chain, wanted, for_one_block=False) for chain in chains)
     return [Site(*owner, "residual") for owner in owners if not isinstance(owner, str)]
 
 
@@ -203,7 +237,7 @@ def concat_sites(trace: Trace, excluded: int = 0) -> Sites:
         excluded: mask of nodes to leave out: what lies inside a residual branch ends elsewhere.
     """
     finder = _Finder(trace)
-    found = []
+    found, skipped = [], []
     for node in trace.nodes:
         if node.kind != "cat" or excluded >> node.index & 1 or not _joins_channels(node):
             continue
@@ -217,9 +251,12 @@ def concat_sites(trace: Trace, excluded: int = 0) -> Sites:
                 present = finder.attention_in(inner)
                 if present is not None:
                     raise Refused(present)
-                found.append(Site(call, end, "concat"))
+                if unlike := _unlike(trace, call):
+                    skipped.append((_described(end), f"{call.name} {unlike}"))
+                else:
+                    found.append(Site(call, end, "concat"))
                 break
-    return Sites(tuple(found), ())
+    return Sites(tuple(found), tuple(skipped))
 
 
 def _joins_channels(node: Node) -> bool:
@@ -296,8 +333,8 @@ def automatic_sites(trace: Trace) -> Sites:
     both = (*residual.found, *concat.found)
     if not both:
         conv = conv_sites(trace)
-        return Sites(conv.found, (*residual.skipped, *conv.skipped))
-    return Sites(both, residual.skipped)
+        return Sites(conv.found, (*residual.skipped, *concat.skipped, *conv.skipped))
+    return Sites(both, (*residual.skipped, *concat.skipped))
 
 
 def named_sites(trace: Trace, modules: Mapping[str, nn.Module]) -> Sites:
@@ -306,15 +343,17 @@ def named_sites(trace: Trace, modules: Mapping[str, nn.Module]) -> Sites:
     found, skipped = [], []
     for name, module in modules.items():
         calls = trace.calls_of(module)
-        node = calls[0].output if calls else None
+        nodes = [call.output for call in calls if call.output is not None and call.output.is_map]
         if not calls:
             skipped.append((name, "it is not called in a forward pass"))
-        elif node is None or not node.is_map:
+        elif not nodes:
             skipped.append((name, "it does not return one feature map (N,C,*)"))
-        elif (present := finder.attention_in([node])) is not None:
+        elif (present := finder.attention_in(nodes)) is not None:
             raise Refused(present)
+        elif unlike := _unlike(trace, calls[0]):
+            skipped.append((name, f"it {unlike}"))
         else:
-            found.append(Site(calls[0], node, "named"))
+            found.append(Site(calls[0], nodes[0], "named"))
     return Sites(tuple(found), tuple(skipped))
 
 
