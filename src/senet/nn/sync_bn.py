@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet.ops import BatchNorm
@@ -25,7 +26,9 @@ class SyncBatchNorm(_BatchNorm):
 
     Where there is one process, or none was ever joined, and in evaluation mode it is plain batch
     norm; its state dict is that of plain batch norm. Each process must run it as often as the
-    others, or they wait for each other.
+    others, or they wait for each other; one without images runs it on an empty batch. With several
+    processes it has no second derivatives in training mode: PyTorch raises where they are asked
+    for.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -62,10 +65,12 @@ class SyncBatchNorm(_BatchNorm):
             assert self.running_mean is not None
             assert self.running_var is not None
             unbiased = var * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        weight = torch.ones_like(mean) if self.weight is None else self.weight
-        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                # Plain batch norm, too, learns nothing from an empty batch.
+                running.lerp_(torch.where(count > 0, new.to(running.dtype), running), momentum)
+        # In the dtype of the statistics, which PyTorch wants of both.
+        weight = torch.ones_like(mean) if self.weight is None else self.weight.to(mean.dtype)
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias.to(mean.dtype)
         x, weight, bias = _ThroughStatistics.apply(
             x, weight, bias, mean, (var + self.eps).rsqrt(), count
         )
@@ -87,16 +92,19 @@ def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,), biased variance (C,) and count () of the channels of x (N,C,*), of all processes.
 
     In float32 at least, by the parallel formula of Chan, Golub and LeVeque (1979), which does not
-    cancel where the mean is large.
+    cancel where the mean is large. A process with an empty x takes part with a count of 0.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+    if x.numel():
+        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+    else:  # whose mean is NaN, and NaN · 0 too
+        var, mean = wide.new_zeros(2, x.shape[1])
     count = mean.new_full((1,), x.numel() / x.shape[1])
     mine = torch.cat((mean, var, count))
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     means, variances, counts = torch.stack(every).split((len(mean), len(mean), 1), dim=1)
-    share = counts / counts.sum()
+    share = counts / counts.sum().clamp(min=1)
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0), counts.sum()
 
@@ -107,7 +115,8 @@ class _ThroughStatistics(torch.autograd.Function):
     With x̂ = (x - mean)/σ over M values of a channel, the whole gradient of batch norm is
     dx = dx_frozen - weight/(σM) · (Σ db + x̂ Σ dw), where db and dw are the gradients of bias and
     weight, and the sums go over all processes. dw and db stay each process's own: the training
-    averages them like every other gradient.
+    averages them like every other gradient. There is no second derivative: mean and 1/σ are
+    numbers here, so that it would lack what flows through them.
     """
 
     @staticmethod
@@ -124,12 +133,13 @@ class _ThroughStatistics(torch.autograd.Function):
         return x.view_as(x), weight.view_as(weight), bias.view_as(bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = gradients
         x, weight, mean, inverse, count = ctx.saved_tensors
         sums = torch.stack((db, dw)).to(mean.dtype)
         dist.all_reduce(sums)
-        scale = weight * inverse / count
+        scale = weight * inverse / count.clamp(min=1)
         slope = scale * sums[1] * inverse
         offset = scale * sums[0] - slope * mean
         shape = (1, -1, *[1] * (x.ndim - 2))
