@@ -1,8 +1,11 @@
 """The SE block against the equations of the paper, in every form it is offered."""
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import senet
 from senet.nn.block import GATES, SQUEEZES, hidden_width
@@ -112,6 +115,28 @@ def test_a_module_as_gate():
     z = x.mean((2, 3))
     gates = nn.functional.softplus(se.fc2(torch.relu(se.fc1(z))))
     torch.testing.assert_close(se(x), x * gates[:, :, None, None])
+
+
+@pytest.mark.parametrize("gate", [nn.Hardsigmoid(), nn.Tanh(), nn.Softplus()], ids=repr)
+def test_a_gate_put_in_the_place_of_another(gate):
+    se = senet.SqueezeExcitation(8, 4)
+    se.gate = gate
+    x = 5 * torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(se(x), x * se.excite(x))
+    name = {nn.Hardsigmoid: "hard_sigmoid", nn.Tanh: "tanh"}.get(type(gate), "Softplus")
+    assert se.gate_name == name
+    assert pickle.loads(pickle.dumps(se)).gate_name == name
+
+
+@pytest.mark.parametrize("name", ["se_resnet8_cifar", "vgg16_bn"])
+def test_global_hooks_see_every_module(name):
+    model = senet.create_model(name, num_classes=0).eval()
+    seen = set()
+    with register_module_forward_hook(lambda module, *_: seen.add(module)):
+        model(torch.randn(1, 3, 32, 32))
+    wanted = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, senet.SqueezeExcitation)
+    layers = {m for m in model.modules() if isinstance(m, wanted)}
+    assert layers <= seen
 
 
 def test_identity_gate_starts_as_the_identity_with_a_live_gradient():
@@ -226,6 +251,9 @@ def test_residual_tail_is_bn_se_add_relu():
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"channels": 8, "reduction": 0}, "reduction must be positive, got 0"),
         ({"channels": 8, "reduction": -4}, "reduction must be positive, got -4"),
+        ({"channels": 8, "reduction": None}, "reduction must be positive, got None"),
+        ({"channels": 8, "reduction": float("nan")}, "reduction must be positive, got nan"),
+        ({"channels": 8, "gate": ["tanh"]}, r"gate must be one of sigmoid, .* got \['tanh'\]"),
         ({"channels": 8, "hidden": 0}, "hidden must be at least 1, got 0"),
         ({"channels": 8, "squeeze": "mean"}, "squeeze must be one of avg, max, none, got 'mean'"),
         ({"channels": 8, "gate": "softmax"}, "gate must be one of sigmoid, .* got 'softmax'"),

@@ -6,10 +6,11 @@ Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn, SupportsFloat, get_args
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from senet import ops
 from senet.errors import UserError
@@ -42,6 +43,7 @@ GATES: dict[str, Callable[[], nn.Module]] = {
     "hard_sigmoid": nn.Hardsigmoid,
     "identity_sigmoid": IdentitySigmoid,
 }
+_GATE_NAMES = {made: name for name, made in GATES.items()}
 
 
 def hidden_width(channels: int, reduction: float) -> int:
@@ -177,7 +179,7 @@ class SqueezeExcitation(NotScriptable, nn.Module):
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}")
-        if reduction <= 0:
+        if not isinstance(reduction, SupportsFloat) or not reduction > 0:  # NaN is not
             raise ValueError(f"reduction must be positive, got {reduction}")
         if hidden is not None and hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
@@ -185,18 +187,22 @@ class SqueezeExcitation(NotScriptable, nn.Module):
             raise ValueError(f"squeeze must be one of {', '.join(SQUEEZES)}, got {squeeze!r}")
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
-        if not isinstance(gate, nn.Module) and gate not in GATES:
+        if not isinstance(gate, nn.Module) and not (isinstance(gate, str) and gate in GATES):
             raise ValueError(f"gate must be one of {', '.join(GATES)} or a module, got {gate!r}")
         self.channels = channels
         self.hidden = hidden_width(channels, reduction) if hidden is None else hidden
         self.dims = dims
-        self.gate_name = gate if isinstance(gate, str) else type(gate).__name__
         self.squeeze = GlobalSqueeze(squeeze)
         self.fc1 = nn.Linear(channels, self.hidden, bias, device=device, dtype=dtype)
         self.activation = activation()
         self.fc2 = nn.Linear(self.hidden, channels, bias, device=device, dtype=dtype)
         self.gate = gate if isinstance(gate, nn.Module) else GATES[gate]()
         self.reset_parameters()
+
+    @property
+    def gate_name(self) -> str:
+        """Name of the gate that the block has now; of one that is none of ours, its class."""
+        return _GATE_NAMES.get(type(self.gate), type(self.gate).__name__)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: PyTorch's own initialisation of nn.Linear for both layers.
@@ -278,8 +284,9 @@ def leaves_process(x: object) -> bool:
 
 def fusable(*modules: nn.Module | None) -> bool:
     """Whether the operator computes what these modules would; says once why it does not."""
+    everywhere = _global_hooks()
     for module in modules:
-        why_not = None if module is None else _obstacle(module)
+        why_not = None if module is None else everywhere or _obstacle(module)
         if why_not is not None:
             if not torch.compiler.is_compiling() and why_not not in _said:
                 _said.add(why_not)
@@ -294,7 +301,7 @@ def fusable(*modules: nn.Module | None) -> bool:
 def _obstacle(module: nn.Module) -> str | None:
     """Why a batch norm or an SE block cannot run in the fused operator, or None if it can."""
     if type(module) in _BATCH_NORMS:
-        return hooked(module)
+        return _own_hooks(module)
     if type(module) is not SqueezeExcitation:
         return f"{type(module).__name__}"
     if module.squeeze.method != "avg":
@@ -307,9 +314,9 @@ def _obstacle(module: nn.Module) -> str | None:
     for child in module._modules.values():
         if type(child) not in _SE_CHILDREN:
             return f"an SE block with {type(child).__name__}"
-        if child is not None and (why_not := hooked(child)):
+        if child is not None and (why_not := _own_hooks(child)):
             return why_not
-    return hooked(module)
+    return _own_hooks(module)
 
 
 _SE_CHILDREN = (
@@ -324,7 +331,18 @@ _SE_CHILDREN = (
 
 
 def hooked(module: nn.Module) -> str | None:
-    """Says which module has hooks, if this one has; None for none."""
+    """Says which module has hooks, if this one has, or whether all have; None for none."""
+    return _own_hooks(module) or _global_hooks()
+
+
+def _global_hooks() -> str | None:
+    """Says whether PyTorch calls hooks of every module; a compiler looks after them itself."""
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return "modules with global hooks"
+    return None
+
+
+def _own_hooks(module: nn.Module) -> str | None:
     hooks = (
         module._forward_hooks
         or module._forward_pre_hooks

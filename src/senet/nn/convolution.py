@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from senet.nn.block import hooked, leaves_process
 from senet.ops.choice import transforms
@@ -73,7 +72,6 @@ def plain(layer: nn.Conv2d, x: Tensor) -> bool:
         or isinstance(layer.padding, str)
         or not x.is_contiguous(memory_format=torch.channels_last)
         or hooked(layer)
-        or _has_any_global_hook()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
