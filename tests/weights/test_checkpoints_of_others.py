@@ -15,6 +15,7 @@ import senet
 from senet.errors import UserError
 from senet.models import Network
 from senet.weights import LoadReport, load_weights, read_state_dict
+from senet.weights.files import contents_of
 
 State = dict[str, Tensor]
 
@@ -268,3 +269,31 @@ def test_pretrained_takes_files_and_says_what_else_it_is_given() -> None:
     with pytest.raises(UserError, match=r"pretrained must be True, a tag, a file, .*got 3"):
         senet.create_model("se_resnet8_cifar", pretrained=3)
     assert isinstance(senet.create_model("se_resnet8_cifar", pretrained=False), Network)
+
+
+STATE = {"a": torch.zeros(1)}
+AVERAGE = {"decay": 0.9, "shadow_params": [torch.zeros(1)], "collected_params": None}  # torch_ema
+
+
+@pytest.mark.parametrize(
+    ("held", "taken"),
+    [
+        ({"model": STATE, "ema": AVERAGE}, "model"),
+        ({"model": {"name": "resnet50"}, "weights": STATE}, "weights"),
+        ({"state_dict": {"model": {"depth": 3}, "net": STATE}, "params": STATE}, "state_dict.net"),
+        ({"state_dict": {"ema": {}}, "params": STATE}, "params"),
+        ({"model": {"name": "resnet50"}, **STATE}, ""),
+        ({"model": STATE, "ema": STATE}, "ema"),
+    ],
+)
+def test_the_first_part_that_holds_tensors(held: dict[str, Any], taken: str) -> None:
+    found = contents_of(held)
+    assert found.taken == taken
+    assert found.state.keys() == STATE.keys()
+
+
+def test_a_checkpoint_that_holds_itself() -> None:
+    held: dict[str, Any] = {"name": "resnet50"}
+    held["model"] = {"net": held}
+    with pytest.raises(UserError, match="there is no state dict"):
+        contents_of(held)

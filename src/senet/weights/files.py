@@ -193,21 +193,31 @@ def contents_of(loaded: object) -> Contents:
     Raises:
         UserError: there is no state dict (tensors by name).
     """
-    path: list[str] = []
-    while isinstance(loaded, Mapping):
-        name = next(
-            (k for k in CONTAINERS if isinstance(loaded.get(k), Mapping) and loaded[k]), None
-        )
-        if name is None:
-            break
-        path.append(name)
-        loaded = loaded[name]
-    if isinstance(loaded, Mapping):
-        state = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
-        if state:
-            left = tuple(str(k) for k, v in loaded.items() if not isinstance(v, Tensor))
-            return Contents(state, ".".join(path), left)
+    if isinstance(loaded, Mapping) and (found := _held(loaded, (), set())):
+        return found
     raise UserError("weights: there is no state dict (tensors by name)")
+
+
+def _held(loaded: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Contents | None:
+    """The tensors of the first container that holds any, or those beside the containers.
+
+    Args:
+        loaded: a checkpoint, or a part of one.
+        path: to that part.
+        seen: ids of parts that were looked into: a pickle may hold itself.
+    """
+    seen.add(id(loaded))
+    for name in CONTAINERS:
+        part = loaded.get(name)
+        if isinstance(part, Mapping) and id(part) not in seen:
+            found = _held(part, (*path, name), seen)
+            if found is not None:
+                return found
+    state = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
+    if not state:
+        return None
+    left = tuple(str(k) for k, v in loaded.items() if not isinstance(v, Tensor))
+    return Contents(state, ".".join(path), left)
 
 
 def without_wrappers(state: State, own: Collection[str] = ()) -> State:
