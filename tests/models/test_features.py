@@ -1,10 +1,13 @@
 """Backbones: feature maps, dilation, Faster R-CNN on a COCO-format set, DeepLabv3."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_tensor
 
@@ -49,6 +52,58 @@ def test_all_parameters_of_the_maps_are_used():
         maps = features(senet.create_model("se_resnet164_cifar", num_classes=2), stages)
         sum(value.sum() for value in maps(torch.randn(2, 3, 8, 8)).values()).backward()
         assert all(parameter.grad is not None for parameter in maps.parameters())
+
+
+def replaced(way, backbone, layer):
+    match way:
+        case "attribute":
+            backbone.conv1 = layer
+        case "add_module":
+            backbone.add_module("conv1", layer)
+        case "set_submodule":
+            backbone.set_submodule("conv1", layer)
+        case "dictionary":
+            backbone._modules["conv1"] = layer
+
+
+@pytest.mark.parametrize(
+    "first", [lambda b: b, copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))]
+)
+@pytest.mark.parametrize("way", ["attribute", "add_module", "set_submodule", "dictionary"])
+def test_replaced_children_run(way, first):
+    network = senet.create_model("resnet8_cifar", num_classes=10).eval()
+    maps = first(senet.features(network))
+    names = list(maps.state_dict())
+    assert names == [name for name in network.state_dict() if not name.startswith("fc")]
+    replaced(way, maps, nn.Conv2d(4, 16, 3, padding=1, bias=False))
+    assert maps(torch.randn(1, 4, 32, 32))["stage2"].shape == (1, 16, 32, 32)
+    assert list(maps.state_dict()) == names
+    assert network(torch.randn(1, 3, 32, 32)).shape == (1, 10)  # keeps its own
+    del maps.conv1
+    with pytest.raises(AttributeError, match="conv1"):
+        maps(torch.randn(1, 4, 32, 32))
+
+
+def test_converted_batch_norms_run():
+    maps = senet.features(senet.create_model("se_resnet8_cifar")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = maps(x)
+    maps = nn.SyncBatchNorm.convert_sync_batchnorm(maps)
+    seen = []
+    for module in maps.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.register_forward_hook(lambda module, *_: seen.append(module))
+    torch.testing.assert_close(maps(x), before)
+    assert set(seen) == {m for m in maps.modules() if isinstance(m, nn.SyncBatchNorm)}
+    assert seen
+
+
+def test_a_replica_runs_its_own_layers():
+    maps = senet.features(senet.create_model("resnet8_cifar"))
+    replica = maps._replicate_for_data_parallel()
+    replica._modules["conv1"] = nn.Conv2d(4, 16, 3, padding=1, bias=False)
+    assert replica(torch.randn(1, 4, 32, 32))["stage2"].shape == (1, 16, 32, 32)
+    assert maps(torch.randn(1, 3, 32, 32))["stage2"].shape == (1, 16, 32, 32)
 
 
 def test_frozen_batch_norms_stay():

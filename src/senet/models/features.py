@@ -1,5 +1,6 @@
 """Feature maps of a network, as a backbone for detection and segmentation."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
@@ -23,7 +24,8 @@ class Backbone(nn.Module):
 
     Args:
         model: the network; its layers are shared, not copied. Classifier and stages behind the
-            last wanted one are left out.
+            last wanted one are left out. A child that is replaced here is replaced for the
+            backbone alone.
         out_stages: numbers of the stages to give out, in ascending order; None for all.
         frozen_bn: keep batch norms as they are: running statistics in training too, weights
             without gradients. For batches of few large images on a trained network.
@@ -55,8 +57,6 @@ class Backbone(nn.Module):
         self.channels = tuple(model.stages[stage].channels for stage in stages)
         self.strides = tuple(model.stages[stage].stride for stage in stages)
         self.frozen_bn = frozen_bn
-        # In a tuple, so that the whole network does not become a child: its needed children do.
-        self._network = (model,)
         self._stages = tuple(stage for stage in model.stages if stage <= stages[-1])
         later = {
             child.split(".")[0]
@@ -71,6 +71,8 @@ class Backbone(nn.Module):
         for name, child in model.named_children():
             if name not in unused:
                 self.add_module(name, child)
+        # In a tuple, so that the whole network does not become a child: its needed children do.
+        self._network = (_with_children(model, self._modules),)
         if frozen_bn:
             for norm in self._norms():
                 norm.requires_grad_(False)
@@ -91,14 +93,31 @@ class Backbone(nn.Module):
         """As of the network, see `Network.set_grad_checkpointing`."""
         self._network[0].set_grad_checkpointing(enable)
 
+    def _running(self) -> Network:
+        """The network, with the very children that the backbone has."""
+        (network,) = self._network
+        # A replica of nn.DataParallel has a dictionary of its own, and layers on another device.
+        same = network._modules is self._modules
+        return network if same else _with_children(network, self._modules)
+
     def maps(self, x: Float[Tensor, "n c h w"]) -> Iterator[tuple[int, Tensor]]:
         """The wanted stages' numbers and maps of images x, in order."""
-        network = self._network[0]
+        network = self._running()
         x = network.forward_stem(x)
         for stage in self._stages:
             x = network.forward_stage(stage, x)
             if stage in self.out_stages:
                 yield stage, x
+
+
+def _with_children(model: Network, children: dict[str, nn.Module | None]) -> Network:
+    """The network with other children; the dictionary itself, so that replaced ones run."""
+    network = copy.copy(model)
+    network._modules = children
+    # Left-out ones are looked at still (whether there is a `norm` behind the last stage).
+    others = {name: child for name, child in model._modules.items() if name not in children}
+    network.__dict__.update(others)
+    return network
 
 
 class FeatureMaps(Backbone):
