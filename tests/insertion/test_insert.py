@@ -4,6 +4,9 @@ import copy
 import io
 import pickle
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import timm
@@ -461,3 +464,70 @@ def test_an_empty_slot_of_the_model_stays_empty():
     taken = nn.Sequential(Shared())
     taken[0].se = nn.Identity()
     refused(taken, r"0\.se exists already", where=["0"])
+
+
+@dataclass
+class Output:
+    """What networks return that PyTorch does not look into."""
+
+    logits: Tensor
+    name: str = "x"
+
+
+class Own:
+    """Nobody looks into this one."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Returning(nn.Module):
+    def __init__(self, result: Callable[[Tensor], object], noise: bool = False) -> None:
+        super().__init__()
+        self.conv, self.result, self.noise = nn.Conv2d(3, 8, 1), result, noise
+
+    def forward(self, x: Tensor) -> object:
+        y = self.conv(x)
+        return self.result(y + torch.rand(()) if self.noise else y)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [Output, lambda y: [Output(y), 3], lambda y: MappingProxyType({"a": y, "b": Output(y)})],
+)
+def test_outputs_are_compared_wherever_they_are(result):
+    assert insert(Returning(result), where=["conv"], example_input=X).identical is True
+    with pytest.raises(SenetError, match="output changed on insertion"):
+        insert(Returning(result, noise=True), where=["conv"], example_input=X)
+
+
+def test_what_cannot_be_compared_is_not_called_identical():
+    report = insert(Returning(Own), where=["conv"], example_input=X)
+    assert report.identical is None
+    assert report.summary().endswith("output not compared")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"stages": 3}, r"stages must be whole numbers, such as \(3, 4\), got 3"),
+        ({"stages": "3"}, "stages must be whole numbers, .*, got '3'"),
+        ({"stages": ()}, "stages must be whole numbers"),
+        ({"where": None}, "where must be one of auto, .* got None"),
+        ({"where": 5}, "where must be one of auto, .* got int"),
+        ({"where": nn.ReLU}, "where must be one of auto, .* got type"),
+        ({"where": nn.ReLU()}, "where must be one of auto, .* got ReLU"),
+        ({"where": [["conv"]]}, r"the model has no module \['conv'\]"),
+        ({"optimizers": None}, "optimizers must be torch optimizers, .* got None; leave it out"),
+        ({"optimizers": [None]}, "optimizers must be torch optimizers, got NoneType"),
+        ({"reduction": None}, "reduction must be positive, got None"),
+        ({"gate": ["tanh"]}, "gate must be one of"),
+    ],
+)
+def test_arguments_of_other_types_are_named(options, match):
+    refused(Returning(Output), match, **options)
+
+
+def test_names_may_come_from_a_generator():
+    report = insert(Returning(Output), where=(n for n in ["conv"]), example_input=X)
+    assert [place.module for place in report.places] == ["conv"]

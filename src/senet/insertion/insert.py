@@ -2,9 +2,9 @@
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +92,15 @@ def insert(
     Whatever is raised, the model and its optimizers are as before.
     """
     _check_model(model)
-    optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    optimizers = _as_optimizers(optimizers)
     _check_optimizers(model, optimizers)
+    where = _as_where(where)
     # Validates reduction and gate, and costs nothing.
     try:
         SqueezeExcitation(1, reduction, gate=gate, device="meta")
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    chosen = None if stages is None else tuple(stages)
+    chosen = None if stages is None else _as_stages(stages)
     arguments = example_arguments(model, example_input)
     own = isinstance(model, Network) and isinstance(where, str) and where in ("auto", "residual")
     skipped: tuple[tuple[str, str], ...] = ()
@@ -145,13 +146,45 @@ def _tried(
     if gate != "identity_sigmoid":
         return None
     identical = _same(before, after)
-    if not identical:
+    if identical is False:
         raise SenetError(
             "the model's output changed on insertion, so the blocks were taken out again: it "
             "is not deterministic in evaluation mode, or it iterates over its submodules; "
             "name other modules by where=[…]"
         )
     return identical
+
+
+def _as_optimizers(optimizers: Any) -> tuple[Any, ...]:
+    if isinstance(optimizers, Optimizer):
+        return (optimizers,)
+    if not isinstance(optimizers, Iterable):
+        raise UserError(
+            f"optimizers must be torch optimizers, one or a list of them, got {optimizers!r}; "
+            "leave it out where there is none"
+        )
+    return tuple(optimizers)
+
+
+def _as_where(where: Any) -> Any:
+    """The argument itself, or the names in it, which may come from a generator."""
+    if isinstance(where, str):
+        return where
+    if callable(where) and not isinstance(where, nn.Module | type):
+        return where
+    if isinstance(where, Iterable) and not isinstance(where, nn.Module | type):
+        return tuple(where)
+    raise UserError(
+        f"where must be one of {', '.join(RULES)}, names of modules (where=['layer1']), or a "
+        f"function of (name, module), got {where if where is None else type(where).__name__}"
+    )
+
+
+def _as_stages(stages: Any) -> tuple[int, ...]:
+    numbers = tuple(stages) if isinstance(stages, Iterable) else ()
+    if not numbers or not all(isinstance(number, SupportsIndex) for number in numbers):
+        raise UserError(f"stages must be whole numbers, such as (3, 4), got {stages!r}")
+    return tuple(int(number) for number in numbers)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -289,6 +322,7 @@ def remove(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()
     Raises:
         UserError: nothing was inserted.
     """
+    optimizers = _as_optimizers(optimizers)
     record_ = getattr(model, RECORD, None)
     if record_ is None:
         raise UserError("nothing to remove: senet.insert put no SE blocks into this model")
@@ -301,7 +335,7 @@ def remove(model: nn.Module, *, optimizers: Iterable[Optimizer] | Optimizer = ()
     if isinstance(record_["config"], dict):
         model.config = record_["config"]  # type: ignore[assignment]
     delattr(model, RECORD)
-    for optimizer in (optimizers,) if isinstance(optimizers, Optimizer) else optimizers:
+    for optimizer in optimizers:
         _forget(optimizer, gone)
 
 
@@ -431,7 +465,7 @@ def _sites(
         picked = {n: m for n, m in modules.items() if n and id(m) in called and where(n, m)}
     else:
         for name in where:
-            if name not in modules or not name:
+            if not isinstance(name, str) or not name or name not in modules:
                 close = difflib.get_close_matches(str(name), modules, n=1, cutoff=0.4)
                 hint = f"did you mean {close[0]!r}?" if close else "see model.named_modules()"
                 raise UserError(f"where: the model has no module {name!r}; {hint}")
@@ -447,13 +481,41 @@ def _is_map(node: Any) -> bool:
     return node is not None and node.is_map
 
 
-def _same(before: Any, after: Any) -> bool:
+def _same(before: Any, after: Any) -> bool | None:
+    """Whether two outputs hold the same tensors; None where there are none to be found.
+
+    Containers are those that PyTorch knows, mappings and dataclasses; other values count by their
+    type alone.
+    """
     from torch.utils._pytree import tree_flatten
 
     (a, a_spec), (b, b_spec) = tree_flatten(before), tree_flatten(after)
-    return a_spec == b_spec and all(
-        torch.equal(x.nan_to_num(0), y.nan_to_num(0)) and torch.equal(x.isnan(), y.isnan())
-        if isinstance(x, Tensor) and isinstance(y, Tensor)
-        else True
-        for x, y in zip(a, b, strict=True)
-    )
+    if a_spec != b_spec:
+        return False
+    found = None
+    for x, y in zip(a, b, strict=True):
+        if type(x) is not type(y):
+            return False
+        if isinstance(x, Tensor):
+            same: bool | None = _same_tensor(x, y)
+        elif (parts := _parts(x)) is not None:
+            same = _same(parts, _parts(y))
+        else:
+            continue
+        if same is False:
+            return False
+        found = found or same
+    return found
+
+
+def _same_tensor(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.nan_to_num(0), y.nan_to_num(0)) and torch.equal(x.isnan(), y.isnan())
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """What is in a container that PyTorch does not know; None for what is none."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    return None

@@ -56,7 +56,8 @@ class InsertionReport:
         reduction: r of the blocks.
         gate: gate of the blocks.
         identical: whether the model's output on the example input is bit-identical to the one
-            before; None where another gate than "identity_sigmoid" was asked for.
+            before; None where another gate than "identity_sigmoid" was asked for, or where no
+            tensors were found in it to be compared (an object of the model's own class).
     """
 
     places: tuple[Place, ...]
@@ -102,6 +103,8 @@ class InsertionReport:
     def summary(self) -> str:
         """One sentence."""
         same = {True: ", output bit-identical", False: ", output changed", None: ""}[self.identical]
+        if self.identical is None and self.gate == "identity_sigmoid":
+            same = ", output not compared"
         left = f", {len(self.skipped)} places left out" if self.skipped else ""
         return (
             f"{len(self.places)} SE blocks, {self.parameters:,} parameters and "
