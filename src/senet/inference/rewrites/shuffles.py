@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from senet.inference.modules import Shuffle
 from senet.inference.rewrites.editor import Editor
+from senet.inference.rewrites.tracing import FAILURES
 
 _MOVES = (
     *("view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "contiguous"),
@@ -86,7 +87,7 @@ def _order(
             else:
                 assert callable(step.target)
                 values[step] = step.target(*args, **kwargs)
-        except RuntimeError:  # it takes maps of one size only
+        except (*FAILURES, ArithmeticError):  # it takes maps of other sizes only
             return None
     found = values[last]
     if not isinstance(found, Tensor) or found.shape != x.shape:
