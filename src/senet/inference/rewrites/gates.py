@@ -52,8 +52,8 @@ def means(edit: Editor) -> None:
         pool = edit.insert(kind(1), node, (source,), edit.name_of(node))
         edit.results[pool] = _vector(edit, *shape[:2])
         new = pool
-        if found is not None and len(found) == 2:
-            new = _flattened(edit, pool, node)
+        if found is not None and len(found) < len(edit.shape(pool) or ()):
+            new = _flattened(edit, pool, node, len(found) - 1)
         edit.replace(node, new)
 
 
@@ -73,9 +73,10 @@ def ones(edit: Editor) -> tuple[int, ...]:
     return (1,) * edit.dims
 
 
-def _flattened(edit: Editor, vector: fx.Node, at: fx.Node) -> fx.Node:
+def _flattened(edit: Editor, vector: fx.Node, at: fx.Node, first: int = 1) -> fx.Node:
+    """A vector (N,C,1,1) with its dimensions from `first` on in one."""
     with edit.graph.inserting_before(at):
-        return edit.graph.call_function(torch.flatten, (vector, 1))
+        return edit.graph.call_function(torch.flatten, (vector, first))
 
 
 def _is_mean(edit: Editor, node: fx.Node, shape: tuple[int, ...]) -> bool:
