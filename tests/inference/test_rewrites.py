@@ -274,6 +274,23 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Activation]] = {
     "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), Activation("gelu_tanh")),
     "sigmoid": (lambda x: 1 / (1 + (-x).exp()), Activation("sigmoid")),
     "tanh": (nn.Tanh(), Activation("tanh")),
+    "tanh of a sigmoid": (lambda x: 2 * torch.sigmoid(2 * x) - 1, Activation("tanh")),
+    "sigmoid of a tanh": (lambda x: 0.5 * (1 + torch.tanh(x / 2)), Activation("sigmoid")),
+    "swish, quotient": (lambda x: x / (1 + (-x).exp()), Activation("silu")),
+    "hard swish of an ONNX file": (
+        lambda x: x * ((x + 3).clamp(0, 6) * 0.1666666716337204),
+        Activation("hardswish"),
+    ),
+    "gelu, tanh, in numbers of float32": (
+        lambda x: 0.5 * x * (1 + torch.tanh(0.79788458 * (x + 0.044714998453 * x.pow(3)))),
+        Activation("gelu_tanh"),
+    ),
+    "leaky, maximum": (lambda x: torch.maximum(x, 0.1 * x), Activation("leaky_relu", 0.1)),
+    "elu of two relus": (
+        lambda x: F.relu(x) + 0.3 * (x.clamp(max=0).exp() - 1),
+        Activation("elu", 0.3),
+    ),
+    "relu of a magnitude": (lambda x: (x + x.abs()) / 2, Activation("relu")),
 }
 
 
@@ -307,6 +324,33 @@ STAY: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", STAY)
 def test_what_is_no_activation_stays(name: str) -> None:
     rewritten(Net(lambda m, x: STAY[name](m.conv(x)), conv=nn.Conv2d(8, 4, 3)))
+
+
+BOUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y / y.sum((2, 3), keepdim=True).clamp_min(1e-12),
+    "norm": lambda y: y / y.norm(dim=1, keepdim=True).clamp(min=1e-8),
+    "maximum": lambda y: 1 / F.threshold(y.abs().amax(1, keepdim=True), 1e-20, 1e-20),
+    "logarithm": lambda y: (100 * y).softmax(1).clamp(min=1e-8).log(),
+    "logit": lambda y: (lambda p: torch.log(p / (1 - p)))(
+        torch.sigmoid(100 * y).clamp(1e-7, 1 - 1e-7)
+    ),
+    "large": lambda y: F.relu(1e4 * y).clamp(max=500.0),
+    "nearly a relu": lambda y: 1e12 * F.relu(y - 1e-9) - 1e12 * F.relu(y),
+    "a small slope": lambda y: (lambda z: z * (z < 0))(F.leaky_relu(y, 1e-9)) * 1e9,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bounds_that_guard_against_zero_and_overflow_stay(name: str) -> None:
+    """They are none of an activation's, though what they change is far out, or near to 0."""
+    model = Net(lambda m, x: BOUNDED[name](m.conv(x)), conv=nn.Conv2d(8, 4, 3, bias=False)).eval()
+    graph = Rewriter(model, torch.randn(SHAPES[0])).run()
+    for x in (torch.randn(SHAPES[0]), torch.zeros(SHAPES[0])):
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-3, atol=1e-5)
+        if not kernels.MISSING:
+            found = Program(graph, x, 1, {}).run(x)
+            torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-5)
 
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -545,6 +589,20 @@ def test_other_things_with_rows_of_channels_stay(name: str) -> None:
     else:
         graph = rewritten(model, [(2, 8, 5, 6), (3, 8, 5, 6)])
     assert "Across" not in operations(graph)
+
+
+MEANS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "of rows": lambda m, y: y.flatten(2).mean(2, keepdim=True),
+    "into a layer": lambda m, y: m.fc(y.flatten(2).mean(-1, keepdim=True).transpose(1, 2)),
+    "of maps": lambda m, y: y.mean((2, 3), keepdim=True),
+    "without dimensions": lambda m, y: m.fc(y.flatten(2).mean(2)),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_keep_their_dimensions(name: str) -> None:
+    model = Net(lambda m, x: MEANS[name](m, m.conv(x)), conv=nn.Conv2d(8, 6, 3), fc=nn.Linear(6, 4))
+    assert "AdaptiveAvgPool2d" in operations(rewritten(model))
 
 
 NO_SE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -843,13 +901,21 @@ NO_SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
     "of images": lambda x: x.view(2, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape),
     "of channels and rows": lambda x: x.transpose(1, 2).reshape(x.shape),
     "with other numbers": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) + x.exp(),
+    "of rows by their number": lambda x: _rows_by_their_number(x),
 }
+
+
+def _rows_by_their_number(x: Tensor) -> Tensor:
+    """Maps with few rows would divide by zero."""
+    N, C, H, W = x.shape
+    strips = H // 8
+    return x.reshape(N, C, strips, H // strips, W).transpose(2, 3).reshape(N, C, H, W)
 
 
 @pytest.mark.parametrize("name", NO_SHUFFLES)
 def test_what_is_no_shuffle_of_channels_stays(name: str) -> None:
     model = Net(lambda m, x: NO_SHUFFLES[name](m.conv(x)), conv=nn.Conv2d(8, 8, 1))
-    graph = rewritten(model, [(2, 8, 8, 8), (4, 8, 6, 10)])
+    graph = rewritten(model, [(2, 8, 8, 8), (4, 8, 16, 10)])
     assert operations(graph).count("Shuffle") == (name == "with other numbers")
 
 

@@ -33,8 +33,14 @@ _LAYERS = {
     *(nn.Softsign, nn.Threshold),
 }
 _LONGEST = 12  # operations of one activation
+# Those that consist of straight lines with slopes and bounds that float32 knows.
+_EXACT = ("relu", "relu6", "leaky_relu")
 # Numbers of a network that came from ONNX were rounded to float32: 0.16666667 of a hard sigmoid.
-_ROUNDING = 3e-7
+_ROUNDING, _OF_ONE_NUMBER = 3e-7, 6e-8
+_ROUNDED = ("hardswish", "hardsigmoid")
+# What a difference of numbers near 1 leaves in float64, as 1 + tanh(x) does on the left.
+_CANCELLED = 1e-14
+_FAR = 1e3  # from here on all are straight lines, of float64 too
 _NAMES = {"relu": "ReLU"}
 
 
@@ -176,8 +182,28 @@ def _within(edit: Editor, node: fx.Node, inside: set[fx.Node]) -> list[fx.Node] 
 
 
 def _grid() -> Tensor:
+    """Numbers of all magnitudes, -0 and 0 among them: a bound of 1e-12 or of 500 is none of 0."""
     near = torch.linspace(-8, 8, 129, dtype=torch.float64)
-    return torch.cat([near, torch.tensor([-300.0, -30.0, 30.0, 300.0], dtype=torch.float64)])
+    others = [1e-30, 1e-12, 1e-9, 1e-7, 1e-5, 1e-3, 30, 300, 1e3, 1e4, 1e6, 1e9, 1e20, 1e30]
+    magnitudes = torch.tensor(others, dtype=torch.float64)
+    return torch.cat([near, magnitudes, -magnitudes])
+
+
+def _tolerance(name: str, grid: Tensor, wanted: Tensor) -> Tensor:
+    """How far an activation may be from what is wanted at each number of a grid.
+
+    Far out, and at 0, it is as exact as float64; elsewhere other formulas, and numbers that were
+    rounded to float32, may change it. Near 0 and on the left, where some are nearly 0 themselves,
+    they change it in proportion.
+    """
+    exact = 1e-12 * wanted.abs()
+    if name in _EXACT:
+        return exact
+    size = grid.abs()
+    middle = (size > 1e-2) & (size < 10)
+    anywhere = _ROUNDING * wanted.abs() + torch.where(middle, _ROUNDING, _CANCELLED)
+    far = _OF_ONE_NUMBER * wanted.abs() if name in _ROUNDED else exact
+    return torch.where(size >= _FAR, far, torch.where(size == 0, exact, anywhere))
 
 
 @torch.no_grad()
@@ -195,7 +221,10 @@ def _known(edit: Editor, region: _Region) -> Activation | None:
     for name, function in ACTIVATIONS.items():
         number = numbers.get(name, 0.0)
         possible = name != "linear" and number >= 0 and not (name == "leaky_relu" and number == 1)
-        if possible and torch.allclose(found, function(grid, number), _ROUNDING, _ROUNDING):
+        if not possible:
+            continue
+        wanted = function(grid, number)
+        if bool(((found - wanted).abs() <= _tolerance(name, grid, wanted)).all()):
             return Activation(name, number)
     return None
 
