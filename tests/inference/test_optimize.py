@@ -103,6 +103,16 @@ def test_rounding_is_allowed_for_and_nothing_else() -> None:
     assert rounding.difference(x / 0, x) == math.inf
 
 
+def test_results_of_other_kinds_differ() -> None:
+    """Whole numbers differ where they are no whole numbers any more: rounding may change them."""
+    x, y = torch.randn(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    others = [x[:1], x.double(), [x], (x,), {"x": x}, None]
+    assert all(rounding.difference(other, x) == math.inf for other in others)
+    for found, wanted in [((x, y), [x, y]), ([x], [x, x]), ({"x": x}, {"y": x}), (y > 0, y)]:
+        assert rounding.difference(found, wanted) == math.inf
+    assert rounding.difference({"x": (x, [y + 1])}, {"x": (x, [y])}) == 0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("integration", ["standard", "pre", "post", "identity", "3x3"])
 @pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50"])
