@@ -108,11 +108,20 @@ class NormAct(nn.BatchNorm2d):
         return F.silu(F.batch_norm(x, *stats, self.weight, self.bias, False, 0.1, self.eps))
 
 
+class Norm(nn.BatchNorm2d):
+    """By torch.batch_norm, whose arguments come in another order than those of F.batch_norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = (self.weight, self.bias, self.running_mean, self.running_var)
+        return torch.batch_norm(x, *given, False, 0.1, self.eps, False)
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "module": lambda: nn.BatchNorm2d(6),
     "without scale": lambda: nn.BatchNorm2d(6, affine=False),
     "frozen": lambda: Frozen(6),
     "with activation": lambda: NormAct(6),
+    "function of torch": lambda: Norm(6),
     "torchvision's frozen": lambda: FrozenBatchNorm2d(6),
 }
 BEFORE: dict[str, Callable[[], nn.Module]] = {
@@ -740,6 +749,35 @@ def test_numbers_go_into_convolutions_before_and_behind() -> None:
     assert operations(graph) == ["FusedConv", "FusedConv"]
     graph = rewritten(Net(lambda m, x: F.gelu(m.a(x)).div(3) + x[..., 2:, 2:], **layers))
     assert "div" not in operations(graph)
+
+
+OTHER_TYPES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "mask times one": lambda m, y: (y > 0) * 1,
+    "mask and zero": lambda m, y: (y > 0) + 0,
+    "mask times a number": lambda m, y: (y > 0) * 255,
+    "mask in floats": lambda m, y: (lambda mask: m.other(y) * (1 - mask))((y > 0) * 1.0),
+    "mask times a constant": lambda m, y: (y > 0) * m.numbers,
+    "mask and a constant": lambda m, y: (y > 0) + m.numbers,
+    "mask times a vector": lambda m, y: (y > 0) * y.mean((2, 3), keepdim=True),
+    "map times a mask of vectors": lambda m, y: y * (y.mean((2, 3), keepdim=True) > 0),
+    "classes": lambda m, y: y.argmax(1, keepdim=True) * 255,
+    "classes and a constant": lambda m, y: y.argmax(1, keepdim=True) / 2,
+    "rectified classes": lambda m, y: y.argmax(1, keepdim=True).relu() * 3,
+    "other floats": lambda m, y: y.double() * 2,
+    "a constant of other floats": lambda m, y: y * m.numbers.double(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_numbers_of_other_types_keep_them(name: str) -> None:
+    model = Net(
+        lambda m, x: OTHER_TYPES[name](m, m.conv(x)),
+        conv=nn.Conv2d(8, 6, 1),
+        other=nn.Conv2d(6, 6, 1),
+    )
+    model.register_buffer("numbers", torch.randint(1, 9, (1, 6, 1, 1)))
+    rewritten(model)
 
 
 @pytest.mark.skipif(bool(kernels.MISSING), reason=kernels.MISSING)

@@ -145,6 +145,8 @@ def _activation(edit: Editor, first: fx.Node) -> None:
     last = region.steps[-1]
     if edit.shape(last) != edit.shape(region.entry):
         return  # made larger by a number with dimensions
+    if not edit.in_floats(last, region.entry):
+        return
     module = edit.called(last)
     if isinstance(module, Pointwise) and len(region.steps) == 1:
         return

@@ -10,6 +10,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from senet.inference.modules import FusedConv, Pointwise, batch_norm_affine, constant
@@ -56,7 +57,7 @@ def _factor(edit: Editor, node: fx.Node) -> tuple[fx.Node, float] | None:
     a, b = node.args
     if name != "div" and isinstance(a, int | float):
         a, b = b, a
-    if not isinstance(a, fx.Node) or not isinstance(b, int | float):
+    if not isinstance(a, fx.Node) or not isinstance(b, int | float) or not edit.in_floats(node, a):
         return None
     return a, float(1 / b if name == "div" else b)
 
@@ -97,7 +98,9 @@ def _norm(edit: Editor, node: fx.Node) -> _Affine | None:
     if edit.operation(node) != "batch_norm" or node.op != "call_function":
         return None
     names = ("running_mean", "running_var", "weight", "bias")
-    given = [edit.argument(node, 1 + i, name) for i, name in enumerate(names)]
+    # torch.batch_norm has them in another order.
+    places = (1, 2, 3, 4) if node.target is F.batch_norm else (3, 4, 1, 2)
+    given = [edit.argument(node, *each) for each in zip(places, names, strict=True)]
     numbers = [edit.constant(value) for value in given]
     if any(
         value is not None and number is None for value, number in zip(given, numbers, strict=True)
@@ -129,6 +132,8 @@ def _with_constant(edit: Editor, node: fx.Node) -> _Affine | None:
         a, b = b, a
     number, shape = edit.constant(b), edit.shape(a)
     if number is None or shape is None or edit.shape(node) != shape:
+        return None
+    if not edit.in_floats(node, a):
         return None
     if len(shape) != edit.dims + 2 or edit.dims > 2:
         return None

@@ -58,7 +58,8 @@ def _drop_neutral(edit: Editor, node: fx.Node) -> None:
         return
     for x, number in (node.args, node.args[::-1]):
         plain = isinstance(number, int | float) and number == neutral
-        if plain and isinstance(x, fx.Node) and edit.shape(x) is not None:
+        same = edit.shape(x) is not None and edit.in_floats(node, x)
+        if plain and isinstance(x, fx.Node) and same:
             edit.replace(node, x)
             return
 

@@ -123,6 +123,17 @@ class Editor:
             return tuple(tuple(results[node].shape) for node in nodes)
         return None
 
+    def in_floats(self, node: Any, source: Any) -> bool:
+        """Whether a node gives floating numbers of the type that it reads from `source`.
+
+        Products of masks or whole numbers may be of another type, and never are a kernel's. Without
+        an example it is taken for granted.
+        """
+        if not self.results:
+            return True
+        types = {getattr(self.results.get(each), "dtype", None) for each in (node, source)}
+        return len(types) == 1 and all(t is not None and t.is_floating_point for t in types)
+
     def single_use(self, node: fx.Node) -> bool:
         """Whether one node alone reads this one."""
         return len(node.users) == 1

@@ -344,6 +344,8 @@ def products(edit: Editor) -> None:
                 continue
             if vectors.is_vector(scaled) or edit.shape(scaled) != shape:
                 continue
+            if not edit.in_floats(node, scaled):
+                continue
             gates = vectors.gates(factor, shape, node)
             if gates is not None:
                 block = edit.scopes.get(node, "")
