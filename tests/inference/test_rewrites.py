@@ -209,6 +209,79 @@ def test_a_convolution_that_computes_something_else_is_called_as_it_is() -> None
     assert operations(rewritten(model)) == ["Twice", "Pointwise", "FusedConv"]
 
 
+BY_NAME: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[str] | None]] = {
+    "modules": (lambda m, x: m.act(input=m.bn(input=m.conv(input=x))), ["FusedConv"]),
+    "concat": (
+        lambda m, x: torch.cat(tensors=[m.conv(x), m.other(x)], dim=1),
+        ["FusedConv", "FusedConv", "cat"],
+    ),
+    "convolution": (
+        lambda m, x: F.relu(
+            input=F.conv2d(input=x, weight=m.conv.weight, bias=m.conv.bias, stride=2), inplace=True
+        ),
+        ["FusedConv"],
+    ),
+    "norm": (
+        lambda m, x: F.batch_norm(
+            input=m.conv(x),
+            weight=m.bn.weight,
+            running_mean=m.bn.running_mean,
+            running_var=m.bn.running_var,
+            bias=m.bn.bias,
+            training=False,
+        ),
+        ["FusedConv"],
+    ),
+    "prelu": (lambda m, x: F.prelu(input=m.conv(x), weight=m.act.weight), ["FusedConv"]),
+    "head": (
+        lambda m, x: F.linear(
+            input=torch.flatten(
+                input=F.adaptive_avg_pool2d(input=m.conv(x), output_size=1), start_dim=1
+            ),
+            weight=m.fc.weight,
+        ),
+        ["FusedConv", "AdaptiveAvgPool2d", "flatten", "Linear"],
+    ),
+    "maxima": (
+        lambda m, x: (lambda y: y * torch.amax(input=y, dim=(2, 3), keepdim=True))(m.conv(x)),
+        ["FusedConv", "amax", "Pointwise"],
+    ),
+    "pool": (
+        lambda m, x: m.last(F.max_pool2d(input=m.conv(x), kernel_size=2)),
+        ["FusedConv", "max_pool2d", "FusedConv"],
+    ),
+    "sum": (lambda m, x: torch.add(input=m.conv(x), other=m.other(x)), ["FusedConv"]),
+    "sum, half": (lambda m, x: torch.add(m.conv(x), other=m.other(x), alpha=2), None),
+    "shuffle": (
+        lambda m, x: torch.reshape(
+            input=torch.transpose(input=m.conv(x).unflatten(dim=1, sizes=(2, 3)), dim0=1, dim1=2),
+            shape=(-1, 6, x.shape[2] - 2, x.shape[3] - 2),
+        ),
+        None,
+    ),
+    "another first": (
+        lambda m, x: (lambda y: torch.where(condition=y > 0, input=y, other=-y))(m.conv(x)),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_arguments_by_name(name: str) -> None:
+    function, wanted = BY_NAME[name]
+    model = Net(
+        function,
+        conv=nn.Conv2d(8, 6, 3),
+        other=nn.Conv2d(8, 6, 3),
+        last=nn.Conv2d(6, 4, 1),
+        bn=nn.BatchNorm2d(6),
+        act=nn.PReLU(6),
+        fc=nn.Linear(6, 5, bias=False),
+    )
+    found = operations(rewritten(model))
+    assert wanted is None or found == wanted
+
+
 PADDED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "function": lambda m, x: m.conv(F.pad(x, (1, 2, 0, 3))),
     "constant": lambda m, x: m.conv(F.pad(x, [1, 2, 0, 3], mode="constant", value=0.0)),

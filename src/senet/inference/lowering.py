@@ -274,7 +274,7 @@ class Lowering:
         """Write the steps of a node; False if the kernels cannot run it."""
         sources = node.all_input_nodes
         known = self.places.values.keys() | self.waits
-        if not sources or any(source not in known for source in sources):
+        if not sources or any(source not in known for source in sources) or not node.args:
             return False
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
@@ -500,6 +500,8 @@ class Lowering:
 
     def _is_cat(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node.target is not torch.cat:
+            return False
+        if not node.args or not isinstance(node.args[0], list | tuple):
             return False
         dim = (*node.args[1:], node.kwargs.get("dim", 0))[0]
         maps = all(is_map(self.results[part]) for part in concatenated(node))

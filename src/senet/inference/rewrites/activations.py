@@ -104,7 +104,7 @@ def _prelu(edit: Editor, node: fx.Node) -> None:
         slopes = module.weight
     elif edit.operation(node) == "prelu":
         slopes = edit.constant(edit.argument(node, 1, "weight"))
-    if slopes is None:
+    if slopes is None or not node.args:
         return
     made = Pointwise()
     made.slopes = without_gradient(slopes)

@@ -85,6 +85,8 @@ class _Affine(NamedTuple):
 
 def _norm(edit: Editor, node: fx.Node) -> _Affine | None:
     """What a batch norm computes."""
+    if not node.args:
+        return None
     module = edit.called(node)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         dimensions = len(edit.shape(node) or ()) or 4

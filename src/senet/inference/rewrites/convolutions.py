@@ -123,7 +123,7 @@ def _convolution(
 
 def _of_function(edit: Editor, node: fx.Node) -> FusedConv | None:
     """Of F.conv2d with constant weights."""
-    if node.op != "call_function" or edit.operation(node) != "conv2d":
+    if node.op != "call_function" or edit.operation(node) != "conv2d" or not node.args:
         return None
     weight = edit.constant(edit.argument(node, 1, "weight"))
     bias = edit.argument(node, 2, "bias")
@@ -142,7 +142,7 @@ def _of_function(edit: Editor, node: fx.Node) -> FusedConv | None:
 
 def _linear(edit: Editor, node: fx.Node) -> None:
     """Make a layer of a call of F.linear with constant weights."""
-    if node.op != "call_function" or edit.operation(node) != "linear":
+    if node.op != "call_function" or edit.operation(node) != "linear" or not node.args:
         return
     weight = edit.constant(edit.argument(node, 1, "weight"))
     given = edit.argument(node, 2, "bias")

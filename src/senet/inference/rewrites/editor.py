@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from senet.inference.modules import AsItIs, FusedConv, Pointwise, ends_openly
+from senet.inference.rewrites.calls import in_places
 from senet.inference.rewrites.tracing import FAILURES, Tracer, of_another_size
 from senet.inference.shapes import outline, traced_results
 from senet.nn.hooks import without_hooks
@@ -64,6 +65,7 @@ class Editor:
     ) -> None:
         tracer = Tracer(example, given)
         self.graph = tracer.trace(model)
+        in_places(self.graph, model)
         for node in self.graph.nodes:
             node.type = None  # annotations of shapes cannot be pickled
         self.module = fx.GraphModule(model, self.graph)

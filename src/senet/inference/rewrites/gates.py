@@ -170,7 +170,7 @@ class Vectors:
         if module is not None and type(module) in _pools(self.edit):
             size: object = module.output_size
             return size in (1, (1,), (1, 1))
-        if self.edit.operation(node) in _MAXIMA:
+        if self.edit.operation(node) in _MAXIMA and node.args:
             shape, before = self.edit.shape(node), self.edit.shape(node.args[0])
             rank = self.edit.dims + 2
             whole = before is not None and len(before) == rank and self._takes_all(node)
@@ -300,6 +300,8 @@ def _is_across(module: nn.Module | None, shape: tuple[int, ...]) -> bool:
 
 def _only_shapes(edit: Editor, node: fx.Node) -> bool:
     """Whether a node of vectors may change their dimensions, and not the order of their numbers."""
+    if not node.args:
+        return False
     if type(edit.called(node)) in (nn.Flatten, nn.Unflatten):
         return True
     if edit.operation(node) == "getitem":

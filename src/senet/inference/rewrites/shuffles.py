@@ -58,7 +58,7 @@ def _moves(edit: Editor, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     Beside that map they read nothing but its sizes.
     """
     source: Any = node
-    while edit.operation(source) in _MOVES and isinstance(source.args[0], fx.Node):
+    while edit.operation(source) in _MOVES and isinstance((*source.args, None)[0], fx.Node):
         source = source.args[0]
     needed, waiting = {source}, [node]
     while waiting:
