@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -1148,6 +1149,64 @@ def test_a_u_net() -> None:
         named = ("interpolate", "ConvTranspose2d", "pad", "adaptive_avg_pool2d")
         assert set(fast.report.operations) == set(named)
         assert "interpolate (2)" in str(fast.report)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Each position of a map as a row."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+BY_NUMBERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "rows of a mask": lambda m, z: m.fc(z[z[:, 0] > 0]),
+    "returned with their number": lambda m, z: (lambda y: (y, y.shape, y.relu().mean(0)))(
+        z[z[:, 0] > 0]
+    ),
+    "numbers of a mask": lambda m, z: z.masked_select(z > 0).relu() * 2,
+    "places": lambda m, z: torch.nonzero(z[:, 0] > 0)[:, 0].add(1).clamp(min=0),
+    "where": lambda m, z: m.fc(z[torch.where(z[:, 0] > 0)[0]]),
+    "unlike ones": lambda m, z: torch.unique(z.round()),
+    "concatenated": lambda m, z: torch.cat([z[z[:, 0] > 0], z], dim=0),
+    "concatenated along rows": lambda m, z: (lambda y: torch.cat([y, y], 1))(z[z[:, 0] > 0]),
+    "as many as a number says": lambda m, z: m.fc(z[: (z[:, 0] > 0).sum().item()]),
+    "each so often": lambda m, z: m.fc(z.repeat_interleave((z[:, 0] > 0).long(), dim=0)),
+    "kept by their sum": lambda m, z: m.kept(z),
+}
+
+
+class Kept(nn.Module):
+    """Rows that a mask tells; torch.fx cannot follow it."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z[z[:, 0] > 0] if z.sum() > -1e9 else z
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BY_NUMBERS)
+def test_shapes_that_depend_on_numbers(name: str) -> None:
+    """What stands before them is rewritten nevertheless."""
+    model = Net(
+        lambda m, x: BY_NUMBERS[name](m, _rows(torch.relu(m.bn(m.conv(x))) - 0.3)),
+        conv=nn.Conv2d(8, 6, 3, padding=1),
+        bn=nn.BatchNorm2d(6),
+        fc=nn.Linear(6, 4),
+        kept=Kept(),
+    )
+    graph = Rewriter(randomised(model), torch.randn(SHAPES[0])).run()
+    assert operations(graph).count("FusedConv") == 1
+    assert "BatchNorm2d" not in operations(graph)
+    for shape in (*SHAPES, SHAPES[0]):
+        x = torch.randn(shape)
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+        if not kernels.MISSING:
+            found = Program(graph, x, 1, {}).run(x)
+            torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_cannot_be_followed_has_a_shape_as_long_as_it_takes_no_mask() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Branching(), nn.Conv2d(8, 8, 1))
+    traced = Rewriter(model, torch.randn(SHAPES[0]))
+    shapes = {traced._edit.shape(node) for node in traced.graph.nodes if node.op == "call_module"}
+    assert shapes == {SHAPES[0]}
 
 
 def _derived(kind: type[nn.Module], *args: object) -> nn.Module:

@@ -30,7 +30,7 @@ from senet.inference.rewrite import ADDS, RELUS, plain
 from senet.inference.rewrites.gates import POOLS
 from senet.inference.schedule import Geometry
 from senet.inference.segments import Segment, cut
-from senet.inference.shapes import known_shape, traced_results
+from senet.inference.shapes import Unknown, known_shape, traced_results
 from senet.inference.steps import Constants, Sums, TorchStep
 from senet.kernels.structs import Kind
 from senet.nn.padded_shortcut import PaddedShortcut
@@ -255,7 +255,7 @@ class Lowering:
         if node.op not in ("call_function", "call_method"):
             return False
         parts = torch.utils._pytree.tree_leaves(self.results[node])
-        if any(isinstance(part, Tensor | torch.device) for part in parts):
+        if any(isinstance(part, Tensor | torch.device | Unknown) for part in parts):
             return False
         sizes = node.target is getattr and node.args[1] in ("shape", "ndim")
         if sizes or (node.op == "call_method" and node.target in ("size", "dim", "numel")):
@@ -505,8 +505,9 @@ class Lowering:
             return False
         dim = (*node.args[1:], node.kwargs.get("dim", 0))[0]
         maps = all(is_map(self.results[part]) for part in concatenated(node))
-        by_channels = isinstance(dim, int) and dim % self.traced[node].ndim == 1
-        return bool(maps and by_channels and self.results[node].ndim == 4)
+        if not maps or not isinstance(dim, int) or not is_map(self.results[node]):
+            return False
+        return dim % self.traced[node].ndim == 1 and bool(self.results[node].ndim == 4)
 
     def _squeezes_concat(self, node: fx.Node) -> bool:
         """Whether a node is an SE gate on a concat whose sums the branches can take."""

@@ -8,10 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from senet.inference.modules import Across, FusedConv, Pointwise, Shuffle, SqueezeGate
 
 _FEW = 16  # whole numbers that may say how large something is
+
+
+class Unknown:
+    """What a node gives whose shape depends on the numbers of the input."""
+
+
+UNKNOWN = Unknown()
+_OF_MASKS = (torch.bool, torch.uint8)
 
 
 def outline(module: nn.Module) -> nn.Module:
@@ -73,6 +82,9 @@ class _Keeping(fx.Interpreter):
         self.results: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if any(self.env[source] is UNKNOWN for source in n.all_input_nodes):
+            self.results[n] = UNKNOWN
+            return UNKNOWN
         try:
             result = super().run_node(n)
         except (NotImplementedError, RuntimeError):
@@ -97,11 +109,33 @@ class _Keeping(fx.Interpreter):
 
     def _run_on_zeros(self, n: fx.Node) -> Any:
         args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(n), _zeros)
-        if n.op == "call_module":
-            result = self.real.get_submodule(str(n.target))(*args, **kwargs)
-        else:
-            result = getattr(self, n.op)(n.target, args, kwargs)
+        watch = _Watch()
+        with watch:
+            if n.op == "call_module":
+                result = self.real.get_submodule(str(n.target))(*args, **kwargs)
+            else:
+                result = getattr(self, n.op)(n.target, args, kwargs)
+        parts = torch.utils._pytree.tree_leaves(result)
+        if watch.seen or any(isinstance(part, int | float) for part in parts):
+            return UNKNOWN
         return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), result)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees operations whose result's shape depends on the numbers that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        by_numbers = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # places may be numbers of rows, or a mask
+            by_numbers = any(i is not None and i.dtype in _OF_MASKS for i in args[1])
+        self.seen = self.seen or by_numbers
+        return func(*args, **(kwargs or {}))
 
 
 def known_shape(module: nn.Module, x: Any = None, *rest: Any) -> tuple[int, ...] | None:
@@ -141,6 +175,9 @@ def _zeros(value: Any) -> Any:
 
 def traced_results(module: fx.GraphModule, empty: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
     """What each node gives for an input like x, as tensors without data.
+
+    `UNKNOWN` stands for that of nodes whose shape depends on the numbers of x, as that of a mask's
+    rows does, and of all that read them.
 
     Args:
         module: the graph.
