@@ -122,7 +122,9 @@ class Editor:
                 results = traced_results(self.module, empty, other)
             except FAILURES:
                 continue
-            return tuple(tuple(results[node].shape) for node in nodes)
+            found = [results[node] for node in nodes]
+            known = all(isinstance(result, Tensor) for result in found)
+            return tuple(tuple(result.shape) for result in found) if known else None
         return None
 
     def in_floats(self, node: Any, source: Any) -> bool:

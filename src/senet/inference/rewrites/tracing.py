@@ -19,7 +19,7 @@ from senet.nn.padded_shortcut import PaddedShortcut
 # What code raises that wants numbers where a symbolic trace has none.
 FAILURES = (
     *(fx.proxy.TraceError, TypeError, NotImplementedError, ValueError, RuntimeError),
-    *(AttributeError, IndexError, KeyError, AssertionError, NameError),
+    *(AttributeError, IndexError, KeyError, AssertionError, NameError, ArithmeticError),
 )
 
 
