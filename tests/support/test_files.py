@@ -88,3 +88,15 @@ def test_order_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         f"folder {tmp_path.name}",
         "fsync",
     ]
+
+
+def test_errors_name_the_place_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(FileNotFoundError) as missing:
+        atomic_write(path, "x")
+    assert missing.value.filename == str(path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as folder:
+        atomic_write(tmp_path / "folder", "x")
+    assert (folder.value.filename, folder.value.filename2) == (str(tmp_path / "folder"), None)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]

@@ -25,6 +25,7 @@ from senet import ops
 from senet.bench.setting import ON_CPU, Setting, peak_memory
 from senet.errors import UserError
 from senet.support.files import atomic_write
+from senet.support.places import check_file
 
 # Calls shorter than this are repeated within a round, so that the clock and a stray interrupt weigh
 # little.
@@ -272,19 +273,40 @@ def environment(command: str, allocator: str, device: str = "cpu") -> dict[str, 
     }
 
 
+def check_results(path: Path) -> None:
+    """See that rows can be added to a CSV file, before anything is measured.
+
+    Raises:
+        UserError: the file has other columns, or cannot be written.
+    """
+    check_file(path, "--results")
+    _former(path)
+
+
+def _former(path: Path) -> str:
+    """The rows that a CSV file has, with their header; nothing of a new or empty one."""
+    if not path.exists():
+        return ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another file") from error
+    if text and text.partition("\n")[0] != ",".join(COLUMNS):
+        raise UserError(f"{path} has other columns than `senet bench` writes; choose another file")
+    return text
+
+
 def append_results(path: Path, measurements: Sequence[Measurement], where: dict[str, str]) -> None:
     """Add a row a measurement to a CSV file, with a header if it is new.
 
     Raises:
         UserError: the file has other columns.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = _former(path)
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     if not text:
         writer.writeheader()
-    elif text.partition("\n")[0] != ",".join(COLUMNS):
-        raise UserError(f"{path} has other columns than `senet bench` writes; choose another file")
     for m in measurements:
         q20, q50, q80 = (f"{value:.4g}" for value in m.quantiles)
         numbers = {"q20": q20, "q50": q50, "q80": q80, "ratio": f"{m.ratio:.4g}"}

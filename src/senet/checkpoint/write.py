@@ -8,17 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from senet.errors import UserError
 from senet.models.description import WEIGHTS, pack_described
 from senet.support.files import atomic_folder, durable_write
 
 MANIFEST = "manifest.json"
-
-
-def check_new(out: Path) -> None:
-    """Raise UserError where the folder to make exists."""
-    if out.exists():
-        raise UserError(f"{out} exists and is never overwritten: give another folder by --out")
 
 
 def write_checkpoint(

@@ -120,6 +120,8 @@ def bench(
     if batch_sizes is not None and what not in ("train", "inference"):
         raise UserError(f"--batch-sizes is an option of 'train' and 'inference'; {what!r} has none")
     check_device(device)
+    if results is not None:
+        timing.check_results(results)
     allocator = "untuned" if no_tune_allocator else "tuned"
     if device == "cuda":
         allocator = "PyTorch's on the GPU"

@@ -11,6 +11,7 @@ from senet.cli.options import NO_EVALUATION, EvaluationFlags, Switch, trained_ne
 from senet.cli.tables import new_table, print_table
 from senet.support.collector import importing
 from senet.support.files import atomic_write
+from senet.support.places import check_file, check_folder
 from senet.support.progress import watch
 from senet.support.text import printable
 
@@ -54,6 +55,10 @@ def evaluate(
         csv: file for the figures of every class, label or number.
         figures: folder for the confusion matrix of classes as PNG and SVG.
     """
+    if csv is not None:
+        check_file(csv, "--csv")
+    if figures is not None:
+        check_folder(figures, "--figures")
     flags.prepare_process()
     with importing():
         from senet.commands.evaluate import draw_confusions, evaluate_path
@@ -66,6 +71,7 @@ def evaluate(
             model_name=name,
             **flags.arguments(),
             split=split,
+            confusions=figures is not None,
             progress=progress,
         )
     if figures is not None:

@@ -16,6 +16,7 @@ from senet.cli.options import (
 )
 from senet.cli.tables import new_table, print_table
 from senet.errors import UserError
+from senet.support.places import check_file
 
 if TYPE_CHECKING:
     from senet.checkpoint.files import Checkpoint
@@ -85,6 +86,7 @@ def export(
     options |= {key: True for key, value in (("any_size", any_size), ("int8", int8)) if value}
     options |= named(data=data, calibration_images=calibration_images) | given(data_flags)
     _check(chosen, options)
+    check_file(out, "path")
     prepare_process(tune_allocator=not no_tune_allocator)
     opened = _opened(name, path)
     if chosen == "timm":

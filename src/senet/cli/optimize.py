@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from senet.cli.options import OptionalWhole, Switch, Whole, named, prepare_process
 from senet.cli.tables import new_table, print_table
 from senet.support.collector import importing
+from senet.support.places import check_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +45,8 @@ def optimize(
         out: file to write (.pt2, torch.export), checked against PyTorch; `senet predict` runs it.
         no_tune_allocator: leave glibc's memory allocator as it is (slower on Linux CPUs).
     """
+    if out is not None:
+        check_file(out, "--out")
     prepare_process(tune_allocator=not no_tune_allocator)
     with importing():
         from senet.commands.optimize import optimize_network

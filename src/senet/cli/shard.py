@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from senet.cli.options import NO_DATA, DataFlags, Whole, given
 from senet.errors import UserError
+from senet.support.places import check_folder
 
 
 def shard(
@@ -36,6 +37,7 @@ def shard(
     size = size_in_bytes(shard_size)
     if source.startswith("shards:"):
         raise UserError(f"{source} is shards already")
+    check_folder(out, "OUT")
     data = open_named(source, given(data_flags))
 
     def tell(done: Shard, fresh: bool) -> None:

@@ -173,6 +173,7 @@ def evaluate_path(
     *,
     model_name: str | None = None,
     split: Split | None = None,
+    confusions: bool = False,
     batch_size: int,
     workers: int,
     device: str,
@@ -186,6 +187,8 @@ def evaluate_path(
         data_options: data_root and further fields of `RunConfig` that say how data are read.
         model_name: name of the network, for weights that do not say it.
         split: as for `load_data`.
+        confusions: whether `draw_confusions` is to follow, so that a checkpoint that it is not for
+            is told before the work.
         batch_size: images at a time.
         workers: processes that read images; 0: this one.
         device: "auto", "cpu", "cuda" or "mps".
@@ -196,6 +199,8 @@ def evaluate_path(
             `evaluate_checkpoint`, or no data named where the checkpoint does not say them.
     """
     checkpoint = open_checkpoint(path) if model_name is None else open_weights(model_name, path)
+    if confusions:
+        _check_confusable(checkpoint)
     data = open_data(checkpoint, data_name, data_options, split=split)
     result = evaluate_checkpoint(
         checkpoint,
@@ -209,17 +214,19 @@ def evaluate_path(
     return CheckpointEvaluation(checkpoint, data, result)
 
 
+def _check_confusable(checkpoint: Checkpoint) -> None:
+    if (task := checkpoint.task.name) != "classification":
+        raise UserError(f"a confusion matrix is of classes, not of {task}: leave out --figures")
+
+
 def draw_confusions(evaluation: CheckpointEvaluation, folder: Path) -> None:
     """Draw `confusion_matrix.png` and `.svg` into a folder.
 
     Raises:
         UserError: there are no classes that could be confused.
     """
-    if not isinstance(evaluation.result, Evaluation):
-        raise UserError(
-            f"a confusion matrix is of classes, not of {evaluation.checkpoint.task.name}: leave "
-            "out --figures"
-        )
+    _check_confusable(evaluation.checkpoint)
+    assert isinstance(evaluation.result, Evaluation)
     name = evaluation.checkpoint.model.config["name"]
     confusions = {name: evaluation.result.confusion.numpy()}
     with themed():

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from senet.checkpoint.files import Checkpoint
-from senet.checkpoint.write import check_new
 from senet.commands.evaluate import check_classes, open_data
 from senet.commands.network import open_network
 from senet.commands.report import gate_batches, gate_classes
@@ -34,6 +33,7 @@ from senet.reports.figures import (
 from senet.reports.gates import explain_page
 from senet.support.device import choose_device
 from senet.support.files import atomic_folder, atomic_write
+from senet.support.places import check_new_folder
 from senet.support.progress import Progress, Silent
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -139,10 +139,10 @@ def explain(
         progress: hears of each batch.
 
     Raises:
-        UserError: a folder that exists, unknown classes, or as for `open_for_gates` and
-            `record_gates`; nothing is written.
+        UserError: a folder that exists or cannot be made, unknown classes, or as for
+            `open_for_gates` and `record_gates`; nothing is written.
     """
-    check_new(out)
+    check_new_folder(out, "folder")
     if images < 0:
         raise UserError(f"images must be at least 0, got {images}")
     options = dict(data_options or {})

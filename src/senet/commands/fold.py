@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from senet.checkpoint.write import check_new, write_checkpoint
+from senet.checkpoint.write import write_checkpoint
 from senet.commands.explain import open_for_gates
 from senet.data import val_loader
 from senet.data.image_data import only_classes
@@ -14,6 +14,7 @@ from senet.gates.record import record_gates
 from senet.gates.statistics import GateStatistics
 from senet.models.description import describe
 from senet.support.device import choose_device
+from senet.support.places import check_new_folder
 from senet.support.progress import Progress, Silent
 
 
@@ -66,10 +67,10 @@ def fold_checkpoint(
         progress: hears of each batch.
 
     Raises:
-        UserError: a folder that exists, statistics of another network, or as for
+        UserError: a folder that exists or cannot be made, statistics of another network, or as for
             `open_for_gates` and `fold_gates`; nothing is written.
     """
-    check_new(out)
+    check_new_folder(out, "checkpoint folder")
     options = dict(data_options)
     known = None if statistics is None else GateStatistics.load(statistics)
     checkpoint, data = open_for_gates(

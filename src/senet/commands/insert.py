@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from senet.checkpoint.write import check_new, write_checkpoint
+from senet.checkpoint.write import write_checkpoint
 from senet.commands.network import open_network
 from senet.insertion.insert import insert
 from senet.insertion.report import InsertionReport
 from senet.models.description import describe
+from senet.support.places import check_new_folder
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def insert_checkpoint(
         options: of `senet.insert`: where, reduction, stages.
 
     Raises:
-        UserError: a folder that exists, or as for `open_source`, `open_checkpoint` and `insert`;
-            nothing is written.
+        UserError: a folder that exists or cannot be made, or as for `open_source`,
+            `open_checkpoint` and `insert`; nothing is written.
     """
-    check_new(out)
+    check_new_folder(out, "checkpoint folder")
     checkpoint = open_network(model, weights, num_classes=num_classes, image_size=image_size)
     network, preprocessing = checkpoint.model, checkpoint.preprocessing
     side = preprocessing.image_size

@@ -33,6 +33,7 @@ from senet.runtimes.onnx import (
 from senet.runtimes.sessions import METADATA, SUFFIXES, Exported, Format, open_exported
 from senet.support.copies import copied
 from senet.support.extras import optional
+from senet.support.places import check_file
 
 OPSET = 20
 # Difference from eager, relative to the largest logit, up to which nothing is asked. Beyond it
@@ -138,8 +139,7 @@ def export(
         raise UserError(f"calibration (int8) needs format 'onnx', got {found!r}")
     if evaluation is not None and calibration is None:
         raise UserError("evaluation compares int8 with float32: give calibration too")
-    if not path.parent.is_dir():
-        raise UserError(f"no folder {path.parent} to write {path.name} into")
+    check_file(path, "path")
     described = {
         "classes": _class_names(model, classes),
         "preprocessing": _described(model, "preprocessing", preprocessing),

@@ -37,6 +37,15 @@ def durable_write(path: Path, data: bytes | memoryview) -> None:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have errors name the place that was asked for, and not the temporary one beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to fill, which replaces `path` as a whole or not at all.
 
@@ -50,13 +59,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         OSError: the folder is missing or unwritable, or the disk is full; `path` is unchanged.
     """
     path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with _named(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             _flush(file)
         Path(name).chmod(0o644)
-        Path(name).replace(path)
+        with _named(path):
+            Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -88,7 +99,8 @@ def atomic_folder(path: Path, *, former: Path | None = None) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if former is None:
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        with _named(path):
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         temporary.chmod(0o755)
     else:
         temporary = path.parent / f".{path.name}.tmp"

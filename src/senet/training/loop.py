@@ -22,6 +22,7 @@ from senet.data import DATA_SETS, ImageStream, absolute_data
 from senet.data.load import check_outside
 from senet.errors import SenetError, UserError
 from senet.support.files import atomic_folder, atomic_write
+from senet.support.places import check_new_folder
 from senet.support.progress import Progress, Silent
 from senet.support.signals import first_signal
 from senet.support.trust import check_trusted
@@ -117,7 +118,11 @@ def train(
         SenetError: the loss is not finite, or the disk is full; the last good checkpoint is kept.
         Interrupted: a signal came.
     """
-    _check_new_folder(config.out)
+    check_new_folder(
+        config.out,
+        "run folder",
+        f"give another one by --out, or go on with it by senet train --resume {config.out}",
+    )
     check_outside(config.data, config.out)
     config = config.in_place()
     session = Session(config, make)
@@ -403,21 +408,6 @@ def _csv(rows: Sequence[Mapping[str, float]]) -> str:
     lines = [",".join(rows[0])] if rows else []
     lines += [",".join(repr(value) for value in row.values()) for row in rows]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _check_new_folder(out: Path) -> None:
-    if out.exists():
-        raise UserError(
-            f"run folder {out} exists and is never overwritten: give another one by --out, or go "
-            f"on with it by senet train --resume {out}"
-        )
-    nearest = next(parent for parent in out.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot make run folder {out}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot make run folder {out}: {nearest} is not writable; give another place by --out"
-        )
 
 
 def _make_folder(config: RunConfig) -> None:
