@@ -13,7 +13,7 @@ from senet import create_model
 from senet.checkpoint.files import Checkpoint, open_checkpoint
 from senet.commands.evaluate import open_data
 from senet.data import Preprocessing, load_data
-from senet.errors import SenetError
+from senet.errors import SenetError, UserError
 from senet.training import RunConfig, fit, get_recipe, resume
 from senet.training.session import Session
 from senet.training.task import fitting, task_of
@@ -198,3 +198,35 @@ def test_fit_knows_the_task_of_the_data(tables: Path, tmp_path: Path) -> None:
     assert result.judged == "r2"
     again = fit(model, data, recipe=recipe, out=tmp_path / "run", device="cpu", resume=True)
     assert again.history == result.history
+
+
+@pytest.mark.filterwarnings("ignore:class .* has no images")
+@pytest.mark.parametrize(
+    ("rows", "flags", "words"),
+    [
+        (("1", "2", "3"), ("--task", "regression"), "give at least 2 for validation"),
+        (("a", "b", "", ""), ("--task", "multilabel"), "no validation image has a label"),
+    ],
+)
+def test_images_that_cannot_judge_are_told_before_the_training(
+    rows: tuple[str, ...],
+    flags: tuple[str, ...],
+    words: str,
+    tables: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = sorted(tables.glob("*/*.png"))[: len(rows)]
+    table = tmp_path / "few.csv"
+    with table.open("w", newline="") as file:
+        splits = ("train", "train", "val", "val")
+        lines = zip(images, rows, splits, strict=False)
+        csv.writer(file).writerows([("file", "label", "split"), *lines])
+    out = tmp_path / "run"
+    found = run(capsys, *train_flags(table, out), *flags)
+    assert (found.code, words in found.err.splitlines()[-1]) == (2, True), found.err
+    assert not out.exists()
+    data = load_data(str(table), task=flags[1])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=words):
+        fit(torch.nn.Flatten(), data, recipe=get_recipe("quick", batch_size=1), out=out)
+    assert not out.exists()

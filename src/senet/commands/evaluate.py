@@ -20,6 +20,7 @@ from senet.tasks.classification import Evaluation
 from senet.tasks.task import NamedJudgement
 from senet.training.data import open_named
 from senet.training.evaluation import evaluate
+from senet.training.task import check_judged
 
 
 def check_classes(checkpoint: Checkpoint, data: ImageData) -> None:
@@ -73,9 +74,10 @@ def evaluate_checkpoint(
         progress: hears of each batch.
 
     Raises:
-        UserError: other classes, or a side smaller than the network takes.
+        UserError: other classes, a side smaller than the network takes, or as for `check_judged`.
     """
     check_classes(checkpoint, data)
+    check_judged(data)
     preprocessing = checkpoint.preprocessing
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)

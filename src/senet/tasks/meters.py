@@ -128,6 +128,7 @@ class LabelMeter:
         """
         probabilities = self.probabilities.compute().cpu()
         targets = self.targets.compute().cpu().long()
+        check_labels(targets)
         thresholds = self.thresholds or [
             best_threshold(probabilities[:, k], targets[:, k]) for k in range(len(self.names))
         ]
@@ -136,8 +137,6 @@ class LabelMeter:
             for k, name in enumerate(self.names)
         ]
         present = [each for each in results if each.images]
-        if not present:
-            raise UserError("no validation image has a label, so that there is nothing to judge by")
         n = len(targets)
         return LabelEvaluation(
             mean_ap=sum(each.ap for each in present) / len(present),
@@ -147,6 +146,29 @@ class LabelMeter:
             n=n,
             images_per_second=n / seconds,
         )
+
+
+def check_labels(targets: Tensor) -> None:
+    """See that labels (N,K) of validation images can judge a network.
+
+    Raises:
+        UserError: no image has any.
+    """
+    if not targets.any():
+        raise UserError(
+            "no validation image has a label, so that there is nothing to judge by: give some that "
+            "have"
+        )
+
+
+def check_numbers(images: int) -> None:
+    """See that as many validation images can judge a network of numbers.
+
+    Raises:
+        UserError: there is a single one.
+    """
+    if images < 2:
+        raise UserError("R² compares images with their mean: give at least 2 for validation")
 
 
 def best_threshold(probabilities: Tensor, targets: Tensor) -> float:
@@ -221,8 +243,7 @@ class NumberMeter:
             UserError: there is a single image.
         """
         n = int(self.images.compute())
-        if n < 2:
-            raise UserError("R² compares images with their mean: give at least 2 for validation")
+        check_numbers(n)
         columns = (
             _column(metric.compute(), len(self.task.names))
             for metric in (self.r2, self.mae, self.mse)

@@ -15,6 +15,7 @@ from senet.data.loaders import class_numbers, known_targets
 from senet.errors import UserError
 from senet.tasks.classification import Classification
 from senet.tasks.kinds import AnyTask
+from senet.tasks.meters import check_labels, check_numbers
 from senet.tasks.multilabel import MultiLabel
 from senet.tasks.regression import Error, Regression
 from senet.tasks.task import Judgement
@@ -77,8 +78,9 @@ def task_of(recipe: Recipe, data: ImageData) -> AnyTask:
 
     Raises:
         UserError: balanced weights, or numbers, where nobody knows the labels of the images before
-            they come; a number that is the same for all.
+            they come; a number that is the same for all; as for `check_judged`.
     """
+    check_judged(data)
     weights = None
     if recipe.class_weights == "balanced" and data.task == "classification":
         targets = class_numbers(data, "class_weights='balanced'")
@@ -99,6 +101,21 @@ def task_of(recipe: Recipe, data: ImageData) -> AnyTask:
             )
     error: Error = "l1" if recipe.loss == "l1" else "mse"
     return Regression(data.classes, tuple(mean.tolist()), tuple(std.tolist()), error)
+
+
+def check_judged(data: ImageData) -> None:
+    """See that the validation images can judge a network, as far as their targets are known.
+
+    Raises:
+        UserError: numbers of a single image, or no image with a label.
+    """
+    targets = getattr(data.val, "targets", None)
+    if data.task == "classification" or not isinstance(targets, Tensor):
+        return
+    if data.task == "multilabel":
+        check_labels(targets)
+    else:
+        check_numbers(len(targets))
 
 
 def balanced_weights(targets: Tensor, classes: int) -> Tensor:
