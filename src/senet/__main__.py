@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
     print(f"senet: the command needs more than the core: {remedy}", file=sys.stderr)
     raise SystemExit(2) from error
 
+LEAST_WIDTH = 4  # in a narrower one cyclopts never gets to the end of a help page
 NAMES = {command.__name__ for command in COMMANDS}
 BAD_INPUT = 2
 FAILURE = 1
@@ -104,12 +105,31 @@ def _warnings_in_one_line(command: str) -> Iterator[None]:
         warnings.showwarning = former
 
 
+def _open_streams() -> None:
+    """Have a stream that is closed (`>&-`), None in Python, lead nowhere.
+
+    The next file to be opened would get its number, and what libraries print.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+
+
+def _forget_no_width() -> None:
+    """Take COLUMNS for unknown where nothing could be printed in it."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) < LEAST_WIDTH:
+        del os.environ["COLUMNS"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
         arguments: command and flags; those of the process by default.
     """
+    _open_streams()
+    _forget_no_width()
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     command = f"senet {tokens[0]}" if tokens and tokens[0] in NAMES else "senet"
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -210,3 +210,24 @@ def test_allocator_is_tuned_unless_told_otherwise(
     assert calls == []
     assert run(capsys, *arguments).code == 2
     assert calls == ["tuned"]
+
+
+@pytest.mark.parametrize("arguments", [("recipes",), ("--version",), ("recipes", "nosuch")])
+def test_closed_streams(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    code = __main__.main(list(arguments))
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    assert code == (2 if "nosuch" in arguments else 0)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "2"])
+def test_no_width_is_an_unknown_one(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = run(capsys, "recipes").out
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run(capsys, "recipes").out == usual
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "--json" in run(capsys, "stats", "--help").out
