@@ -1,5 +1,6 @@
 """`senet train`: runs, resumes, configuration files, and every kind of bad input."""
 
+import json
 import shutil
 import tomllib
 from pathlib import Path
@@ -220,6 +221,10 @@ def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = run(capsys, *train_flags(broken, out), "--skip-bad-images")
     assert found.code == 0, found.err
     assert "left out: 1" in found.err
+    judged = json.loads(run(capsys, "evaluate", out, "--json").out)
+    assert (judged["n"], judged["skipped"]) == (12, [])
+    table = run(capsys, "evaluate", out, "--data", broken, "--split", "train", "--skip-bad-images")
+    assert "1 image was left out: unreadable" in table.out
 
 
 def test_image_smaller_than_the_network_takes(

@@ -283,3 +283,22 @@ def test_a_place_to_write_to_must_not_become_data(tmp_path: Path) -> None:
         assert (before.classes, len(before.train)) == (after.classes, len(after.train))
     for data in ("embedded", "hf:owner/name", "shards:https://host/x", str(tmp_path / "x.csv")):
         check_outside(data, tmp_path / "flat" / "run")
+
+
+def test_bad_images_are_kept_by_split(tmp_path: Path) -> None:
+    fill(tmp_path / "train", "cat", "dog", count=4)
+    fill(tmp_path / "val", "cat", "dog", count=3)
+    (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"junk")
+    data = load_data(str(tmp_path), skip_bad_images=True)
+    assert (len(data.skipped), data.skipped_val) == (1, ())
+    data = load_data(str(tmp_path), skip_bad_images=True, split="train")
+    assert (len(data.val), len(data.skipped)) == (8, 1)
+    assert data.skipped == data.skipped_val
+    (tmp_path / "val" / "dog" / "worse.png").write_bytes(b"junk")
+    data = load_data(str(tmp_path), skip_bad_images=True)
+    assert (len(data.val), len(data.skipped)) == (6, 2)
+    assert [("worse.png" in line) for line in data.skipped_val] == [True]
+    # Without a split the bad one might be of either.
+    data = load_data(str(tmp_path / "train"), skip_bad_images=True, val_fraction=0.5)
+    assert len(data.skipped) == 1
+    assert data.skipped == data.skipped_val

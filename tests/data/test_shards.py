@@ -195,6 +195,7 @@ def test_a_broken_shard_is_named_or_skipped(shards: Path) -> None:
         skipping = opened(shards, bad_shards="skip")
     assert len(skipping.train) == 60 - data.train.shards[1].images
     assert skipping.skipped[0].startswith("broken shard ")
+    assert skipping.skipped_val == ()
     broken.unlink()
     with pytest.warns(UserWarning, match="No such file"):
         without = opened(shards, bad_shards="skip")

@@ -149,7 +149,7 @@ def test_broken_tars(tmp_path: Path) -> None:
         load_data(f"shards:{tmp_path}")
     with pytest.warns(UserWarning, match=r"broken shard .*train-1\.tar.*it is left out"):
         data = load_data(f"shards:{tmp_path}", bad_shards="skip")
-    assert (len(data.train), len(data.skipped)) == (6, 1)
+    assert (len(data.train), len(data.skipped), data.skipped_val) == (6, 1, ())
     packed = tmp_path / "packed" / "train.tar.gz"
     write(packed, samples(range(3)), mode="w:gz")
     with pytest.raises(UserError, match="decompress the tars"):

@@ -98,7 +98,7 @@ def _as_json(evaluation: "CheckpointEvaluation") -> str:
         **result.figures(),
         "loss": result.loss,
         "images_per_second": result.images_per_second,
-        "skipped": [printable(str(each)) for each in data.skipped],
+        "skipped": [printable(str(each)) for each in data.skipped_val],
         "classes": [printable(name) for name in data.classes],
         f"per_{checkpoint.task.part}": [_plain(each) for each in result.parts],
     }
@@ -145,6 +145,8 @@ def _table(evaluation: "CheckpointEvaluation") -> Table:
         f"{result.loss:.4f}",
         f"{result.images_per_second:.0f}",
     )
-    if data.skipped:
-        table.caption = f"{len(data.skipped)} images could not be read and were left out"
+    if left := len(data.skipped_val):
+        what = "shard" if data.name.startswith("shards:") else "image"
+        told = f"1 {what} was" if left == 1 else f"{left} {what}s were"
+        table.caption = f"{told} left out: unreadable"
     return table

@@ -110,9 +110,11 @@ class ImageData:
         val: evaluation images, likewise.
         classes: name of each class, label or number: of each output of a network.
         preprocessing: how its images become the network's input.
-        skipped: one line for each bad image that was left out, with path and reason.
+        skipped: one line for each bad image (or shard) that was left out, with path and reason.
         task: what the targets are.
         notes: what was chosen for the user, a line each.
+        skipped_val: those of `skipped` that would be evaluation images, or, without a split of
+            their own, might be.
     """
 
     name: str
@@ -123,6 +125,7 @@ class ImageData:
     skipped: tuple[str, ...] = ()
     task: TaskName = "classification"
     notes: tuple[str, ...] = ()
+    skipped_val: tuple[str, ...] = ()
 
 
 def preprocessing_for(

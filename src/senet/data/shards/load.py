@@ -59,7 +59,7 @@ def load_shards(
     for name in ("val_fraction", "image_column", "label_column", "split"):
         if (value := getattr(reading, name)) is not None:
             raise UserError(f"{name} is not for {data}: leave it out (got {value})")
-    index, train, val, skipped = open_shards(
+    index, train, val, skipped, skipped_val = open_shards(
         spec, cache=cache, buffer=buffer, bad=bad, decoder=reading.decode
     )
     preprocessing, size = index.preprocessing, reading.image_size
@@ -72,4 +72,6 @@ def load_shards(
     written = preprocessing.channels, preprocessing.depth
     if (channels, depth) != written and not ({channels, written[0]} == {1, 3} and depth == "8"):
         preprocessing = natural_preprocessing(preprocessing.image_size, channels, depth)
-    return ImageData(data, train, val, index.classes, preprocessing, skipped)
+    return ImageData(
+        data, train, val, index.classes, preprocessing, skipped, skipped_val=skipped_val
+    )

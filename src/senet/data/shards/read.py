@@ -255,7 +255,7 @@ def open_shards(
     buffer: int | None = None,
     bad: BadShards | None = None,
     decoder: Decoder = "pillow",
-) -> tuple[ShardIndex, ShardImages, ShardImages, tuple[str, ...]]:
+) -> tuple[ShardIndex, ShardImages, ShardImages, tuple[str, ...], tuple[str, ...]]:
     """Open what `shards:SPEC` means.
 
     Args:
@@ -268,7 +268,8 @@ def open_shards(
         decoder: as for `load_image`.
 
     Returns:
-        The index, training and evaluation images, and a line for each shard that was left out.
+        The index, training and evaluation images, a line for each shard that was left out, and
+        those of these lines that are of evaluation images.
 
     Raises:
         UserError: no index, a broken shard (named), or none that is whole.
@@ -283,7 +284,7 @@ def open_shards(
     place = Place((base or ".") if pattern else spec, cache)
     index = ShardIndex.from_json(place.read(INDEX), place.text(INDEX))
     shards = _chosen(index, pattern, spec)
-    good, skipped = [], []
+    good, skipped, skipped_val = [], [], []
     for shard in shards:
         path = place.folder / shard.name
         if place.remote and not path.exists():
@@ -294,6 +295,8 @@ def open_shards(
             good.append(shard)
         elif bad == "skip":
             skipped.append(f"broken shard {place.text(shard.name)}: {why}")
+            if shard.split == "val":
+                skipped_val.append(skipped[-1])
             warnings.warn(f"{skipped[-1]}: it is left out", stacklevel=2)
         else:
             raise UserError(
@@ -312,7 +315,7 @@ def open_shards(
             tables.append(Table.from_json(content, shard, len(index.classes), where))
         channels, depth = index.preprocessing.channels, index.preprocessing.depth
         splits.append(ShardImages(place, own, tables, channels, buffer, decoder, depth))
-    return index, splits[0], splits[1], tuple(skipped)
+    return index, splits[0], splits[1], tuple(skipped), tuple(skipped_val)
 
 
 def shard_names(pattern: str, spec: str) -> list[str]:

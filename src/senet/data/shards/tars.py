@@ -89,7 +89,7 @@ def load_tars(
     Raises:
         UserError: a broken tar, a sample without an image or a class.
     """
-    skipped: list[str] = []
+    skipped: list[tuple[str, str]] = []  # the name of the split, and what is told
     parts: dict[str, list[Tar]] = {}
     for name, paths in tars.items():
         for path in paths:
@@ -103,7 +103,7 @@ def load_tars(
                     raise UserError(
                         f"{line}; leave such shards out with --bad-shards skip"
                     ) from error
-                skipped.append(line)
+                skipped.append((name, line))
                 warnings.warn(f"{line}: it is left out", stacklevel=4)
     parts = {name: [tar for tar in part if tar.samples] for name, part in parts.items()}
     parts = {name: part for name, part in parts.items() if part}
@@ -141,7 +141,16 @@ def load_tars(
         judged = source
     size = reading.image_size or kind.side or IMAGENET_SIZE
     preprocessing = natural_preprocessing(size, channels, depth)
-    return ImageData(data, source, judged, classes, preprocessing, tuple(skipped))
+    judged_name = None if val is None else val[0]
+    return ImageData(
+        data,
+        source,
+        judged,
+        classes,
+        preprocessing,
+        tuple(line for _, line in skipped),
+        skipped_val=tuple(line for name, line in skipped if judged_name in (None, name)),
+    )
 
 
 def _check_classes(data: str, cells: Sequence[str], reading: Reading) -> None:

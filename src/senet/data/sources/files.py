@@ -57,7 +57,7 @@ def load_files(
     Args:
         name: of the data set.
         train: the training images.
-        val: the evaluation images; None: `reading` says what to take of `train`.
+        val: the evaluation images; `train` itself; or None: `reading` says what to take of `train`.
         reading: how they are read.
         classes: names in the order of their numbers; of labels, or of an image's numbers.
 
@@ -77,11 +77,14 @@ def load_files(
     channels, depth = reading.as_asked(_kind(train, val, reading))
     reading = replace(reading, channels=channels, depth=depth)
     source, skipped = _read(train, classes, targets, reading)
-    if val is not None:
+    skipped_val = skipped
+    if val is train:
+        val_source = source
+    elif val is not None:
         val_targets = _numbers(val, classes)
         _tell_missing(val, classes, val_targets)
-        val_source, more = _read(val, classes, val_targets, reading)
-        skipped = (*skipped, *more)
+        val_source, skipped_val = _read(val, classes, val_targets, reading)
+        skipped = (*skipped, *skipped_val)
     elif reading.val_fraction is not None:
         fraction, seed = reading.val_fraction, reading.seed
         parts = divided(source.targets, train.task, classes, fraction, seed)
@@ -92,7 +95,14 @@ def load_files(
     size = reading.image_size or (own if own == _own_size(val_source) else IMAGENET_SIZE)
     preprocessing = natural_preprocessing(size, channels, depth)
     return ImageData(
-        name, source, val_source, tuple(classes), preprocessing, skipped, task=train.task
+        name,
+        source,
+        val_source,
+        tuple(classes),
+        preprocessing,
+        skipped,
+        task=train.task,
+        skipped_val=skipped_val,
     )
 
 
