@@ -130,6 +130,41 @@ def test_stopped_writing_goes_on(
         write_shards(data, folder, shard_size=24_000)
 
 
+@pytest.mark.parametrize("content", [b'{"bytes": 2', b"[]", b"{}", b"\xff"])
+def test_a_shard_whose_index_is_cut_off_is_written_anew(
+    folder: Path, shards: Path, content: bytes
+) -> None:
+    beside = shards / "train-000001.json"
+    before = beside.read_bytes()
+    beside.write_bytes(content)
+    done = write_shards(load_data(str(folder), image_size=8), shards, shard_size=24_000)
+    assert (done.written, beside.read_bytes()) == (1, before)
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])  # the images stay files, or come as pixels
+def test_other_images_of_the_same_names_are_refused(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(files, "CHECKED_LIMIT", limit)
+    folder = make_folder({"train": {"a": 4, "b": 4}, "val": {"a": 2, "b": 2}})
+    for times in (1, 0):
+        done = write_shards(load_data(str(folder)), tmp_path / "out", shard_size=2000)
+        assert (done.written > 0) == times
+    image = next((folder / "train" / "a").iterdir())
+    with Image.open(image) as former:
+        size = former.size
+    Image.new("RGB", size, (1, 2, 3)).save(image)
+    with pytest.raises(UserError, match="holds shards of other images"):
+        write_shards(load_data(str(folder)), tmp_path / "out", shard_size=2000)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_bad_seeds(folder: Path, tmp_path: Path, seed: int) -> None:
+    with pytest.raises(UserError, match=rf"seed must be .*, got {seed}"):
+        write_shards(load_data(str(folder)), tmp_path / "out", shard_size=24_000, seed=seed)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("buffer", [1, 7, 25, 1000])
 def test_an_epoch_takes_each_image_once_a_few_shards_at_a_time(shards: Path, buffer: int) -> None:
     data = opened(shards, shuffle_buffer=buffer)
@@ -314,7 +349,7 @@ def test_sizes(text: str, size: int) -> None:
     assert size_in_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-1MB", "1XB", "10B", "1e9"])
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "1XB", "10B", "1e9", "9" * 400, "1" * 20])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(UserError, match="shard_size must be"):
         size_in_bytes(text)

@@ -8,11 +8,11 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +27,28 @@ from senet.support.files import atomic_write, sync_folder
 
 _BLOCK = tarfile.BLOCKSIZE
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LARGEST = 2**62
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_Plan = tuple[str, str, ImageSource, list[int]]
+"""A shard to write: its name, its split, and which images of a source."""
 
 
 def size_in_bytes(text: str) -> int:
     """A size as people write it: `256MB` (10⁶), `1GiB` (2³⁰), `100000`.
 
     Raises:
-        UserError: another form, or less than a thousand bytes.
+        UserError: another form, less than a thousand bytes, or more than 2⁶².
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found.group(2).upper() not in _UNITS:
         raise UserError(f"shard_size must be a size such as 256MB or 1GiB, got {text!r}")
-    size = int(float(found.group(1)) * _UNITS[found.group(2).upper()])
+    size = float(found.group(1)) * _UNITS[found.group(2).upper()]
     if size < 1000:
         raise UserError(f"shard_size must be at least 1000 bytes, got {text!r}")
-    return size
+    if size > _LARGEST:
+        raise UserError(f"shard_size must be at most {_LARGEST} bytes, got {text!r}")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,18 @@ class Sharded:
 
     index: ShardIndex
     written: int
+
+
+class _Known(NamedTuple):
+    """What is known of an image before it is written.
+
+    Attributes:
+        size: bytes of its file.
+        mark: changes with the image: of a file, with its time.
+    """
+
+    size: int
+    mark: bytes
 
 
 def write_shards(
@@ -88,23 +106,26 @@ def write_shards(
     """
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed}")
     only_classes(data, "shards hold one class an image", "train on the table itself")
-    plans = [
-        (f"{split}-{number:06d}.tar", split, source, indices)
-        for split, source in (
-            ("train", map_style(data.train, "senet shard")),
-            ("val", map_style(data.val, "senet shard")),
-        )
-        for number, indices in enumerate(_parts(source, split, shard_size, seed))
-    ]
-    print_of_plan = _fingerprint(data, plans)
-    _begin(out, print_of_plan)
+    digest = hashlib.sha256(json.dumps([data.name, data.classes]).encode())
+    plans = []
+    for split, source in (
+        ("train", map_style(data.train, "senet shard")),
+        ("val", map_style(data.val, "senet shard")),
+    ):
+        known = [_known(source, index) for index in range(len(source))]
+        for number, indices in enumerate(_parts(known, split, shard_size, seed)):
+            plans.append((f"{split}-{number:06d}.tar", split, source, indices))
+            _take(digest, plans[-1], known)
+    _begin(out, digest.hexdigest())
 
-    def one(plan: tuple[str, str, ImageSource, list[int]]) -> tuple[Shard, bool]:
+    def one(plan: _Plan) -> tuple[Shard, bool]:
         name, split, source, indices = plan
-        known = _finished(out, name, split)
-        if known is not None:
-            return known, False
+        finished = _finished(out, name, split)
+        if finished is not None:
+            return finished, False
         return _write(out, name, split, source, indices), True
 
     shards, written = [], 0
@@ -118,17 +139,17 @@ def write_shards(
     return Sharded(index, written)
 
 
-def _parts(source: ImageSource, split: str, shard_size: int, seed: int) -> list[list[int]]:
+def _parts(known: Sequence[_Known], split: str, shard_size: int, seed: int) -> list[list[int]]:
     """The images of each shard, by the sizes of their files."""
-    order = list(range(len(source)))
+    order = list(range(len(known)))
     if split == "train":
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(source), generator=generator).tolist()
+        order = torch.randperm(len(known), generator=generator).tolist()
     parts: list[list[int]] = []
     filled = shard_size
     for index in order:
         # Header and padded content of image and class; a tar ends with up to 20 blocks of zeros.
-        content = -(-_bytes_of(source, index) // _BLOCK) * _BLOCK + 3 * _BLOCK
+        content = -(-known[index].size // _BLOCK) * _BLOCK + 3 * _BLOCK
         if filled + content > shard_size - tarfile.RECORDSIZE or not parts:
             parts.append([])
             filled = 0
@@ -137,12 +158,16 @@ def _parts(source: ImageSource, split: str, shard_size: int, seed: int) -> list[
     return parts
 
 
-def _bytes_of(source: ImageSource, index: int) -> int:
+def _known(source: ImageSource, index: int) -> _Known:
     if isinstance(source, FileImages):
-        return Path(source.path(index)).stat().st_size
+        found = Path(source.path(index)).stat()
+        return _Known(found.st_size, b"%d %d" % (found.st_size, found.st_mtime_ns))
     if isinstance(source, MemoryImages):
-        return source.images[0].nbytes + 1024  # a PNG is hardly larger than its pixels
-    return len(_content(source, index)[0])
+        pixels = source.images[index].numpy().tobytes()
+        # A PNG is hardly larger than its pixels.
+        return _Known(len(pixels) + 1024, hashlib.sha256(pixels).digest())
+    content = _content(source, index)[0]
+    return _Known(len(content), hashlib.sha256(content).digest())
 
 
 def _content(source: ImageSource, index: int) -> tuple[bytes, str]:
@@ -160,13 +185,14 @@ def _content(source: ImageSource, index: int) -> tuple[bytes, str]:
     return buffer.getvalue(), "png"
 
 
-def _fingerprint(data: ImageData, plans: list[tuple[str, str, ImageSource, list[int]]]) -> str:
-    digest = hashlib.sha256(json.dumps([data.name, data.classes]).encode())
-    for name, _, source, indices in plans:
-        digest.update(name.encode())
-        digest.update(source.targets[indices].numpy().tobytes())
-        digest.update(json.dumps(indices).encode())
-    return digest.hexdigest()
+def _take(digest: Any, plan: _Plan, known: Sequence[_Known]) -> None:
+    """Add a shard to the digest of all that is to be written."""
+    name, _, source, indices = plan
+    digest.update(name.encode())
+    digest.update(source.targets[indices].numpy().tobytes())
+    digest.update(json.dumps(indices).encode())
+    for index in indices:
+        digest.update(known[index].mark)
 
 
 def _begin(out: Path, fingerprint: str) -> None:
@@ -193,10 +219,12 @@ def _finished(out: Path, name: str, split: str) -> Shard | None:
     if not beside.exists() or not path.exists():
         return None
     text = beside.read_bytes()
-    values = json.loads(text)
-    if path.stat().st_size != values["bytes"]:
-        return None
-    return _shard(name, split, values, text)
+    try:
+        values = json.loads(text)
+        whole = path.stat().st_size == values["bytes"]
+        return _shard(name, split, values, text) if whole else None
+    except (ValueError, KeyError, TypeError):
+        return None  # cut off or damaged
 
 
 def _shard(name: str, split: str, values: dict[str, Any], text: bytes) -> Shard:
