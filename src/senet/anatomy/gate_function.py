@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _GRID = torch.linspace(-8, 8, 161)
 _FAR = torch.tensor([-1e4, -100.0, 100.0, 1e4])
+_EVERYWHERE = torch.cat((_GRID, _FAR))
 _LARGEST_LIMIT = 1e3  # a function that goes beyond is not bounded
 # Functions of one number besides the kinds "relu", "activation", "add", "mul" and "div".
 _SCALAR = (
@@ -99,15 +100,14 @@ def gate_function(chain: Sequence[Node]) -> GateFunction:
     if not chain:
         return GateFunction("identity", None)
     start = chain[0].sources[0]
-    values = _computed(start, chain, _GRID)
-    everything = torch.cat((values, _computed(start, chain, _FAR)))
+    everything = _computed(start, chain, _EVERYWHERE)
     bounded = bool(everything.isfinite().all()) and float(everything.abs().max()) < _LARGEST_LIMIT
     limits = None
     if bounded:
         low, high = (round(float(v), 4) + 0.0 for v in (everything.min(), everything.max()))
         limits = (low, high)
     known = ((name, function()) for name, function in GATES.items())
-    return GateFunction(_named(chain, values, known), limits)
+    return GateFunction(_named(chain, everything, known), limits)
 
 
 def activation_after(node: Node) -> tuple[str, Node] | None:
@@ -136,7 +136,7 @@ def activation_after(node: Node) -> tuple[str, Node] | None:
     if end is None:
         return None
     steps = inside[1:end]
-    values = _computed(node, steps, _GRID)
+    values = _computed(node, steps, _EVERYWHERE)
     return _named(steps, values, ACTIVATIONS.items()), steps[-1]
 
 
@@ -152,8 +152,9 @@ def _is_elementwise(node: Node, inside: Sequence[Node]) -> bool:
 def _named(
     steps: Sequence[Node], values: Tensor, known: Iterable[tuple[str, Callable[[Tensor], Tensor]]]
 ) -> str:
+    finite = values.isfinite() | (_EVERYWHERE.abs() <= 8)  # far away exponentials overflow
     for name, function in known:
-        if torch.allclose(values, function(_GRID), atol=1e-5):
+        if torch.allclose(values[finite], function(_EVERYWHERE)[finite], atol=1e-5):
             return name
     return " of ".join(node.name.rstrip("_") for node in reversed(steps))
 

@@ -230,14 +230,20 @@ def _moved(node: Node, before: int) -> int | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode: no random numbers drawn, no statistics changed."""
+    with _in_mode(model, training=False):
+        yield
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
-        module.training = False  # not eval(), which exported programs refuse
+        module.training = training  # not eval(), which exported programs refuse
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 def _eager(model: nn.Module) -> Any:
@@ -255,12 +261,13 @@ def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
         return model(*arguments)
 
 
-def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
+def record(model: nn.Module, arguments: tuple[Any, ...], *, training: bool = False) -> Trace:
     """Run the model once, in evaluation mode and without gradients, and record what it does.
 
     Args:
-        model: any module; its mode, hooks and statistics are as before afterwards.
+        model: any module; its mode and hooks are as before afterwards, and its statistics.
         arguments: what it is called with.
+        training: run it in training mode instead, in which statistics change.
 
     Raises:
         Exception: whatever the model raises.
@@ -290,7 +297,8 @@ def record(model: nn.Module, arguments: tuple[Any, ...]) -> Trace:
         if isinstance(leaf, Tensor):
             recorder.add(leaf, "input", [], kind="input")
     try:
-        with evaluating(model), torch.no_grad(), expected_hooks(), _eager(model), recorder:
+        mode = _in_mode(model, training=training)
+        with mode, torch.no_grad(), expected_hooks(), _eager(model), recorder:
             result = model(*arguments)
     finally:
         for handle in handles:
