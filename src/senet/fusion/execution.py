@@ -34,6 +34,8 @@ def normalized(
     negative_slope: float,
 ) -> Tensor:
     """SE(act(norm(x))) by `senet.ops.bn_act_se`; without layers act(norm(x))."""
+    if x.ndim < 3 and fc1 is None:  # no map, which batch norms for sequences take too
+        return Activation(activation, negative_slope)(type(norm).forward(norm, x))
     own = own_statistics(norm)
     x, given = step_norm(norm, x)
     return ops.bn_act_se(
@@ -62,7 +64,7 @@ def added(
 ) -> Tensor:
     """act(SE(norm(x)) + shortcut_norm(shortcut)) by `senet.ops.bn_se_add_relu`."""
     act = Activation(activation, negative_slope)
-    if shortcut.shape != x.shape:  # broadcast
+    if getattr(shortcut, "shape", None) != x.shape or x.ndim < 3:  # broadcast, a number, no map
         y = normalized(x, norm, fc1, fc2, "relu", gate, "linear", 0.0)
         y = y + (shortcut if shortcut_norm is None else shortcut_norm(shortcut))
         return act(y)
@@ -111,6 +113,8 @@ def reading(
 def depthwise(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x) by `senet.ops.depthwise`."""
     assert isinstance(conv, nn.Conv2d)
+    if x.ndim != 4 or conv._parameters["bias"] is not None:
+        return type(conv).forward(conv, x)
     padding = conv.padding[0]
     assert isinstance(padding, int)
     return ops.depthwise(x, conv.weight, conv.stride[0], padding)

@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from senet.errors import UserError
+from senet.fusion.facts import is_other
 from senet.fusion.modules import is_norm
-from senet.fusion.rewriting import Plan, Rewritten, Unreadable, plain_numbers, rewrite
+from senet.fusion.rewriting import Plan, Rewritten, rewrite
+from senet.fusion.tracing import Ran, Unreadable
 from senet.nn.block import hooked, leaves_process
 from senet.nn.hooks import scaling_block
 from senet.ops import choice
@@ -47,11 +49,12 @@ class FusedForward:
     Args:
         owner: the module.
         plan: how to write its forward anew.
+        ran: what it did in a run.
     """
 
-    def __init__(self, owner: nn.Module, plan: Plan) -> None:
+    def __init__(self, owner: nn.Module, plan: Plan, ran: Ran | None = None) -> None:
         self.owner, self.plan = owner, plan
-        self.rewritten: Rewritten | None = rewrite(owner, plan)
+        self.rewritten: Rewritten | None = rewrite(owner, plan, ran)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "plan": self.plan}  # written anew where it is loaded
@@ -68,9 +71,11 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if len(args) == 1 and not kwargs and not leaves_process(x := args[0]):
+        given = args or tuple(kwargs.values())
+        if len(args) + len(kwargs) == 1 and not leaves_process(x := given[0]):
             rewritten = self.rewritten or self.again()
-            if rewritten is not None and choice.is_worth_it(x):
+            named = rewritten is not None and (not kwargs or rewritten.argument in kwargs)
+            if rewritten is not None and named and choice.is_worth_it(x):
                 if (why := _obstacle(owner, rewritten)) is None:
                     return rewritten.function(owner, x)
                 _say(why)
@@ -122,16 +127,17 @@ def _obstacle(owner: nn.Module, rewritten: Rewritten) -> str | None:
         if why := _hooked_otherwise(_found(owner, path), _found(owner, block)):
             return why
     for path in rewritten.modal:
-        if owner.get_submodule(".".join(path)).training != owner.training:
+        part = _found(owner, path)
+        if part is None or part.training != owner.training:
             return f"{type(owner).__name__} with parts in another mode"
     if torch.compiler.is_compiling():
         return None
     if nn_module._has_any_global_hook():
         return "modules with global hooks"
-    for path, numbers in rewritten.numbers:
-        module = owner.get_submodule(".".join(path))
-        if plain_numbers(module) != numbers:
-            return f"{type(module).__name__} with attributes that have changed"
+    for path, facts in rewritten.facts:
+        module = _found(owner, path)
+        if module is None or is_other(module, facts):
+            return f"{type(module or owner).__name__} with attributes that have changed"
     return None
 
 

@@ -6,6 +6,9 @@ for an activation of any other class.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senet.anatomy.excitations import Excitation
-from senet.anatomy.gate_function import activation_after
-from senet.anatomy.graph import Node
-from senet.nn.block import GATES
+from senet.anatomy.gate_function import activation_after, gate_chain
+from senet.anatomy.graph import Node, Trace
+from senet.anatomy.occurrences import Occurrence, container
+from senet.anatomy.recording import record
+from senet.fusion.state import ModuleState, RandomState, watched
+from senet.fusion.steps import is_sharded, like, steps
+from senet.nn.block import GATES, SqueezeExcitation
 from senet.nn.sync_bn import SyncBatchNorm
 from senet.ops import BRANCH_ACTIVATIONS, HIDDEN_ACTIVATIONS, Activation
 from senet.ops.convolution import packed
@@ -41,9 +48,12 @@ _FUNCTIONS: dict[Any, Activation] = {
     F.hardswish: Activation("hardswish"),
 }
 _FASTER = (5, 7)  # sides of kernels at which PyTorch's gradient of the weights is slow
-_GRID = torch.linspace(-8, 8, 161)
+# Two images of three channels, neighbours far from each other; no value where a slope changes.
+_PROBE = torch.cat((torch.linspace(-8, 8, 164) + 0.013, torch.tensor([-1e4, -100.0, 100.0, 1e4])))
+_PROBE = _PROBE[torch.randperm(168, generator=torch.Generator().manual_seed(0))].view(2, 3, 4, 7)
 _MEANS = ("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 _SHAPES = ("reshape", "same", "expand")
+_CUT = ("detach", "data")  # the gradient
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Where the classes live whose instances do the same in training, beside the layers.
 _STEADY = (
@@ -99,7 +109,7 @@ def activation_of(module: nn.Module | None) -> Activation | None:
         return None
     if type(module) in _CLASSES:
         return _CLASSES[type(module)]
-    if isinstance(module, nn.LeakyReLU):
+    if type(module) is nn.LeakyReLU:
         return Activation("leaky_relu", module.negative_slope)
     where = type(module).__module__
     if where.startswith("torch.nn.modules") and type(module) is not nn.GELU:
@@ -108,18 +118,45 @@ def activation_of(module: nn.Module | None) -> Activation | None:
         return None
     if next(module.children(), None) is not None or isinstance(module, NORMS):
         return None
-    try:
-        with torch.no_grad():
-            found = [module(_GRID.clone().reshape(1, -1, 1, 1)) for _ in range(2)]
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-        return None  # takes something else than a map
-    if not all(isinstance(t, Tensor) and t.shape == (1, 161, 1, 1) for t in found):
-        return None
-    for name in BRANCH_ACTIVATIONS[1:]:  # what does nothing now may drop paths in training
-        expected = Activation(name, 0.01)(_GRID)
-        if all(torch.allclose(t.flatten(), expected, atol=1e-6) for t in found):
+    found = _probed(module)
+    for name in BRANCH_ACTIVATIONS[1:] if found else ():  # what does nothing now may drop paths
+        expected = _with_slope(Activation(name, 0.01).__call__)
+        if all(map(partial(_close, expected), found)):
             return Activation(name, 0.01)
     return None
+
+
+def _probed(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Values and slopes in evaluation and in training; nothing where it takes no map or is random.
+
+    It is as before afterwards, and so are random numbers.
+    """
+    state, numbers, training = ModuleState(module), RandomState(), module.training
+    try:
+        found = []
+        for module.training in (False, True):
+            found.append(_with_slope(module))
+        return [] if state.changed() or numbers.moved() else found
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return []  # takes something else than a map, or gives something else
+    finally:
+        module.training = training
+        state.restore()
+        numbers.restore()
+
+
+def _with_slope(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        x = _PROBE.clone().requires_grad_()
+        y = function(x.clone())
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), slope
+
+
+def _close(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> bool:
+    same = (a.shape == b.shape and a.dtype == b.dtype for a, b in zip(expected, found, strict=True))
+    near = (torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    return all(same) and all(near)
 
 
 def function_activation(target: Any, arguments: tuple[Any, ...], options: Any) -> Activation | None:
@@ -152,7 +189,7 @@ class Gate(NamedTuple):
     inside: tuple[str, ...]
 
 
-def gate_of(model: nn.Module, block: Excitation) -> Gate | str:
+def gate_of(model: nn.Module, block: Excitation, trace: Trace) -> Gate | str:
     """How the operator computes an SE block; the reason where it cannot."""
     module = block.module
     if module is None:
@@ -181,9 +218,119 @@ def gate_of(model: nn.Module, block: Excitation) -> Gate | str:
         known = prefix + name in names or type(child).__module__ in _STEADY
         if name and not known and next(child.children(), None) is None:
             return f"{type(child).__name__} inside"
+    weights = [p for name in names for p in model.get_submodule(name).parameters()]
+    for seen in block.occurrences:
+        if (why := _more_than_a_gate(seen, weights)) is not None:
+            return why
+    ours = isinstance(module, SqueezeExcitation)
+    if not ours and (why := _otherwise_in_training(module, block.occurrences[0], trace)):
+        return why
     fc1, fc2 = (name.removeprefix(prefix) for name in names)
     inside = tuple(name for name, _ in module.named_modules() if name)
     return Gate(fc1, fc2, hidden, block.gate, inside)
+
+
+def _more_than_a_gate(seen: Occurrence, weights: list[nn.Parameter]) -> str | None:
+    """What one run of a block did beside squeezing its map, two layers and their functions."""
+    if seen.map.positions != tuple(range(2, len(seen.map.shape))):
+        return "its map is not (N,C,*)"
+    if len(seen.squeezes) != 1:
+        return "several squeezes"
+    (squeeze,) = seen.squeezes
+    if squeeze.name == "mean" and _dimensions(squeeze) != set(squeeze.sources[0].positions):
+        return "it squeezes images too"
+    if not _reaches(squeeze.sources[0], seen.map):
+        return "it squeezes what it makes of the map"
+    first, last = (node for node in seen.program if node.kind in ("conv", "linear"))
+    if not _reaches(first.sources[0], squeeze):
+        return "something between its squeeze and its first layer"
+    if gate_chain(seen.factor)[0] is not last:
+        return "something between its last layer and its gate"
+    nodes = (*seen.program, squeeze, seen.product)
+    if any(node.kind == "dropout" for node in nodes):
+        return "dropout inside"
+    if any(node.name in _CUT for node in nodes):
+        return "a gradient is cut"
+    own = {id(weight) for weight in weights}
+    tensors = (n.tensor for node in nodes for n in node.inputs if n.tensor is not None)
+    if any(id(tensor) not in own for tensor in tensors):
+        return "a tensor beside those of its layers"
+    channels = seen.map.shape[1]
+    sizes = first.sources[0].shape, last.shape
+    return None if all(channels in shape for shape in sizes) else "its layers have other sizes"
+
+
+def _dimensions(mean: Node) -> set[int]:
+    """What a mean is taken over."""
+    given = mean.kwargs.get("dim", mean.args[1] if len(mean.args) > 1 else None)
+    rank = len(mean.sources[0].shape)
+    numbers = (given,) if isinstance(given, int) else tuple(given or range(rank))
+    return {number % rank for number in numbers}
+
+
+def _reaches(node: Node, origin: Node) -> bool:
+    """Whether a tensor holds the numbers of another one, by image and channel in their places."""
+    while node is not origin:
+        if node.kind not in _SHAPES or node.name in _CUT or len(node.sources) != 1:
+            # The map itself may have come by such a step.
+            return any(node is n for n in _unmoved(origin))
+        (before,) = node.sources
+        kept = [size for size in before.shape if size != 1]
+        if node.positions and node.shape[:2] != before.shape[:2]:
+            return False
+        if not node.positions and kept != [size for size in node.shape if size != 1]:
+            return False
+        node = before
+    return True
+
+
+def _unmoved(node: Node) -> list[Node]:
+    """A node and those before it of which it is a copy."""
+    found = [node]
+    while found[-1].kind == "same" and len(found[-1].sources) == 1:
+        found.append(found[-1].sources[0])
+    return found
+
+
+def _otherwise_in_training(module: nn.Module, seen: Occurrence, trace: Trace) -> str | None:
+    """What a block does in training that it does not in evaluation; None for nothing."""
+    call = container(seen)
+    expected = steps(node for node in trace.nodes if node.within(call))
+    if is_sharded(module):
+        blank = {id(p): nn.Parameter(_zeros_like(p)) for p in module.parameters()}
+        module = copy.deepcopy(module, blank)
+    state, numbers = ModuleState(module), RandomState()
+    held, real = vars(module).get("forward"), module.forward
+    noted: list[str] = []
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        with watched() as found:
+            result = real(*args, **kwargs)
+        noted.extend(found)
+        return result
+
+    module.__dict__["forward"] = watching
+    try:
+        run = record(module, (like(call.inputs[0], module),), training=True)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        return f"it cannot be run in training ({str(error).split(chr(10), 1)[0]})"
+    finally:
+        del module.__dict__["forward"]
+        if held is not None:
+            module.__dict__["forward"] = held
+        changed, moved = state.changed(), numbers.moved()
+        state.restore()
+        numbers.restore()
+    if moved or steps(run.nodes) != expected:
+        return "in training it computes something else"
+    if noted or changed:
+        return f"it uses {noted[0]}" if noted else f"it sets {changed}"
+    return None
+
+
+def _zeros_like(parameter: nn.Parameter) -> Tensor:
+    """In one part, of one that lies in several."""
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _hidden_activation(first: Node, last: Node) -> str:

@@ -6,9 +6,8 @@ tail that ends outside of them. In the graph each batch norm is followed to the 
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet.fusion import execution
+from senet.fusion.facts import Facts, facts_of
 from senet.fusion.modules import (
     Gate,
     activation_of,
@@ -27,24 +27,21 @@ from senet.fusion.modules import (
     normalizes_and_activates,
     own_activation,
 )
-from senet.nn.hooks import scaling_block
+from senet.fusion.tracing import (
+    SCALED,
+    Ran,
+    Unreadable,
+    call_hooks_once,
+    compiled,
+    only_argument,
+    traced,
+)
 from senet.ops import Activation
 
 DEPTHWISE, THREE_BY_THREE = "depthwise", "3×3 convolution"
 ALONE = "a batch norm alone, at which PyTorch is as fast"
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _LINEAR = Activation("linear")
-# Of a node that calls an inserted SE block: the module whose hook does it.
-_SCALED = "scaled"
-# What reading a forward with stand-ins for tensors may raise.
-_UNREADABLE = (
-    *(RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, KeyError),
-    *(NotImplementedError, NameError),
-)
-
-
-class Unreadable(Exception):  # noqa: N818  # a reason, which the report gives
-    """Why a module's forward cannot be written anew."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,13 @@ class Plan:
         opened: names of its modules that are traced into.
         gates: SE blocks within it that the operator can compute, by their names; "" is the module.
         reads: whether it is a convolution that alone reads a tail, whose result it need not keep.
+        norms: names of its batch norms that were seen on maps, and on nothing else.
     """
 
     opened: frozenset[str]
     gates: Mapping[str, Gate]
     reads: bool = False
+    norms: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ class Rewritten:
         function: (module, x) → what its forward gives.
         parts: the tails in it.
         touched: paths of the modules that it passes by, with the class each had.
-        numbers: plain attributes of the modules that were read, on which their code may depend.
+        argument: name of the forward's argument.
+        facts: by path what the modules that were read or are passed by were like.
         modal: paths of those that have to be in the module's own mode, training or evaluation.
         scaled: paths of modules whose results an inserted SE block scales, with the block's.
     """
@@ -94,76 +94,10 @@ class Rewritten:
     function: Callable[[nn.Module, Tensor], Any]
     parts: tuple[Part, ...]
     touched: tuple[tuple[tuple[str, ...], type], ...]
-    numbers: tuple[tuple[tuple[str, ...], tuple[tuple[str, object], ...]], ...]
+    argument: str
+    facts: tuple[tuple[tuple[str, ...], Facts], ...]
     modal: tuple[tuple[str, ...], ...] = ()
     scaled: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
-
-
-class _Tracer(fx.Tracer):
-    """Opens the modules it is told to, and calls no hooks but those of inserted SE blocks."""
-
-    def __init__(self, opened: frozenset[str]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        name = self.path_of_module(m)
-        leaf = self.is_leaf_module(m, name)
-        if leaf:
-            result = super().call_module(m, forward, args, kwargs)
-        else:
-            result = type(m).forward(m, *args, **kwargs)
-        block = scaling_block(m) if is_norm(m) or not leaf else None
-        if block is None:
-            return result
-        scaled = self.create_proxy("call_module", self.path_of_module(block), (result,), {})
-        scaled.node.meta[_SCALED] = name
-        return scaled
-
-
-def plain_numbers(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """Attributes of a module that its code may branch on."""
-    kinds = (bool, int, float, str, type(None))
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if type(value) in kinds and name != "training" and not name.startswith("_")
-    )
-
-
-def _traced(module: nn.Module, opened: frozenset[str]) -> list[fx.Graph]:
-    """The graph of its forward: where they differ, that in training and that in evaluation.
-
-    Raises:
-        Unreadable: there is none.
-    """
-    if "forward" in vars(module):
-        raise Unreadable("its forward was replaced")
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
-        raise Unreadable("its forward takes more than one argument")
-    before = set(vars(module))
-    modes = [(m, m.training) for m in module.modules()]
-    graphs = []
-    try:
-        for training in (True, False):
-            for m, _ in modes:
-                m.training = training
-            graphs.append(_Tracer(opened).trace(module))
-    except _UNREADABLE as error:
-        raise Unreadable(f"its forward cannot be read ({str(error).splitlines()[0]})") from error
-    finally:
-        for m, training in modes:
-            m.training = training
-        made = [name for name in vars(module) if name not in before]
-        for name in made:
-            delattr(module, name)
-    if made:
-        raise Unreadable("its forward makes tensors of its own")
-    return graphs[:1] if str(graphs[0]) == str(graphs[1]) else graphs
 
 
 def _whole(module: nn.Module, plan: Plan) -> Rewritten:
@@ -202,13 +136,29 @@ def _whole(module: nn.Module, plan: Plan) -> Rewritten:
             assert isinstance(module, _BatchNorm)
             return execution.normalized(x, module, None, None, "relu", "sigmoid", name, slope)
 
-    touched = tuple((tuple(n.split(".")), type(module.get_submodule(n))) for n in names)
+    passed = {(): module, **_by_path(module, names)}
+    touched = tuple((path, type(m)) for path, m in passed.items())
     parts = () if part is None else (part,)
-    return Rewritten(function, parts, (((), type(module)), *touched), ())
+    return Rewritten(function, parts, touched, only_argument(module), _facts(passed))
 
 
-def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
+def _by_path(module: nn.Module, names: Iterable[str]) -> dict[tuple[str, ...], nn.Module]:
+    return {tuple(name.split(".")): module.get_submodule(name) for name in names}
+
+
+def _facts(modules: Mapping[tuple[str, ...], nn.Module]) -> tuple[Any, ...]:
+    """What they are like; batch norms are asked at each call."""
+    found = sorted(modules.items(), key=lambda item: item[0])
+    return tuple((path, facts_of(m)) for path, m in found if not is_norm(m))
+
+
+def rewrite(module: nn.Module, plan: Plan, ran: Ran | None = None) -> Rewritten:
     """Its forward, written anew.
+
+    Args:
+        module: whose forward.
+        plan: how.
+        ran: what it did in a run; its graph has to do the same.
 
     Raises:
         Unreadable: the forward cannot be read, or has no tail.
@@ -216,32 +166,25 @@ def rewrite(module: nn.Module, plan: Plan) -> Rewritten:
     convolves = is_depthwise(module) or is_three_by_three(module)
     if is_norm(module) or convolves or "" in plan.gates or plan.reads:
         return _whole(module, plan)
-    graphs = _traced(module, plan.opened)
+    graphs = traced(module, plan.opened, ran)
     first, *others = [_Replacement(module, plan, graph).run() for graph in graphs]
     parts, touched, scaled = first
     if any(other != first for other in others):
         raise Unreadable("its tails differ between training and evaluation")
     if not parts:
         raise Unreadable("no part of it has the form that the operator computes")
-    functions = [_compiled(graph, type(module).__name__) for graph in graphs]
-    passed = {tuple(name.split(".")): module.get_submodule(name) for name in touched | plan.opened}
-    read = {(): module, **{tuple(n.split(".")): module.get_submodule(n) for n in plan.opened}}
+    functions = [compiled(graph, type(module).__name__) for graph in graphs]
+    passed = _by_path(module, touched | plan.opened)
+    read = {(): module, **_by_path(module, plan.opened)}
     return Rewritten(
         functions[0] if len(functions) == 1 else _by_mode(*functions),
         tuple(parts),
-        tuple((path, type(m)) for path, m in sorted(passed.items())),
-        tuple((path, plain_numbers(m)) for path, m in sorted(read.items())),
+        tuple((path, type(m)) for path, m in sorted(passed.items(), key=lambda item: item[0])),
+        only_argument(module),
+        _facts({**passed, **read}),
         tuple(path for path in sorted(read) if path) if len(functions) > 1 else (),
         {tuple(name.split(".")): tuple(block.split(".")) for name, block in scaled.items()},
     )
-
-
-def _compiled(graph: fx.Graph, name: str) -> Callable[[nn.Module, Tensor], Any]:
-    """A graph as a function of the module and its input."""
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, f"<senet.fuse of {name}>", "exec"), namespace)
-    return namespace["forward"]
 
 
 def _by_mode(
@@ -263,9 +206,7 @@ class _Replacement:
         for node in list(self.graph.nodes):
             if self.norm(node) and not self.is_shortcut(node):
                 self.replace(node)
-        for node in list(self.graph.nodes):
-            if _SCALED in node.meta:
-                self.leave_or_note(node)
+        self.scaled |= call_hooks_once(self.graph)
         for node in list(self.graph.nodes):
             if node.op == "call_module" and node.target in self.plan.gates:
                 self.replace_block(node)
@@ -276,7 +217,8 @@ class _Replacement:
 
     def norm(self, node: fx.Node) -> bool:
         """Whether a batch norm of a map, and nothing else, gives this."""
-        return node.op == "call_module" and len(node.args) == 1 and is_norm(self.submodule(node))
+        called = node.op == "call_module" and node.target in self.plan.norms
+        return called and len(node.args) == 1 and is_norm(self.submodule(node))
 
     def next(self, node: fx.Node) -> fx.Node | None:
         """What alone reads a result; None where nothing or more does."""
@@ -415,16 +357,6 @@ class _Replacement:
             return None
         return shortcut if own_activation(self.submodule(shortcut)) == _LINEAR else None
 
-    def leave_or_note(self, node: fx.Node) -> None:
-        """Of an inserted SE block: gone where its module is called, whose hook calls it."""
-        (source,) = node.args
-        assert isinstance(source, fx.Node)
-        if source.op == "call_module" and source.target == node.meta[_SCALED]:
-            node.replace_all_uses_with(source)
-            self.graph.erase_node(node)
-        else:
-            self.scaled[node.meta[_SCALED]] = str(node.target)
-
     def replace_block(self, node: fx.Node) -> None:
         if len(node.args) != 1 or node.kwargs:
             return
@@ -458,8 +390,8 @@ class _Replacement:
         for node in reversed(nodes):
             if node.op == "call_module":
                 self.touch(str(node.target), self.plan.gates.get(str(node.target)))
-            if _SCALED in node.meta:
-                self.scaled[node.meta[_SCALED]] = str(node.target)
+            if SCALED in node.meta:
+                self.scaled[node.meta[SCALED]] = str(node.target)
             self.graph.erase_node(node)
         block = None if tail.block is None else str(tail.block.target)
         squeezed = [] if gate is None else ["se"]
