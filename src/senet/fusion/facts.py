@@ -48,17 +48,27 @@ def is_other(module: nn.Module, facts: Facts) -> bool:
     First in ways that take no time; what these cannot tell, such as a copy of a list of modules, is
     looked at closely.
     """
-    if _present(module._modules) != facts.children:
-        return True
-    if _present(module._parameters) != facts.parameters:
-        return True
-    if _size(module) == facts.size and facts.values.items() <= vars(module).items():
+    held = vars(module)
+    for now, before in (
+        (held["_modules"], facts.children),
+        (held["_parameters"], facts.parameters),
+    ):
+        if (now or before) and _present(now) != before:
+            return True
+    size = len(held) - ("forward" in held)
+    if size == facts.size and facts.values.items() <= held.items():
         return False
     now = _plain_ones(module)
     new = [name for name in now if name not in facts.values and not name.startswith("_")]
     if new or any(name not in now for name in facts.values):  # wrappers add private ones
         return True
     return any(_form(now[name]) != _form(value) for name, value in facts.values.items())
+
+
+def has_none(module: nn.Module) -> bool:
+    """Whether this is a module of PyTorch's without anything that could change: a ReLU."""
+    plain = type(module).__module__.startswith("torch.nn.modules")
+    return plain and not (module._modules or module._parameters or _plain_ones(module))
 
 
 def _present(held: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet.fusion import execution
-from senet.fusion.facts import Facts, facts_of
+from senet.fusion.facts import Facts, facts_of, has_none
 from senet.fusion.modules import (
     Gate,
     activation_of,
@@ -149,7 +149,7 @@ def _by_path(module: nn.Module, names: Iterable[str]) -> dict[tuple[str, ...], n
 def _facts(modules: Mapping[tuple[str, ...], nn.Module]) -> tuple[Any, ...]:
     """What they are like; batch norms are asked at each call."""
     found = sorted(modules.items(), key=lambda item: item[0])
-    return tuple((path, facts_of(m)) for path, m in found if not is_norm(m))
+    return tuple((path, facts_of(m)) for path, m in found if not (is_norm(m) or has_none(m)))
 
 
 def rewrite(module: nn.Module, plan: Plan, ran: Ran | None = None) -> Rewritten:
