@@ -6,6 +6,7 @@ Exit codes: 0 success; 1 a failure outside the program (full disk, NaN loss, unr
 Without the extra `train` the command says so, with exit code 2.
 """
 
+import errno
 import io
 import os
 import sys
@@ -46,6 +47,16 @@ def _raised_here(traceback: TracebackType | None) -> bool:
     ).startswith("senet.")
 
 
+def _too_large(error: Exception) -> bool:
+    """Whether a library says of a number that no size of a tensor, or no memory, is as large."""
+    said = ("overflow", "allocate memory", "not enough memory")
+    kinds = isinstance(error, OverflowError | MemoryError | RuntimeError | TypeError)
+    return kinds and (
+        isinstance(error, OverflowError | MemoryError)
+        or any(part in str(error).lower() for part in said)
+    )
+
+
 def exit_code(error: Exception) -> int | None:
     """Exit code of an error a user can act on; None for one that needs its traceback.
 
@@ -58,12 +69,14 @@ def exit_code(error: Exception) -> int | None:
         return BAD_INPUT
     if isinstance(error, SenetError):
         return FAILURE
+    if _too_large(error):
+        return BAD_INPUT
     if isinstance(
         error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError
     ):
         return BAD_INPUT
     if isinstance(error, OSError):
-        return FAILURE
+        return BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILURE
     if isinstance(error, ValueError | TypeError) and _raised_here(error.__traceback__):
         return BAD_INPUT
     return None
@@ -76,7 +89,11 @@ def message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         named = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
         return f"{error.strerror}{named}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if not isinstance(error, SenetError) and _too_large(error):
+        first = str(error).partition("\n")[0]
+        return f"a number is too large for this machine, give smaller ones: {first}"
+    return text
 
 
 @contextmanager

@@ -151,6 +151,13 @@ def test_library_errors_keep_their_traceback(
         (SenetError("disk is full"), 1, "disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: /x"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 2, "File name too long: /x"),
+        (
+            RuntimeError("Storage size calculation overflowed\nwith more below"),
+            2,
+            "a number is too large for this machine, give smaller ones: Storage size calculation "
+            "overflowed",
+        ),
         (KeyboardInterrupt(), 130, "stopped"),
         (KeyboardInterrupt("go on with: x"), 130, "go on with: x"),
     ],
@@ -168,6 +175,56 @@ def test_exit_codes(
     monkeypatch.setattr(__main__, "app", fail)
     found = run(capsys, "models")
     assert (found.code, found.out, found.err) == (code, "", f"senet models: {text}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("summary", "resnet8_cifar", "--num-classes", "9" * 20), "--num-classes: must be below"),
+        (("summary", "resnet8_cifar", "--num-classes", "1" + "0" * 5000), "must be a whole number"),
+        (("summary", "resnet8_cifar", "--num-classes", str(1 << 62)), "a number is too large"),
+        (("summary", "resnet8_cifar", "--input", f"3,{10**12},{10**12}"), "a number is too large"),
+        (("summary", "block", "--channels", "64", "--reduction", "1e-300"), "number is too large"),
+        (("summary", "block", "--channels", "64", "--reduction", "inf"), "reduction must be posi"),
+        (("summary", "se_resnet8_cifar", "--se", "--input", "3,-1,-1"), "--input must be C,H,W"),
+        (("summary", "x" * 300), "File name too long"),
+        (("insert", "--model", "resnet8_cifar", "--num-classes", "0", "--out", "x"), "at least 1"),
+        (("train", "--resume", "nothing", "--scale-lr"), "--scale-lr belongs to the beginning"),
+    ],
+)
+def test_numbers_and_names_that_nothing_can_hold(
+    arguments: tuple[str, ...],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run(capsys, *arguments)
+    assert (found.code, found.out) == (2, "")
+    assert text in found.err
+    assert found.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_are_not_blamed_on_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("epochs = 0\nbatch-size = 0\n", encoding="utf-8")
+    flags = ("train", "--config", str(config), "--data", "embedded", "--out", str(tmp_path / "x"))
+    assert "c.toml, line 2: batch_size" in run(capsys, *flags, "--epochs", "1").err
+    assert "train: batch_size" in run(capsys, *flags, "--epochs=1", "--batch-size", "-1").err
+
+
+def test_a_folder_called_as_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet8_cifar").mkdir()
+    assert "multiply-adds" in run(capsys, "summary", "resnet8_cifar").out
+    (tmp_path / "resnet8_cifar" / "checkpoints").mkdir()
+    assert "holds no checkpoint" in run(capsys, "summary", "resnet8_cifar").err
 
 
 def test_warnings_are_one_line(

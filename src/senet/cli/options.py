@@ -333,11 +333,12 @@ def config_place(tokens: Sequence[str], text: str) -> str:
         lines = decoded(path.read_bytes()).splitlines()
     except UnicodeDecodeError:
         return ""
+    flags = {token[2:].partition("=")[0].replace("-", "_") for token in tokens if token[:2] == "--"}
     for number, line in enumerate(lines):
         assignment = re.match(r"\s*(?:[\w-]+\.)*([\w-]+)\s*=", line)
-        if assignment is None:
+        if assignment is None or assignment[1].replace("-", "_") in flags:  # flags win
             continue
-        key = re.escape(assignment[1])
+        key = "[-_]".join(re.escape(part) for part in re.split("[-_]", assignment[1]))
         if re.search(rf"\[{key}\]|'{key}'|^{key}\b", named):
             return f"{path}, line {number + 1}: "
     return ""
@@ -398,5 +399,18 @@ def trained_network(
 
 
 def is_place(model: str) -> bool:
-    """Whether what --model says is a checkpoint, and not the name of a network."""
-    return model.startswith("hf_hub:") or Path(model).exists()
+    """Whether what --model says is a checkpoint, and not the name of a network.
+
+    A folder that happens to be called as a network of ours is one only if it holds a checkpoint.
+    """
+    if model.startswith("hf_hub:"):
+        return True
+    path = Path(model)
+    if not path.is_dir() or path.parent != Path():
+        return path.exists()
+    from senet.checkpoint.write import MANIFEST
+    from senet.models import list_models
+    from senet.models.description import WEIGHTS
+
+    held = any((path / name).exists() for name in ("checkpoints", MANIFEST, WEIGHTS))
+    return held or model not in list_models()

@@ -111,6 +111,11 @@ def train(
     try:
         with watch() as progress, _tracked(progress, track) as heard:
             if resume is not None:
+                if scale_lr:
+                    raise UserError(
+                        "--scale-lr belongs to the beginning of a run, --resume goes on with its "
+                        "learning rate: leave it out"
+                    )
                 refused = options | changes | run_options | named(recipe=flags.recipe)
                 result = resume_run(resume, options=refused, progress=heard(resume))
             else:

@@ -53,6 +53,8 @@ def open_network(
         if num_classes not in (None, len(checkpoint.classes)) or image_size is not None:
             raise UserError(f"{weights} knows its own classes and image size: leave them out")
         return checkpoint
+    if num_classes is not None and num_classes < 1:
+        raise UserError(f"num_classes must be at least 1, got {num_classes}")
     count = num_classes or (len(classes) if classes else None)
     if weights is not None and (is_pretrained(weights) or split_tag(model).tag is not None):
         opened = open_weights(model, weights)

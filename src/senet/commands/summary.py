@@ -207,12 +207,14 @@ def summarize_excitations(
     """
     if name == "block" or "channels" in options:
         raise UserError("--se shows the SE blocks of a network: give its name, no --channels")
+    if input_shape is not None and (not input_shape or min(input_shape) < 1):
+        raise UserError(f"--input must be C,H,W, got {_commas(input_shape)}")
     if isinstance(name, Path):
         checkpoint, shape = _known(name, input_shape, num_classes, options)
         return describe(checkpoint.model, torch.zeros(1, *shape), runs=TIMED_RUNS)
     if input_shape is not None:
         options = {**options, "in_channels": input_shape[0]}
-    count = num_classes or (10 if name.endswith("_cifar") else 1000)
+    count = (10 if name.endswith("_cifar") else 1000) if num_classes is None else num_classes
     model: Any = open_source(name, num_classes=count, **options)
     name, options = model.config["name"], {**options, **model.config["options"]}
     shape = input_shape or model.input_size

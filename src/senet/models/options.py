@@ -1,5 +1,6 @@
 """The options that networks have in common: their SE blocks, and dropout."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -47,7 +48,7 @@ class SEOptions:
     divisor: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reduction, int | float) or not self.reduction > 0:
+        if not isinstance(self.reduction, int | float) or not 0 < self.reduction < math.inf:
             raise ValueError(f"reduction must be a positive number, got {self.reduction!r}")
         _choice("squeeze", self.squeeze, SQUEEZES)
         _choice("gate", self.gate, GATES)

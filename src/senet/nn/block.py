@@ -3,6 +3,7 @@
 Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -179,7 +180,7 @@ class SqueezeExcitation(NotScriptable, nn.Module):
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}")
-        if not isinstance(reduction, SupportsFloat) or not reduction > 0:  # NaN is not
+        if not isinstance(reduction, SupportsFloat) or not 0 < reduction < math.inf:  # nor NaN
             raise ValueError(f"reduction must be positive, got {reduction}")
         if hidden is not None and hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
