@@ -19,7 +19,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def works(*arguments: object, **options: object) -> None:
         raise AssertionError("it began to work")
 
-    for module, name in (
+    parts = (
         ("commands.evaluate", "evaluate_path"),
         ("commands.optimize", "optimize_network"),
         ("cli.export", "_opened"),
@@ -28,8 +28,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("commands.fold", "open_for_gates"),
         ("training.data", "open_named"),
         ("bench.timing", "run_cases"),
-    ):
-        monkeypatch.setattr(import_module(f"senet.{module}"), name, works)
+    )
+    # All are imported first: one that is imported later would keep what it finds in the others.
+    modules = [import_module(f"senet.{module}") for module, _ in parts]
+    for module, (_, name) in zip(modules, parts, strict=True):
+        monkeypatch.setattr(module, name, works)
     (tmp_path / "file").write_text("former")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
