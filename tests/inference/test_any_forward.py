@@ -16,7 +16,7 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import senet
 from senet.inference import OptimizedModel, optimize
-from senet.inference.modules import FusedConv
+from senet.inference.modules import AsItIs, FusedConv
 from senet.inference.rounding import difference
 
 Forward = Callable[[Any, Tensor], Any]
@@ -218,6 +218,7 @@ def test_hook_of_a_layer_sees_every_call() -> None:
         fast(torch.randn(5, 3, 8, 8))
     assert seen[before:] == [(5, 8, 8, 8)]
     assert ("norm", "hooks look at what it gives") in fast.report.left
+    assert sum(isinstance(module, AsItIs) for module in fast.modules()) == 1
 
 
 def test_forward_that_was_set() -> None:

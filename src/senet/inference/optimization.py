@@ -17,6 +17,7 @@ from senet import kernels
 from senet.errors import SenetError
 from senet.inference.blocks import outcomes
 from senet.inference.measurement import called, left_to_pytorch, medians, outside
+from senet.inference.modules import AsItIs
 from senet.inference.part import OptimizedPart, refuse_layer
 from senet.inference.report import CHANNELS_LAST, OPTIMIZED, ORIGINAL, OptimizationReport
 from senet.inference.rewrite import Rewriter
@@ -201,7 +202,7 @@ class _Optimizer:
 
     def _replace(self, parent: nn.Module, key: str, child: nn.Module, name: str) -> None:
         """Put the optimized form of a child in its place."""
-        if next(child.parameters(), None) is None or _is_leaf(child):
+        if next(child.parameters(), None) is None or _is_leaf(child) or isinstance(child, AsItIs):
             return
         new = self._optimized(child, name)
         if new is child:
