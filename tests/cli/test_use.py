@@ -325,7 +325,12 @@ def test_options_that_few_networks_have(
     assert f" {parameters:,} parameters, " in found.out.splitlines()[-1]
 
 
-def test_paper_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_paper_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from senet.models import paper
+
+    # tests/models/test_cards.py counts all of them, which takes its time.
+    few = {name: paper.cards()[name] for name in ("resnet50", "se_resnet50")}
+    monkeypatch.setattr(paper, "cards", lambda: few)
     found = run(capsys, "models", "--table")
     assert found.code == 0, found.err
     row = next(line for line in found.out.splitlines() if line.startswith("│ resnet50 "))
