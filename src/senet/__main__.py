@@ -49,12 +49,11 @@ def _raised_here(traceback: TracebackType | None) -> bool:
 
 def _too_large(error: Exception) -> bool:
     """Whether a library says of a number that no size of a tensor, or no memory, is as large."""
+    if isinstance(error, OverflowError | MemoryError):
+        return True
     said = ("overflow", "allocate memory", "not enough memory")
-    kinds = isinstance(error, OverflowError | MemoryError | RuntimeError | TypeError)
-    return kinds and (
-        isinstance(error, OverflowError | MemoryError)
-        or any(part in str(error).lower() for part in said)
-    )
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | TypeError) and any(part in text for part in said)
 
 
 def exit_code(error: Exception) -> int | None:

@@ -55,8 +55,7 @@ def is_other(module: nn.Module, facts: Facts) -> bool:
     ):
         if (now or before) and _present(now) != before:
             return True
-    size = len(held) - ("forward" in held)
-    if size == facts.size and facts.values.items() <= held.items():
+    if _size(module) == facts.size and facts.values.items() <= held.items():
         return False
     now = _plain_ones(module)
     new = [name for name in now if name not in facts.values and not name.startswith("_")]

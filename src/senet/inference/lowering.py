@@ -343,7 +343,7 @@ class Lowering:
         if not self._of_one_shape(node, module):
             return False
         maps = [self.places.read(a) if isinstance(a, fx.Node) else None for a in node.args]
-        x = maps[0] if maps else None
+        x = maps[0]
         if x is None:
             return False  # it is given several maps in a list, or by name
         if isinstance(module, _LAYERS) and type(module) not in _LAYERS:

@@ -189,13 +189,11 @@ class _Optimizer:
         graph = rewriter.run()
         for said, of in ((self.fused, rewriter.fused), (self.left, rewriter.left)):
             said += [(joined(name, what), how) for what, how in of]
-        self.gated += [
-            f"{name}.{path}" if name and path else name or path for path in rewriter.gated
-        ]
+        self.gated += [joined(name, path) for path in rewriter.gated]
         for path in rewriter.closed:
             parent, _, key = path.rpartition(".")
             held = graph.get_submodule(parent)
-            self._replace(held, key, graph.get_submodule(path), f"{name}.{path}" if name else path)
+            self._replace(held, key, graph.get_submodule(path), joined(name, path))
         part = OptimizedPart(graph, rewriter.rank)
         give_forward_hooks(model, part)
         return part
@@ -251,13 +249,11 @@ class _Call:
         (x,) = self.args if len(self.args) == 1 and not self.kwargs else (None,)
         return x if isinstance(x, Tensor) and x.is_floating_point() else None
 
-    def given(self, module: nn.Module) -> set[str] | None:
+    def given(self, module: nn.Module) -> set[str]:
         """Names of the arguments, in which values that are their defaults do not count."""
-        parameters = inspect.signature(module.forward).parameters
-        bound = inspect.signature(module.forward).bind(*self.args, **self.kwargs)
-        return {
-            name for name, value in bound.arguments.items() if value is not parameters[name].default
-        }
+        signature = inspect.signature(module.forward)
+        given = signature.bind(*self.args, **self.kwargs).arguments
+        return {n for n, value in given.items() if value is not signature.parameters[n].default}
 
     def repeat(self, module: nn.Module) -> None:
         """Call a module so."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx
+
+from senet.support.containers import named_parts
 
 
 def rebuilt(value: Any, result: Callable[[fx.Node], Any]) -> Any:
@@ -35,12 +36,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from tensors(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from tensors(inner)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for part in dataclasses.fields(value):
-            yield from tensors(getattr(value, part.name))
+    elif (parts := named_parts(value)) is not None:
+        for inner in parts.values():
+            yield from tensors(inner)

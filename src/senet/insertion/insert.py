@@ -2,8 +2,8 @@
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
@@ -34,6 +34,7 @@ from senet.models import Network
 from senet.models.vgg import ReLUSE
 from senet.nn.block import GateName, SqueezeExcitation, hidden_width
 from senet.nn.hooks import scale_by
+from senet.support.containers import named_parts
 
 Rule = Literal["auto", "residual", "concat", "conv"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -498,8 +499,8 @@ def _same(before: Any, after: Any) -> bool | None:
             return False
         if isinstance(x, Tensor):
             same: bool | None = _same_tensor(x, y)
-        elif (parts := _parts(x)) is not None:
-            same = _same(parts, _parts(y))
+        elif (parts := named_parts(x)) is not None:
+            same = _same(parts, named_parts(y))
         else:
             continue
         if same is False:
@@ -510,12 +511,3 @@ def _same(before: Any, after: Any) -> bool | None:
 
 def _same_tensor(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.nan_to_num(0), y.nan_to_num(0)) and torch.equal(x.isnan(), y.isnan())
-
-
-def _parts(value: Any) -> dict[Any, Any] | None:
-    """What is in a container that PyTorch does not know; None for what is none."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: getattr(value, each.name) for each in fields(value)}
-    return None
