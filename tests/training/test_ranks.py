@@ -343,6 +343,9 @@ def test_the_command_under_torchrun(tiny_data: Path, tmp_path: Path) -> None:
     again = train_in_this_process(flags)
     assert again.returncode == 0, again.stderr
     assert "the run was made by 2 processes, now 1" in again.stderr + again.stdout
+    other = train_in_this_process([*flags, "--recipe", "finetune"])
+    assert other.returncode == 2
+    assert "lr is 0.0125 there and" in other.stderr, other.stderr
 
 
 @pytest.mark.soak

@@ -89,6 +89,11 @@ def train(
         from senet.training.material import named_material
         from senet.training.ranks import leave_processes, rank
 
+    if resume not in (None, Path("auto")) and scale_lr:
+        raise UserError(
+            "--scale-lr belongs to the beginning of a run, --resume goes on with its learning "
+            "rate: leave it out"
+        )
     if resume == Path("auto"):
         if out is None:
             raise UserError("--resume auto needs --out, the run folder to begin or go on with")
@@ -111,11 +116,8 @@ def train(
     try:
         with watch() as progress, _tracked(progress, track) as heard:
             if resume is not None:
-                if scale_lr:
-                    raise UserError(
-                        "--scale-lr belongs to the beginning of a run, --resume goes on with its "
-                        "learning rate: leave it out"
-                    )
+                if scale_lr:  # the same command begins and goes on: its rate must be the run's
+                    changes["lr"] = _asked_recipe(flags, changes, run_options, scale_lr).lr
                 refused = options | changes | run_options | named(recipe=flags.recipe)
                 result = resume_run(resume, options=refused, progress=heard(resume))
             else:
@@ -195,13 +197,11 @@ def _chosen(
             "--data is needed, such as a folder of images (or --data embedded for those that come "
             "with senet), or --resume RUN"
         )
-    table = None if flags.config is None else read_toml(flags.config).get("recipe")
-    table = table if isinstance(table, dict) else {}
-    usual = "finetune" if "init" in run_options else "quick"
-    recipe = _recipe(flags.recipe, changes, table, scale_lr, usual)
+    table = _recipe_table(flags)
+    recipe = _asked_recipe(flags, changes, run_options, scale_lr)
     notes = []
     if flags.recipe is None and not table:
-        notes.append(f"recipe {usual}, {recipe.epochs} epochs (--recipe takes another)")
+        notes.append(f"recipe {recipe.name}, {recipe.epochs} epochs (--recipe takes another)")
     settings = {"model": "auto", "data": "embedded", **run_options}
     if "out" not in settings:
         settings["out"] = _free_folder(flags.data)
@@ -210,6 +210,20 @@ def _chosen(
     adapt = {"batch_size", "lr", "grad_clip"} - (changes.keys() | table.keys())
     # A file without grad_clip says that there is none.
     return config, adapt - {"grad_clip"} if table else adapt, notes
+
+
+def _recipe_table(flags: TrainingFlags) -> dict[str, Any]:
+    """What the file of --config says of the recipe; empty without one."""
+    table = None if flags.config is None else read_toml(flags.config).get("recipe")
+    return table if isinstance(table, dict) else {}
+
+
+def _asked_recipe(
+    flags: TrainingFlags, changes: dict[str, Any], run_options: dict[str, Any], scale_lr: bool
+) -> "Recipe":
+    """The recipe that the flags ask for; arguments as of `_chosen`."""
+    usual = "finetune" if "init" in run_options else "quick"
+    return _recipe(flags.recipe, changes, _recipe_table(flags), scale_lr, usual)
 
 
 def _recipe(
