@@ -333,3 +333,6 @@ def test_multiply_adds_leave_the_model_alone():
         assert torch.equal(value, before[key])
     with pytest.raises(ValueError, match="input_size"):
         count_multiply_adds(nn.Linear(3, 3))
+    for wrong in (224, (3, 0, 32), (3, 32.0, 32), ()):
+        with pytest.raises(ValueError, match=r"such as \(3, 224, 224\), got"):
+            count_multiply_adds(model, wrong)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from senet.models import Network, build_model
 from senet.support.copies import copied
+from senet.support.fields import misfit
 
 
 def meta_model(name: str, *, num_classes: int | None = None, **options: Any) -> Network:
@@ -44,13 +45,18 @@ def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...] | None = N
         input_size: (C,H,W) of the image; the model's own `input_size` by default.
 
     Raises:
-        ValueError: no input_size, and the model has none.
+        ValueError: no input_size, and the model has none; or it is no tuple of sizes.
         UserError: the model cannot be copied.
     """
     if input_size is None:
         input_size = getattr(model, "input_size", None)
         if input_size is None:
             raise ValueError(f"input_size (C,H,W) is needed: {type(model).__name__} has none")
+    if misfit(input_size, tuple[int, ...]) or min(input_size, default=0) < 1:
+        raise ValueError(
+            f"input_size must be (C,H,W), such as (3, 224, 224), got {input_size!r}: the sizes of "
+            "one image, without the batch"
+        )
     shadow = copied(model).to("meta").eval()
     dtype = next((p.dtype for p in shadow.parameters()), torch.float32)
     counter = FlopCounterMode(display=False)
