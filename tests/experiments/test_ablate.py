@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import pickle
 import re
 import shutil
@@ -140,7 +139,9 @@ def test_sigterm_to_one_process_stops_all(
     def stop_early() -> None:
         while not set(multiprocessing.active_children()) - others:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)  # while the worker still imports PyTorch
+        # While the worker still imports PyTorch. This thread takes the signal: the main one, which
+        # must hear of it, waits on.
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop_early, daemon=True)
     stopper.start()

@@ -9,8 +9,8 @@ import threading
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -425,7 +425,7 @@ def _train_in_processes(
     ):
         jobs = {pool.submit(_train, run): run for run in left}
         try:
-            for number, job in enumerate(as_completed(jobs), start=1):
+            for number, job in enumerate(_ended(jobs), start=1):
                 for text in job.result():
                     warnings.warn(text, stacklevel=2)
                 run = jobs[job]
@@ -442,6 +442,18 @@ def _train_in_processes(
             raise
     if asked.is_set():
         raise Interrupted(config.out)
+
+
+def _ended(jobs: Iterable[Future[list[str]]]) -> Iterator[Future[list[str]]]:
+    """Yield the jobs as they end, and hear signals meanwhile.
+
+    One that another thread takes, or that comes just before the wait begins, does not end the wait:
+    without a time limit it would be heard when the next job ends, perhaps hours later.
+    """
+    waiting = set(jobs)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 def make_folder(config: CompareConfig) -> None:
