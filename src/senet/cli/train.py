@@ -89,17 +89,18 @@ def train(
         from senet.training.material import named_material
         from senet.training.ranks import leave_processes, rank
 
-    if resume not in (None, Path("auto")) and scale_lr:
-        raise UserError(
-            "--scale-lr belongs to the beginning of a run, --resume goes on with its learning "
-            "rate: leave it out"
-        )
     if resume == Path("auto"):
         if out is None:
             raise UserError("--resume auto needs --out, the run folder to begin or go on with")
         resume = out if (out / "config.toml").is_file() else None
-    elif resume is not None and flags.config is not None:
-        raise UserError("--resume goes on with the run's own configuration: leave out --config")
+    elif resume is not None:
+        if flags.config is not None:
+            raise UserError("--resume goes on with the run's own configuration: leave out --config")
+        if scale_lr:
+            raise UserError(
+                "--scale-lr belongs to the beginning of a run, --resume goes on with its learning "
+                "rate: leave it out"
+            )
     if model is not None and resume is None and is_place(model):
         raise UserError(
             f"--model {model} is a checkpoint: --init {model} begins with its weights, --resume "
@@ -117,7 +118,8 @@ def train(
         with watch() as progress, _tracked(progress, track) as heard:
             if resume is not None:
                 if scale_lr:  # the same command begins and goes on: its rate must be the run's
-                    changes["lr"] = _asked_recipe(flags, changes, run_options, scale_lr).lr
+                    table = _recipe_table(flags)
+                    changes["lr"] = _recipe(flags, table, changes, run_options, scale_lr).lr
                 refused = options | changes | run_options | named(recipe=flags.recipe)
                 result = resume_run(resume, options=refused, progress=heard(resume))
             else:
@@ -198,7 +200,7 @@ def _chosen(
             "with senet), or --resume RUN"
         )
     table = _recipe_table(flags)
-    recipe = _asked_recipe(flags, changes, run_options, scale_lr)
+    recipe = _recipe(flags, table, changes, run_options, scale_lr)
     notes = []
     if flags.recipe is None and not table:
         notes.append(f"recipe {recipe.name}, {recipe.epochs} epochs (--recipe takes another)")
@@ -218,18 +220,23 @@ def _recipe_table(flags: TrainingFlags) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _asked_recipe(
-    flags: TrainingFlags, changes: dict[str, Any], run_options: dict[str, Any], scale_lr: bool
-) -> "Recipe":
-    """The recipe that the flags ask for; arguments as of `_chosen`."""
-    usual = "finetune" if "init" in run_options else "quick"
-    return _recipe(flags.recipe, changes, _recipe_table(flags), scale_lr, usual)
-
-
 def _recipe(
-    name: str | None, changes: dict[str, Any], table: dict[str, Any], scale_lr: bool, usual: str
+    flags: TrainingFlags,
+    table: dict[str, Any],
+    changes: dict[str, Any],
+    run_options: dict[str, Any],
+    scale_lr: bool,
 ) -> "Recipe":
-    """The recipe of that name, else that of the file's table [recipe], else the usual; changed."""
+    """The recipe that was named, else that of the file's table [recipe], else the usual; changed.
+
+    Args:
+        flags: of the command.
+        table: of `_recipe_table`.
+        changes: as of `_chosen`.
+        run_options: likewise.
+        scale_lr: likewise.
+    """
+    name, usual = flags.recipe, "finetune" if "init" in run_options else "quick"
     if not scale_lr:
         return _unscaled(name, changes, table, usual)
     from senet.training.recipe import scaled_lr
