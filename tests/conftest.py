@@ -32,6 +32,12 @@ def _no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _said_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once in a process, that the fused operator is passed by, once in each test."""
+    monkeypatch.setattr("senet.nn.hooks._said", set())
+
+
+@pytest.fixture(autouse=True)
 def _width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables as wide as they like, whatever the terminal that runs the tests says."""
     monkeypatch.delenv("COLUMNS", raising=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.helpers.marks import separate_passes
 
 from senet import load_adapter
 from senet.checkpoint.files import open_checkpoint
@@ -33,6 +34,7 @@ def same(model: torch.nn.Module, logits: torch.Tensor) -> None:
         torch.testing.assert_close(model(X), logits, rtol=1e-4, atol=1e-4)
 
 
+@separate_passes
 @pytest.mark.parametrize(
     ("name", "network", "changed"),
     [

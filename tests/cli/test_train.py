@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import make_data, make_images, run, train_flags
+from tests.helpers.marks import separate_passes
 
 
 def test_run_folder(trained: Path) -> None:
@@ -321,6 +322,7 @@ def test_starting_from_a_run_fine_tunes(
     assert recipe["lr"] == pytest.approx(1e-3 * (8 / 64) ** 0.5)
 
 
+@separate_passes
 def test_each_field_of_a_recipe_is_a_flag(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import run
+from tests.helpers.marks import separate_passes
 
 from senet.__main__ import main
 from senet.experiments.ablate import ABLATIONS, AblateConfig, folder_of, label_of
@@ -60,6 +61,7 @@ def test_variants_differ_as_the_papers_do(ablation: str, tmp_path: Path) -> None
             assert options[key] == (tuple(paper) if isinstance(paper, list) else paper)
 
 
+@separate_passes
 def test_each_variant_and_seed_has_a_run(ablated: Path) -> None:
     found = {}
     for path in sorted(ablated.glob("*/seed*")):
@@ -107,6 +109,7 @@ def in_two_processes(ablated: Path, out: Path, *missing: str) -> Path:
     return out
 
 
+@separate_passes
 def test_resume_trains_what_is_missing_in_processes_too(
     ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +133,7 @@ def test_resume_trains_what_is_missing_in_processes_too(
         assert after["variants"][name]["top1_error"] == pytest.approx(variant["top1_error"], abs=13)
 
 
+@separate_passes
 def test_sigterm_to_one_process_stops_all(
     ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,5 +185,6 @@ def test_bad_input(
     run(capsys, "ablate", *arguments).refused("ablate", *words)
 
 
+@separate_passes
 def test_a_comparison_is_no_ablation(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "compare", "--resume", ablated).refused("compare", "not that of senet compare")

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from tests.helpers.marks import separate_passes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -108,6 +109,7 @@ def test_constant_blocks_vanish_and_leave_the_output(name):
     assert report.after.multiply_adds < report.before.multiply_adds
 
 
+@separate_passes
 @pytest.mark.parametrize(
     "name", ["own, residual", "timm, residual", "timm, depthwise", "torchvision, residual"]
 )
@@ -128,6 +130,7 @@ def test_partly_constant_blocks_keep_a_smaller_excitation(name):
     assert report.after.parameters < report.before.parameters
 
 
+@separate_passes
 def test_structure_rebuilds_the_folded_network():
     model = silence(prepared(senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2)), 2)
     silence(model.layer2, 1)
@@ -256,6 +259,7 @@ def test_tolerance_zero_folds_only_constants():
         assert torch.equal(report.model(X), model(X))
 
 
+@separate_passes
 def test_replaced_by_means_is_what_folding_approximates():
     """Where gates do vary, the folded network is the one whose gates are their means."""
     model = prepared(senet.create_model("se_resnet8_cifar", num_classes=3, reduction=2))

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,6 +51,7 @@ def all_gates(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     return seen["gates"], seen["map"].abs().mean((2, 3))
 
 
+@separate_passes
 def test_statistics_are_those_of_all_gates_together(model):
     statistics = record_gates(model, loader(), classes=NAMES, top=4)
     assert statistics.images == 29
@@ -131,6 +133,7 @@ def test_histogram_widens_on_both_sides():
         assert abs(float(histogram.quantile(q)[0]) - (-3 + 8 * q)) <= bin_width
 
 
+@separate_passes
 def test_separating_channels_are_the_most_different_ones(model):
     block = record_gates(model, loader(), classes=NAMES).blocks["layer3.0.se"]
     order = block.separating(0, 2, n=64)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 
 from senet import kernels
@@ -46,6 +47,7 @@ def timings(monkeypatch: pytest.MonkeyPatch, milliseconds: Mapping[str, float]) 
     return seen
 
 
+@separate_passes
 @torch.no_grad()
 @pytest.mark.parametrize("fastest", [ORIGINAL, CHANNELS_LAST, OPTIMIZED])
 def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
@@ -66,6 +68,7 @@ def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch, fastest: str) -> N
     assert all(p.requires_grad for p in model.parameters())
 
 
+@separate_passes
 def test_nothing_is_measured_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = timings(monkeypatch, {})
     report = optimize(Net().eval(), torch.randn(2, 3, 9, 9), measure=False).report
@@ -76,6 +79,7 @@ def test_nothing_is_measured_where_that_is_not_wanted(monkeypatch: pytest.Monkey
     assert "time" not in str(report)
 
 
+@separate_passes
 def test_each_se_block_is_in_the_report() -> None:
     report = optimize(Net().eval(), torch.randn(2, 3, 9, 9), measure=False).report
     assert report.blocks == {"se": "fused", "none": "squeeze='none'", "mul_2": "fused"}

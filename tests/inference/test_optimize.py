@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -121,6 +122,7 @@ def test_every_place_of_se(name: str, integration: str) -> None:
     assert difference(optimize(model, x)(x), model(x)) <= allowed(model, x)
 
 
+@separate_passes
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",

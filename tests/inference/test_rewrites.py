@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.marks import separate_passes
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -1237,6 +1238,7 @@ DERIVED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@separate_passes
 @pytest.mark.parametrize("name", DERIVED)
 def test_layers_of_derived_classes_are_called_as_they_are(name: str) -> None:
     rewritten(nn.Sequential(nn.Conv2d(8, 8, 3), DERIVED[name](), nn.Conv2d(8, 4, 1), nn.ReLU()))

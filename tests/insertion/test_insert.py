@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 
 import senet
@@ -447,6 +448,7 @@ def test_a_model_that_runs_no_more_is_undone():
     assert repr(model) == before
 
 
+@separate_passes
 def test_an_empty_slot_of_the_model_stays_empty():
     model = nn.Sequential(Shared())
     report = insert(model, where=["0"], example_input=X)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 
 import senet
@@ -53,6 +54,7 @@ def without_gates(model: nn.Module) -> nn.Module:
     return model
 
 
+@separate_passes
 @pytest.mark.parametrize("make", [ours, vgg, joined, inserted, Stranger])
 @pytest.mark.parametrize("constant_first", [False, True])
 def test_taken_out(make: Callable[[], nn.Module], constant_first: bool) -> None:

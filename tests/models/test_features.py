@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tests.helpers.marks import separate_passes
 from torch import nn
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_tensor
@@ -84,6 +85,7 @@ def test_replaced_children_run(way, first):
         maps(torch.randn(1, 4, 32, 32))
 
 
+@separate_passes
 def test_converted_batch_norms_run():
     maps = senet.features(senet.create_model("se_resnet8_cifar")).eval()
     x = torch.randn(2, 3, 32, 32)

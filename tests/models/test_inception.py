@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 
 from senet import ops
@@ -116,6 +117,7 @@ def test_frozen_and_missing_norms() -> None:
     assert_same(block, X)
 
 
+@separate_passes
 @pytest.mark.parametrize("where", ["one", "row.bn", "pool.conv", "se", "se.gate"])
 def test_hooks_are_called(where: str) -> None:
     """A hooked layer runs by itself, so that the hook sees its output; the numbers stay."""
@@ -129,6 +131,7 @@ def test_hooks_are_called(where: str) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
 
 
+@separate_passes
 @pytest.mark.parametrize(
     "options", [{"squeeze": "max"}, {"squeeze": "none"}, {"gate": "tanh"}], ids=str
 )

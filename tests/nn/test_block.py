@@ -4,11 +4,13 @@ import pickle
 
 import pytest
 import torch
+from tests.helpers.marks import separate_passes
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import senet
 from senet.nn.block import GATES, SQUEEZES, hidden_width
+from senet.nn.hooks import expected_hooks
 from senet.nn.tails import residual_tail
 
 
@@ -37,6 +39,7 @@ def randomise(module: nn.Module) -> None:
             parameter.normal_(0, 0.5)
 
 
+@separate_passes
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("squeeze", ["avg", "max"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -47,6 +50,7 @@ def test_follows_the_equations(gate, squeeze, bias):
     torch.testing.assert_close(se(x), equations(se, x), rtol=1e-12, atol=1e-12)
 
 
+@separate_passes
 @pytest.mark.parametrize(("dims", "size"), [(1, (9,)), (2, (3, 4)), (3, (2, 3, 4))])
 @pytest.mark.parametrize("squeeze", SQUEEZES)
 def test_any_number_of_dimensions(dims, size, squeeze):
@@ -58,6 +62,7 @@ def test_any_number_of_dimensions(dims, size, squeeze):
     torch.testing.assert_close(se(x).flatten(2), flat(x.flatten(2)))
 
 
+@separate_passes
 def test_no_squeeze_is_two_pointwise_convolutions():
     se = senet.SqueezeExcitation(8, 2, squeeze="none")
     x = torch.randn(2, 8, 5, 6)
@@ -77,6 +82,7 @@ def test_hidden_width_is_floor_and_never_zero(channels, reduction, hidden):
     assert senet.SqueezeExcitation(channels, reduction).fc1.weight.shape == (hidden, channels)
 
 
+@separate_passes
 def test_parameters_of_the_seed_block():
     se = senet.SqueezeExcitation(64, 3, squeeze="max")
     counts = [sum(p.numel() for p in layer.parameters()) for layer in (se.fc1, se.fc2)]
@@ -109,6 +115,7 @@ def test_explicit_hidden_width_and_activation():
     assert isinstance(se.activation, nn.SiLU)
 
 
+@separate_passes
 def test_a_module_as_gate():
     se = senet.SqueezeExcitation(4, 2, gate=nn.Softplus())
     x = torch.randn(2, 4, 3, 3)
@@ -117,6 +124,7 @@ def test_a_module_as_gate():
     torch.testing.assert_close(se(x), x * gates[:, :, None, None])
 
 
+@separate_passes
 @pytest.mark.parametrize("gate", [nn.Hardsigmoid(), nn.Tanh(), nn.Softplus()], ids=repr)
 def test_a_gate_put_in_the_place_of_another(gate):
     se = senet.SqueezeExcitation(8, 4)
@@ -128,6 +136,7 @@ def test_a_gate_put_in_the_place_of_another(gate):
     assert pickle.loads(pickle.dumps(se)).gate_name == name
 
 
+@separate_passes
 @pytest.mark.parametrize("name", ["se_resnet8_cifar", "vgg16_bn"])
 def test_global_hooks_see_every_module(name):
     model = senet.create_model(name, num_classes=0).eval()
@@ -137,6 +146,16 @@ def test_global_hooks_see_every_module(name):
     wanted = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, senet.SqueezeExcitation)
     layers = {m for m in model.modules() if isinstance(m, wanted)}
     assert layers <= seen
+
+
+def test_expected_hooks_leave_the_warning_to_other_hooks() -> None:
+    se, x = senet.SqueezeExcitation(8, 4), torch.randn(2, 8, 4, 4)
+    with se.register_forward_hook(lambda *_: None):
+        with expected_hooks():
+            se(x)
+        with pytest.warns(UserWarning, match=r"hooks \(SqueezeExcitation\) in separate passes"):
+            se(x)
+        se(x)  # said once: a second warning would be an error
 
 
 def test_identity_gate_starts_as_the_identity_with_a_live_gradient():
@@ -169,6 +188,7 @@ def test_parameters_in_low_precision(dtype):
     assert se(x).isfinite().all()
 
 
+@separate_passes
 def test_autocast_leaves_squeeze_and_excitation_in_float32():
     se = senet.SqueezeExcitation(16, 2)
     seen = []
@@ -211,6 +231,7 @@ def test_an_image_that_is_all_padding_squeezes_to_zero(squeeze):
     assert torch.equal(se.squeeze(torch.randn(1, 4, 3, 3), mask), torch.zeros(1, 4, 1, 1))
 
 
+@separate_passes
 @pytest.mark.parametrize("squeeze", SQUEEZES)
 def test_compile_export_and_trace(squeeze):
     se = senet.SqueezeExcitation(8, 2, squeeze=squeeze).eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.marks import separate_passes
 from timm.layers import SEModule
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -19,7 +20,7 @@ from senet.errors import UserError
 from senet.gates.blocks import PartialExcitation, PartialShape, as_partial
 from senet.nn.tails import residual_tail
 
-pytestmark = pytest.mark.filterwarnings("ignore:senet runs .* in separate passes")
+pytestmark = separate_passes
 
 NORMS_INSIDE = ["se_resnet8_cifar", "se_bn_inception", "vgg16_bn", "senet154", "se_resnet18"]
 

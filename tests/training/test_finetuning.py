@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.marks import separate_passes
 from torch import nn
 
 import senet
@@ -205,6 +206,7 @@ def test_balanced_weights_reach_the_loss(tiny_config: Make) -> None:
     torch.testing.assert_close(session.task.loss(logits, torch.tensor([1, 2])), expected)
 
 
+@separate_passes
 @pytest.mark.parametrize("name", ["se_resnet8_cifar", "resnet8_cifar"])
 def test_branches_are_dropped_in_training_alone(name: str) -> None:
     model = build_model(name, num_classes=3)
@@ -224,6 +226,7 @@ def test_branches_are_dropped_in_training_alone(name: str) -> None:
         drop_branches(nn.Sequential(nn.Conv2d(3, 3, 1)), 0.5, example)
 
 
+@separate_passes
 def test_a_run_with_all_of_it_resumes_exactly(tiny_config: Make, tmp_path: Path) -> None:
     from senet.training.loop import Interrupted
 

@@ -6,7 +6,6 @@ attribute in the place of the class's method; it travels with the module into co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
@@ -21,19 +20,8 @@ from senet.fusion.modules import is_norm
 from senet.fusion.rewriting import Plan, Rewritten, rewrite
 from senet.fusion.tracing import Ran, Unreadable
 from senet.nn.block import hooked, leaves_process
-from senet.nn.hooks import scaling_block
+from senet.nn.hooks import say_separate, scaling_block
 from senet.ops import choice
-
-_said: set[str] = set()
-
-
-def _say(why: str) -> None:
-    """Warn, the first time."""
-    if why not in _said and not torch.compiler.is_compiling():
-        _said.add(why)
-        warnings.warn(
-            f"senet runs {why} in separate passes, not in its fused operator", stacklevel=4
-        )
 
 
 class _NoGlobalsError(UserError, AttributeError):
@@ -78,7 +66,7 @@ class FusedForward:
             if rewritten is not None and named and choice.is_worth_it(x):
                 if (why := _obstacle(owner, rewritten)) is None:
                     return rewritten.function(owner, x)
-                _say(why)
+                say_separate(why, stacklevel=3)
         return type(owner).forward(owner, *args, **kwargs)
 
     @property
@@ -108,7 +96,7 @@ class FusedForward:
         try:
             self.rewritten = rewrite(self.owner, self.plan)
         except Unreadable as why:
-            _say(f"{type(self.owner).__name__} ({why})")
+            say_separate(f"{type(self.owner).__name__} ({why})", stacklevel=3)
             return None
         finally:
             self.owner.__dict__["forward"] = self

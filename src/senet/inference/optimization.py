@@ -24,7 +24,7 @@ from senet.inference.rewrite import Rewriter
 from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
 from senet.nn.block import NotScriptable
-from senet.nn.hooks import give_forward_hooks, settle_weights
+from senet.nn.hooks import expected_hooks, give_forward_hooks, settle_weights
 from senet.support.copies import copied
 
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
@@ -277,7 +277,8 @@ def _calls_in(model: nn.Module, example: Tensor) -> dict[str, _Call]:
         for name, m in model.named_modules()
     ]
     try:
-        model(example.clone())
+        with expected_hooks():
+            model(example.clone())
     finally:
         for handle in handles:
             handle.remove()

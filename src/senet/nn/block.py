@@ -4,7 +4,6 @@ Shape suffixes: N images, C channels, h hidden width, * spatial dimensions.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Literal, NoReturn, SupportsFloat, get_args
@@ -15,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from senet import ops
 from senet.errors import UserError
+from senet.nn.hooks import say_separate
 from senet.nn.sync_bn import SyncBatchNorm
 from senet.ops.maps import full_precision
 from senet.support.shapes import Bool, Float
@@ -275,7 +275,6 @@ def _symbolic(x: object) -> bool:
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)
-_said: set[str] = set()
 
 
 def leaves_process(x: object) -> bool:
@@ -289,12 +288,7 @@ def fusable(*modules: nn.Module | None) -> bool:
     for module in modules:
         why_not = None if module is None else everywhere or _obstacle(module)
         if why_not is not None:
-            if not torch.compiler.is_compiling() and why_not not in _said:
-                _said.add(why_not)
-                warnings.warn(
-                    f"senet runs {why_not} in separate passes, not in its fused operator",
-                    stacklevel=3,
-                )
+            say_separate(why_not, stacklevel=3)
             return False
     return True
 

@@ -5,9 +5,11 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
@@ -18,17 +20,38 @@ _FORWARD = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
+_expected: ContextVar[bool] = ContextVar("expected", default=False)
+_said: set[str] = set()
 
 
 @contextmanager
 def expected_hooks() -> Iterator[None]:
-    """Run networks that carry hooks without the remark that the fused operator steps aside.
+    """Run networks that carry hooks of ours without the remark that the fused operator steps aside.
 
     Around `residual_tail`, whose separate modules are wanted here: only they call hooks.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="senet runs .* in separate passes")
+    before = _expected.get()
+    _expected.set(True)
+    try:
         yield
+    finally:
+        _expected.set(before)
+
+
+def say_separate(why_not: str, stacklevel: int) -> None:
+    """Warn, once in a process, of modules that run each for itself.
+
+    Args:
+        why_not: what the fused operator cannot take.
+        stacklevel: of `warnings.warn`, 1 for the caller.
+    """
+    if torch.compiler.is_compiling() or _expected.get() or why_not in _said:
+        return
+    _said.add(why_not)
+    warnings.warn(
+        f"senet runs {why_not} in separate passes, not in its fused operator",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def scale_by(module: nn.Module, se: nn.Module, *, channels_last: bool = False) -> None:
