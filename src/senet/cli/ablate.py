@@ -28,7 +28,7 @@ def ablate(
 
     All get the same recipe, data and seeds, so that each is compared seed by seed with the network
     without SE (squeeze, excitation, integration: with the paper's own). The folder holds a run for
-    each variant and seed, and results.json. With the recipe quick, 5 epochs, reduction 4 and the
+    each variant and seed, and results.json. With the recipe quick, 4 epochs, reduction 4 and the
     gate identity_sigmoid hold where the ablation does not vary them.
 
     Args:

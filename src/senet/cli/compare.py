@@ -20,7 +20,7 @@ def compare(*, flags: ComparisonFlags = NO_COMPARISON) -> None:
     Both get the same recipe, data and seeds. A network of timm, torchvision or a file is compared
     with itself without its SE blocks. Prints a table and the paired difference with its
     95% interval; the folder holds a run for each network and seed, figures, results.json and
-    report.html. With the recipe quick, 5 epochs, reduction 4 and the gate identity_sigmoid are
+    report.html. With the recipe quick, 4 epochs, reduction 4 and the gate identity_sigmoid are
     the defaults of networks of this package.
     """
     flags.training.prepare_process()

@@ -52,7 +52,7 @@ from senet.training.recipe import Recipe, get_recipe
 # What a short training needs (measured for ResNet-8 on the embedded data): gates that start at 1,
 # a hidden layer of more than a few units, and epochs that leave the demo under five minutes.
 QUICK_SE_OPTIONS: Mapping[str, Any] = {"reduction": 4, "gate": "identity_sigmoid"}
-QUICK_EPOCHS = 5
+QUICK_EPOCHS = 4
 # In config.toml, as for a flag: a field of the recipe that is taken away.
 NONE = "none"
 # What to do with data of other tasks.
