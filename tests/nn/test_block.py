@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import senet
 from senet.nn.block import GATES, SQUEEZES, hidden_width
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 from senet.nn.tails import residual_tail
 
 
@@ -148,10 +148,10 @@ def test_global_hooks_see_every_module(name):
     assert layers <= seen
 
 
-def test_expected_hooks_leave_the_warning_to_other_hooks() -> None:
+def test_the_remark_left_out_for_hooks_of_ours_is_made_of_others() -> None:
     se, x = senet.SqueezeExcitation(8, 4), torch.randn(2, 8, 4, 4)
     with se.register_forward_hook(lambda *_: None):
-        with expected_hooks():
+        with without_remark():
             se(x)
         with pytest.warns(UserWarning, match=r"hooks \(SqueezeExcitation\) in separate passes"):
             se(x)

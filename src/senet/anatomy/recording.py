@@ -25,7 +25,7 @@ from senet.anatomy.graph import (
     is_product,
 )
 from senet.anatomy.positions import moved_order, reads_positions
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 
 # Methods that may give back the very tensor they got.
 _NOTHING = ("to", "contiguous", "type", "float", "type_as", "requires_grad_")
@@ -257,7 +257,7 @@ def _eager(model: nn.Module) -> Any:
 
 def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
     """The model's output in evaluation mode, without gradients; its mode is kept."""
-    with evaluating(model), torch.no_grad(), expected_hooks():
+    with evaluating(model), torch.no_grad(), without_remark():
         return model(*arguments)
 
 
@@ -298,7 +298,7 @@ def record(model: nn.Module, arguments: tuple[Any, ...], *, training: bool = Fal
             recorder.add(leaf, "input", [], kind="input")
     try:
         mode = _in_mode(model, training=training)
-        with mode, torch.no_grad(), expected_hooks(), _eager(model), recorder:
+        with mode, torch.no_grad(), without_remark(), _eager(model), recorder:
             result = model(*arguments)
     finally:
         for handle in handles:

@@ -17,7 +17,7 @@ from senet.models.cost import count_multiply_adds, count_parameters, meta_model
 from senet.models.paper import StageCost, stage_costs
 from senet.networks.anywhere import is_foreign, open_source
 from senet.nn.block import SqueezeExcitation
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 
 TIMED_RUNS = 3
 
@@ -90,7 +90,7 @@ def summarize_block(block: SqueezeExcitation, spatial: tuple[int, ...]) -> Block
         for name, module in block.named_children()
     ]
     try:
-        with torch.no_grad(), expected_hooks():
+        with torch.no_grad(), without_remark():
             y = block(x)
     finally:
         for hook in hooks:
@@ -268,7 +268,7 @@ def summarize_network(
             f"--input {_commas(shape)} is too small: {network} takes images of at least "
             f"{model.min_input_size} × {model.min_input_size} pixels"
         )
-    with expected_hooks():
+    with without_remark():
         layers = torchinfo.summary(
             model,
             input_size=(1, *shape),

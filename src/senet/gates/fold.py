@@ -32,6 +32,7 @@ from senet.gates.statistics import BlockStatistics, GateStatistics
 from senet.gates.targets import edits_after, edits_before
 from senet.insertion.replace import replace_block
 from senet.models.cost import count_parameters
+from senet.nn.hooks import without_remark
 from senet.support.copies import copied
 
 # Of what a network with constants in the place of its gates gives, by dtype: the rounding of some
@@ -186,8 +187,10 @@ def fold_gates(
     chosen = sorted(candidates, key=lambda name: harm[name])
     restored: list[str] = []
     while True:
-        folded, blocks, structure = _proven(model, present, statistics, tolerance, chosen, example)
-        first, second = _measure(model, folded, first_pass, example)
+        with without_remark():
+            proven = _proven(model, present, statistics, tolerance, chosen, example)
+            folded, blocks, structure = proven
+            first, second = _measure(model, folded, first_pass, example)
         first_pass = loader
         drop = 0.0 if first.top1 is None or second.top1 is None else first.top1 - second.top1
         if tried is not None:

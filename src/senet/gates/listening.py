@@ -19,7 +19,7 @@ from senet.anatomy import Excitation
 from senet.anatomy.graph import Site, is_product
 from senet.anatomy.occurrences import Occurrence
 from senet.errors import SenetError
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 from senet.support.shapes import Float
 
 # Rounding of one product and of gates that are computed in another order, in units of the dtype.
@@ -73,7 +73,7 @@ class Listening(TorchFunctionMode):
             )
             for handle in handles:
                 self.open.callback(handle.remove)
-        self.open.enter_context(expected_hooks())
+        self.open.enter_context(without_remark())
         super().__enter__()
         return self
 

@@ -24,7 +24,7 @@ from senet.inference.rewrite import Rewriter
 from senet.inference.rewrites.tracing import FAILURES, reason_of
 from senet.inference.rounding import allowed, difference
 from senet.nn.block import NotScriptable
-from senet.nn.hooks import expected_hooks, give_forward_hooks, settle_weights
+from senet.nn.hooks import give_forward_hooks, settle_weights, without_remark
 from senet.support.copies import copied
 
 # Difference from the original model, relative to the largest output, up to which nothing is asked:
@@ -277,7 +277,7 @@ def _calls_in(model: nn.Module, example: Tensor) -> dict[str, _Call]:
         for name, m in model.named_modules()
     ]
     try:
-        with expected_hooks():
+        with without_remark():
             model(example.clone())
     finally:
         for handle in handles:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from senet.models import Network, build_model
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 from senet.support.copies import copied
 from senet.support.fields import misfit
 
@@ -61,6 +61,6 @@ def count_multiply_adds(model: nn.Module, input_size: tuple[int, ...] | None = N
     shadow = copied(model).to("meta").eval()
     dtype = next((p.dtype for p in shadow.parameters()), torch.float32)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), expected_hooks(), counter:
+    with torch.no_grad(), without_remark(), counter:
         shadow(torch.empty(1, *input_size, device="meta", dtype=dtype))
     return counter.get_total_flops() // 2

@@ -17,7 +17,7 @@ from senet.models.options import SE_OPTIONS
 from senet.models.residual import ResidualBlock
 from senet.models.shufflenet import ShuffleUnit
 from senet.nn.block import SqueezeExcitation
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _multiply_adds(model: Network) -> tuple[int, int]:
         if isinstance(getattr(module, "se", None), SqueezeExcitation) or _adds(module)
     ]
     try:
-        with torch.no_grad(), expected_hooks(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), without_remark(), FlopCounterMode(display=False) as counter:
             model.eval()(torch.empty(1, *model.input_size, device="meta"))
     finally:
         for hook in hooks:
@@ -164,7 +164,7 @@ def stage_counts(
     steps.append(("classifier", model.forward_head))
     multiply_adds = {}
     model.eval()
-    with torch.no_grad(), expected_hooks():
+    with torch.no_grad(), without_remark():
         for part, step in steps:
             with FlopCounterMode(display=False) as counter:
                 x = step(x)

@@ -20,22 +20,23 @@ _FORWARD = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
-_expected: ContextVar[bool] = ContextVar("expected", default=False)
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
 _said: set[str] = set()
 
 
 @contextmanager
-def expected_hooks() -> Iterator[None]:
-    """Run networks that carry hooks of ours without the remark that the fused operator steps aside.
+def without_remark() -> Iterator[None]:
+    """Run networks without the remark that the fused operator steps aside, where that is wanted.
 
-    Around `residual_tail`, whose separate modules are wanted here: only they call hooks.
+    Only the separate modules call hooks, ours among them, and what folding put in an SE block's
+    place is another module.
     """
-    before = _expected.get()
-    _expected.set(True)
+    before = _silent.get()
+    _silent.set(True)
     try:
         yield
     finally:
-        _expected.set(before)
+        _silent.set(before)
 
 
 def say_separate(why_not: str, stacklevel: int) -> None:
@@ -45,7 +46,7 @@ def say_separate(why_not: str, stacklevel: int) -> None:
         why_not: what the fused operator cannot take.
         stacklevel: of `warnings.warn`, 1 for the caller.
     """
-    if torch.compiler.is_compiling() or _expected.get() or why_not in _said:
+    if torch.compiler.is_compiling() or _silent.get() or why_not in _said:
         return
     _said.add(why_not)
     warnings.warn(

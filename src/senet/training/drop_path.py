@@ -10,7 +10,7 @@ from senet.anatomy.example import attempt
 from senet.anatomy.recording import record
 from senet.errors import UserError
 from senet.insertion.places import branch_ends, unique
-from senet.nn.hooks import expected_hooks
+from senet.nn.hooks import without_remark
 
 
 def drop_branches(model: nn.Module, rate: float, example: Any) -> list[str]:
@@ -32,7 +32,7 @@ def drop_branches(model: nn.Module, rate: float, example: Any) -> list[str]:
         UserError: no module returns the end of a residual branch.
     """
     arguments = (example,)
-    with expected_hooks():
+    with without_remark():
         trace = attempt(partial(record, model, arguments), arguments)
     sites = unique(branch_ends(trace))
     if not sites:
