@@ -34,6 +34,7 @@ from foreign_blocks import (
     TwoMaps,
     WeSpeakerSE,
 )
+from tests.helpers.marks import separate_passes
 from timm.layers import CecaModule, EcaModule, EffectiveSEModule, GlobalContext, SEModule
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
@@ -157,6 +158,7 @@ def product_of(model: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, T
     return seen[-1]
 
 
+@separate_passes
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_found_named_and_recorded(form: str) -> None:
     torch.manual_seed(0)

@@ -223,6 +223,9 @@ def test_adapters_of_other_networks_are_refused(images, base, tmp_path):
 SE_NET = """
 import torch
 from torch import nn
+from tests.helpers.marks import separate_passes
+
+pytestmark = separate_passes  # what is left of a block after folding
 
 class Block(nn.Module):
     def __init__(self):
