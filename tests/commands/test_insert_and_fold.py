@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tests.helpers.marks import separate_passes
 from torch import nn
 
 import senet
@@ -19,6 +20,8 @@ from senet.errors import UserError
 from senet.models import Network
 from senet.models.description import describe
 from senet.networks.anywhere import open_source
+
+pytestmark = separate_passes  # what is left of a block after folding
 
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 PREPROCESSING = Preprocessing(
@@ -223,9 +226,6 @@ def test_adapters_of_other_networks_are_refused(images, base, tmp_path):
 SE_NET = """
 import torch
 from torch import nn
-from tests.helpers.marks import separate_passes
-
-pytestmark = separate_passes  # what is left of a block after folding
 
 class Block(nn.Module):
     def __init__(self):
